@@ -1,0 +1,32 @@
+# make demo   train the vectors, merge them, verify, sample, plot: into out/demo
+# make test   the test suite
+# make lint   ruff, as CI runs it
+
+PYTHON ?= python3
+BIN := .venv/bin
+# nothing is written but .venv and out
+export PYTHONDONTWRITEBYTECODE := 1
+export MPLCONFIGDIR := $(CURDIR)/out/.matplotlib
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(BIN)/python train.py --data folio --out out/demo --overwrite
+	$(BIN)/python merge.py --ia3 out/demo/ia3.npz --out out/demo/merged.pt
+	$(BIN)/python sample.py --base out/demo/merged.pt --prompt "To be, or not to be"
+	$(BIN)/python plot.py out/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
+
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out

