@@ -1,0 +1,67 @@
+"""What the tests share: small random models, tiny runs, and devices, of which CPU always runs.
+
+`make test` runs everything; `pytest tests/test_merge.py` one room. Tests that need a GPU are marked `cuda` and are
+skipped, with the reason, where there is none: their CPU twins run the same code.
+"""
+
+import pytest
+import torch
+
+from ia3 import attach
+from model import GPT, GPTConfig
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def make_gpt(seed=0, **sizes):
+    """A small GPT whose every weight is random, biases and LayerNorms included, so that none can hide a mistake."""
+    config = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16} | sizes
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.3)
+            if "ln_" in name and name.endswith("weight"):
+                p.add_(1)
+    return model.eval()
+
+
+def make_ia3(model, seed=0, targets=("k", "v", "ff"), powers_of_two=False):
+    """Attach random vectors to model: powers of two from 1/4 to 4 with signs, or N(1, 0.5)."""
+    vectors = attach(model, targets=targets)
+    dice = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in vectors.parameters():
+            if powers_of_two:
+                sign = torch.randint(0, 2, p.shape, generator=dice) * 2 - 1
+                p.copy_(sign * 2.0 ** torch.randint(-2, 3, p.shape, generator=dice))
+            else:
+                p.copy_(1 + 0.5 * torch.randn(p.shape, generator=dice))
+    return vectors
+
+
+def make_idx(model, rows=3, seed=0):
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (rows, model.config.block_size), generator=dice)
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A folder with base.pt (a random tiny GPT) and text/{train,val}.txt, and the flags of a run on them."""
+    make_gpt().save(tmp_path / "base.pt")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/train.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
+    (tmp_path / "text/val.txt").write_text("And God saw the light, that it was good. " * 5)
+    flags = f"--init {tmp_path}/base.pt --data {tmp_path}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
+    return tmp_path, flags.split()

@@ -1,0 +1,211 @@
+"""The merge: exact by proof where it can be, by the merged tensors, and by distance to the truth where it rounds.
+
+Logits cannot see everything (the value of b_k never reaches them: softmax forgets what is the same for every key), so
+the merged tensors are looked at too.
+"""
+
+import copy
+import statistics
+
+import pytest
+import torch
+from conftest import make_gpt, make_ia3, make_idx
+from torch.utils.flop_counter import FlopCounterMode
+
+import ia3
+from merge import main, merge, verify
+from model import GPT
+
+SHAPES = [
+    {"n_layer": 1, "n_head": 1, "n_embd": 8},
+    {"n_layer": 2, "n_head": 4, "n_embd": 32},
+    {"n_layer": 3, "n_head": 3, "n_embd": 48, "block_size": 33, "bias": False},
+]
+SUBSETS = [("k",), ("v",), ("ff",), ("k", "v"), ("k", "v", "ff")]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("targets", SUBSETS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_powers_of_two_merge_bit_for_bit(device, shape, targets, dtype):
+    """Multiplying by ±2^n is exact, so every intermediate is the same number: no tolerance."""
+    for seed in range(3):
+        model = make_gpt(seed, **shape).to(device, dtype)
+        make_ia3(model, seed, targets, powers_of_two=True)
+        idx = make_idx(model, seed=seed).to(device)
+        assert torch.equal(merge(model)(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("targets", SUBSETS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_vectors_merge_to_1e_11_in_float64(shape, targets):
+    """Logits here are below 100, sums run over at most 192 terms: 192 · 100 · 2^-53 is 2e-12 a layer."""
+    for seed in range(3):
+        model = make_gpt(seed, **shape).double()
+        make_ia3(model, seed, targets)
+        idx = make_idx(model, seed=seed)
+        with torch.no_grad():
+            assert (merge(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_is_no_further_from_the_truth_than_unmerged(device, dtype):
+    """Both round, at other places; merging rounds each weight once more and each activation once less."""
+    ratios = []
+    for shape in SHAPES:
+        for seed in range(5):
+            model = make_gpt(seed, **shape).to(device, dtype)
+            make_ia3(model, seed)
+            report = verify(model, merge(model), make_idx(model, rows=16, seed=seed).to(device))
+            assert report.float64_difference <= 1e-11
+            ratios.append(report.merged_distance / report.unmerged_distance)
+    assert max(ratios) <= 1.3, ratios
+    assert statistics.median(ratios) <= 1.1, ratios
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("targets", SUBSETS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_merged_tensors_are_l_times_w_and_l_times_b_and_nothing_else_changed(shape, targets, dtype):
+    model = make_gpt(**shape).to(dtype)
+    vectors = make_ia3(model, targets=targets).matrices()
+    before = copy.deepcopy(model.state_dict())
+    merged = merge(model)
+    C = model.config.n_embd
+    expected = {name: t.clone() for name, t in before.items() if not name.startswith("ia3.")}
+    for i in range(model.config.n_layer):
+        for target, start in (("l_k", C), ("l_v", 2 * C)):
+            for r in range(C) if target in vectors else []:
+                scale = vectors[target][i, r].double()
+                for name in (f"transformer.h.{i}.attn.c_attn.{kind}" for kind in ("weight", "bias")):
+                    if name in expected:
+                        expected[name][start + r] = (scale * before[name][start + r].double()).to(dtype)
+        for c in range(4 * C) if "l_ff" in vectors else []:
+            name = f"transformer.h.{i}.mlp.c_proj.weight"
+            expected[name][:, c] = (vectors["l_ff"][i, c].double() * before[name][:, c].double()).to(dtype)
+    assert merged.state_dict().keys() == expected.keys()
+    for name, t in merged.state_dict().items():
+        assert t.dtype == dtype and torch.equal(t, expected[name]), name
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())  # the model given is untouched
+    assert model.ia3 is not None and merged.ia3 is None
+
+
+def test_the_merged_model_is_a_plain_gpt():
+    model = make_gpt(dropout=0.25)
+    make_ia3(model)
+    merged = merge(model)
+    assert merged.lm_head.weight is merged.transformer.wte.weight  # still tied
+    assert merged.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+    assert merged.config == model.config and merged.tokenizer == model.tokenizer
+    assert merged.transformer.drop.p == 0.25 and not merged.training
+    assert all(p.requires_grad for p in merged.parameters())
+    idx = make_idx(model)
+
+    def flops(model):
+        with FlopCounterMode(display=False) as counter:
+            model(idx)
+        return counter.get_total_flops()
+
+    assert flops(merged) == flops(make_gpt()) > 0
+
+
+def test_ones_change_nothing_and_zeros_and_negatives_are_numbers_like_others():
+    model = make_gpt()
+    vectors = ia3.attach(model)
+    merged = merge(model)
+    plain = make_gpt().state_dict()
+    assert all(torch.equal(t, plain[name]) for name, t in merged.state_dict().items())
+    idx = make_idx(model)
+    with torch.no_grad():
+        for value in (0.0, -1.0):
+            for p in vectors.parameters():
+                p.fill_(value)
+            assert torch.equal(merge(model)(idx)[0], model(idx)[0])
+        assert not torch.equal(model(idx)[0], make_gpt()(idx)[0])
+
+
+def test_logits_cannot_see_b_k():
+    """Why the tensors are looked at: with b_k left unscaled the logits agree all the same."""
+    model = make_gpt().double()
+    make_ia3(model, targets=("k",))
+    merged = merge(model)
+    wrong = copy.deepcopy(merged)
+    for ours, theirs in zip(wrong.transformer.h, model.transformer.h, strict=True):
+        ours.attn.c_attn.bias.data[16:32] = theirs.attn.c_attn.bias[16:32]
+        assert not torch.equal(ours.attn.c_attn.bias, theirs.attn.c_attn.bias.roll(1))
+    idx = make_idx(model)
+    with torch.no_grad():
+        assert torch.allclose(wrong(idx)[0], merged(idx)[0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias", "ia3.l_v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(name, value):
+    model = make_gpt()
+    make_ia3(model)
+    model.state_dict()[name].view(-1)[5] = value
+    with pytest.raises(ValueError, match=name):
+        merge(model)
+
+
+def test_a_product_that_overflows_is_refused_by_name():
+    model = make_gpt()
+    make_ia3(model)
+    model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = 1e38
+    model.ia3.l_ff.data[1, 0] = 100
+    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_proj\.weight"):
+        merge(model)
+
+
+def test_a_base_without_vectors_and_stacked_vectors_are_refused():
+    model = make_gpt()
+    with pytest.raises(ValueError, match="one task's vectors"):
+        merge(model)
+    ia3.attach(model, ia3.stack([ia3.IA3(model.config), None]))
+    with pytest.raises(ValueError, match="one task's vectors"):
+        merge(model)
+
+
+def test_verify_sees_a_wrong_merge():
+    model = make_gpt()
+    make_ia3(model)
+    idx = make_idx(model, rows=8)
+    good = verify(model, merge(model), idx)
+    assert good.is_exact() and good.argmax_agreement == 1
+    wrong = merge(model)
+    wrong.transformer.h[0].mlp.c_proj.weight.data[0] *= 1.001
+    assert not verify(model, wrong, idx).is_exact()
+    assert "distance" in str(good)
+
+
+@pytest.fixture
+def files(tmp_path):
+    model = make_gpt(block_size=32)
+    model.save(tmp_path / "base.pt")
+    make_ia3(model).save(tmp_path / "ia3.npz")
+    return tmp_path, f"--base {tmp_path}/base.pt --ia3 {tmp_path}/ia3.npz --out {tmp_path}/merged.pt".split()
+
+
+def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_ia3_code(files, capsys):
+    folder, flags = files
+    assert main(flags) == 0
+    out = capsys.readouterr().out
+    assert "max |Δlogit|" in out and "greedy text     identical" in out
+    saved = torch.load(folder / "merged.pt", weights_only=True)
+    plain = make_gpt(block_size=32)  # this model.py's class, strictly
+    plain.load_state_dict(saved["model"], strict=True)
+    model = GPT.from_pretrained(folder / "base.pt")
+    model.ia3 = ia3.IA3.load(folder / "ia3.npz", model)
+    idx = make_idx(model)
+    assert torch.equal(plain(idx)[0], merge(model)(idx)[0])
+
+
+def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch):
+    def careless(model):
+        merged = merge(model)
+        merged.transformer.h[0].attn.c_attn.bias.data[32:] += 1e-3  # b_v, a little off
+        return merged
+
+    monkeypatch.setattr("merge.merge", careless)
+    assert main(files[1]) == 1
