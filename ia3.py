@@ -52,7 +52,7 @@ class IA3(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def is_stacked(self):
-        return next(self.parameters()).dim() == 3
+        return next(self.parameters()).dim() == 3  # (n_tasks, n_layer, width)
 
     def rows(self, tasks=None):
         """Return each layer's (l_k, l_v, l_ff), (width,) or None; gathered by tasks (B,) long, (B, 1, width) or None.

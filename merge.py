@@ -120,8 +120,8 @@ def run(argv):
     parser.add_argument("--out", default="out/folio/merged.pt", help="the merged checkpoint (default: %(default)s)")
     parser.add_argument("--data", default="folio", help="whose val the merge is verified on (default: %(default)s)")
     args = parser.parse_args(argv)
-    if os.path.exists(args.out) and os.path.samefile(args.out, args.base):
-        raise ValueError(f"--out {args.out} is the base itself")
+    if os.path.isdir(args.out) or (os.path.exists(args.out) and os.path.samefile(args.out, args.base)):
+        raise ValueError(f"--out {args.out} is the base itself, or a folder")
     model = GPT.from_pretrained(args.base)  # float32 on the CPU, wherever the vectors were trained
     model.ia3 = IA3.load(args.ia3, model)
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, model.config.block_size, ["val"])["val"]

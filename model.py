@@ -174,7 +174,8 @@ class GPT(nn.Module):
     def save(self, path):
         """Write nanoGPT's checkpoint, the vectors left out: under a temporary name, then renamed into place."""
         model = {name: t for name, t in self.state_dict().items() if not name.startswith("ia3.")}
-        torch.save({"model": model, "model_args": asdict(self.config), "tokenizer": self.tokenizer}, f"{path}.tmp")
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save({"model": model, "model_args": asdict(self.config), "tokenizer": self.tokenizer}, f)
         os.replace(f"{path}.tmp", path)
 
     @classmethod
@@ -184,6 +185,8 @@ class GPT(nn.Module):
         Raises OSError where there is no such file and ValueError where it holds no such checkpoint.
         """
         checkpoint = load_file(name_or_path)
+        if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+            raise ValueError(f"{name_or_path} is not a GPT checkpoint: it has no 'model' and 'model_args'")
         try:
             config = GPTConfig(**checkpoint["model_args"])
             weights = {
@@ -191,7 +194,7 @@ class GPT(nn.Module):
             }  # torch.compile's prefix
             model = cls(config)
             model.load_state_dict(weights)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        except (TypeError, AttributeError, RuntimeError) as e:
             raise ValueError(f"{name_or_path} is not a GPT checkpoint: {str(e).splitlines()[-1].strip()}") from None
         model.tokenizer = checkpoint.get("tokenizer", model.tokenizer)
         return model.eval()
@@ -199,10 +202,11 @@ class GPT(nn.Module):
 
 def load_file(path):
     """torch.load onto the CPU, running no code of the file's. Raises ValueError for a damaged file or one with code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
+    with open(path, "rb") as f:
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+            raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
 
 
 def pick_device(name="auto", dtype="auto"):

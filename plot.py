@@ -22,11 +22,14 @@ def plot_losses(runs, path):
     """Draw val loss, and the train loss thinner, of every run that has a metrics.csv. runs: folders."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, run in enumerate(runs):
-        with open(run / "metrics.csv", newline="") as f:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
-        steps = [row["step"] for row in rows]
-        axes.plot(steps, [row["val_loss"] for row in rows], f"C{i}", marker=".", label=f"{run.name}, val")
-        axes.plot(steps, [row["train_loss"] for row in rows], f"C{i}", lw=0.7, alpha=0.6, label=f"{run.name}, train")
+        try:
+            with open(run / "metrics.csv", newline="") as f:
+                rows = [(int(r["step"]), float(r["val_loss"]), float(r["train_loss"])) for r in csv.DictReader(f)]
+            steps, val, train = zip(*rows, strict=True)
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{run}/metrics.csv is not what train.py writes ({type(e).__name__})") from None
+        axes.plot(steps, val, f"C{i}", marker=".", label=f"{run.name}, val")
+        axes.plot(steps, train, f"C{i}", lw=0.7, alpha=0.6, label=f"{run.name}, train")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -84,7 +87,7 @@ def run(argv):
 def main(argv=None):
     try:
         return run(argv)
-    except (ValueError, KeyError, OSError) as e:
+    except (ValueError, OSError) as e:
         print(f"plot.py: {e}", file=sys.stderr)
         return 2
 
