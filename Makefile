@@ -1,6 +1,6 @@
-# make demo   train the vectors, merge them, verify, sample, plot: into out/demo
-# make test   the test suite
-# make lint   ruff, as CI runs it
+# make demo    train the vectors, merge them, verify, sample, plot: into out/demo
+# make test    the test suite
+# make lint    ruff: check and format
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,23 +10,27 @@ export MPLCONFIGDIR := $(CURDIR)/out/.matplotlib
 
 .PHONY: demo test lint clean
 
-demo: .venv/ready
+demo: .venv/run
 	$(BIN)/python train.py --data folio --out out/demo --overwrite
 	$(BIN)/python merge.py --ia3 out/demo/ia3.npz --out out/demo/merged.pt
 	$(BIN)/python sample.py --base out/demo/merged.pt --prompt "To be, or not to be"
 	$(BIN)/python plot.py out/demo
 
-test: .venv/ready
+test: .venv/dev
 	$(BIN)/python -m pytest
 
-lint: .venv/ready
+lint: .venv/dev
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --no-cache --check .
 
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
 
 clean:
 	rm -rf .venv out

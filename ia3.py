@@ -73,10 +73,7 @@ class IA3(nn.Module):
         return [(row(self.l_k, i), row(self.l_v, i), row(self.l_ff, i)) for i in range(self.config.n_layer)]
 
     def save(self, path):
-        """Write one .npz: the matrices, the config, the targets, the base's fingerprint.
-
-        Raises ValueError for vectors that were never attached to a base, and for stacked ones.
-        """
+        """Write one .npz: matrices, config, the base's fingerprint. ValueError for unattached or stacked vectors."""
         if self.base is None or self.is_stacked():
             raise ValueError("only one task's vectors, attached to a base (ia3.attach), can be saved")
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}

@@ -60,9 +60,8 @@ class CausalSelfAttention(nn.Module):
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:
             v = (l_v * v).to(v.dtype)  # l_v ⊙ V
-        q, k, v = (
-            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
-        )  # (B, n_head, T, d_head)
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (t.view(heads).transpose(1, 2) for t in (q, k, v))  # 3 × (B, n_head, T, d_head)
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again

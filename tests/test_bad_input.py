@@ -175,7 +175,7 @@ def test_checkpoints_that_are_damaged_or_carry_code(folder, capsys):
     (folder / "code.pt").write_bytes(pickle.dumps(Code()))
     check(folder, sample, ["--base", "code.pt"], "carries code", capsys)
     assert not (folder / "ran").exists()
-    np.savez("code.npz", l_k=np.array([Code()], dtype=object))
+    np.savez("code.npz", about=np.array(Code(), dtype=object), l_k=np.array([Code()], dtype=object))
     check(folder, train, [*TRAIN, "--ia3", "code.npz"], "no file of (IA)³ vectors", capsys)
     assert not (folder / "ran").exists()
 

@@ -94,7 +94,6 @@ def test_scaling_before_the_gelu_is_another_function():
 
 
 def test_a_base_in_bfloat16_takes_float32_vectors(device):
-    """The product is taken in float32 and rounded once: with bfloat16 vectors, 1 + 2^-12 would be 1."""
     model = make_gpt().to(device, torch.bfloat16)
     vectors = attach(model)
     assert {p.dtype for p in vectors.parameters()} == {torch.float32}
@@ -102,15 +101,30 @@ def test_a_base_in_bfloat16_takes_float32_vectors(device):
     assert logits.dtype == torch.bfloat16
     loss.backward()
     assert {p.grad.dtype for p in vectors.parameters()} == {torch.float32}
-    attention = model.transformer.h[0].attn
-    x = torch.randn(1, 4, 16, device=device, dtype=torch.bfloat16)
-    l_v = torch.full((16,), 1 + 2**-8 + 2**-12, device=device)
-    qkv = attention.c_attn(x)
-    qkv[..., 32:] = (qkv[..., 32:].float() * l_v).bfloat16()
-    attention.c_attn.forward = lambda _: qkv
-    scaled = attention(x)
-    del attention.c_attn.forward
-    assert torch.equal(attention(x, None, l_v), scaled)
+
+
+def test_the_product_is_taken_in_float32_and_rounded_once(device):
+    """1 + 2^-8 + 2^-12 is no bfloat16 number: rounded before the product it would be 1, or 1 + 2^-7."""
+    block = make_gpt().to(device, torch.bfloat16).transformer.h[0]
+    l = torch.full((64,), 1 + 2**-8 + 2**-12, device=device)
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    with torch.no_grad():
+        qkv = block.attn.c_attn(x)
+        for rows, l_k, l_v in ((slice(16, 32), l[:16], None), (slice(32, 48), None, l[:16])):
+            scaled = qkv.clone()
+            scaled[..., rows] = (qkv[..., rows].float() * l[:16]).bfloat16()
+            expected = run_with_output(block.attn.c_attn, scaled, lambda: block.attn(x))
+            assert torch.equal(block.attn(x, l_k, l_v), expected)
+        h = F.gelu(block.mlp.c_fc(x), approximate="tanh")
+        assert torch.equal(block.mlp(x, l), block.mlp.c_proj((h.float() * l).bfloat16()))
+
+
+def run_with_output(module, output, call):
+    """Return call(), with module returning output."""
+    hook = module.register_forward_hook(lambda *_: output)
+    result = call()
+    hook.remove()
+    return result
 
 
 @pytest.mark.parametrize("targets", SUBSETS)
@@ -215,6 +229,10 @@ def test_the_fingerprint_knows_values_keys_and_shapes_not_dtype_vectors_or_tying
         model.transformer.h[1].mlp.c_proj.bias[3] *= 1.01  # one weight, by more than bfloat16's 2^-8
     assert fingerprint(model) != first
     assert fingerprint(make_gpt(n_layer=1)) != fingerprint(make_gpt(n_layer=2))
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(257, 16))
+    untied = fingerprint(model)
+    model.lm_head.weight = model.transformer.wte.weight
+    assert fingerprint(model) == untied  # the duplicate is not read
 
 
 def test_swapping_tasks_is_an_assignment():

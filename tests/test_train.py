@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_gpt, make_ia3, make_idx
+from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
 from ia3 import IA3, attach
-from model import GPT
+from model import GPT, GPTConfig
 from train import TrainConfig, autocast, backward, evaluate, get_batch, learning_rate, lm_loss, main, train
 
 
@@ -256,6 +257,22 @@ def test_the_embedded_task_is_learned(tmp_path):
     assert main(f"--steps 20 --batch-size 8 --eval-windows 32 --out {tmp_path}/a --device cpu".split()) == 0
     losses = [float(row["val_loss"]) for row in read_metrics(tmp_path / "a")]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_step_needs_two_thirds_of_the_matrix_products():
+    """No gradient of a weight: 4 of the 6 units of full fine-tuning, less what the first layer's input does not need."""
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=6, n_head=6, n_embd=384))
+
+    def flops():
+        with FlopCounterMode(display=False) as counter:
+            idx = make_idx(model, rows=2)
+            model(idx, idx)[1].backward()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(n for op, n in counts.items() if "mm" in str(op))
+
+    full = flops()
+    attach(model)
+    assert 0.60 < flops() / full <= 0.66
 
 
 # Nothing is lost

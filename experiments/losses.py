@@ -1,0 +1,74 @@
+"""How well a model predicts every held-out work, in nats a byte: a table in Markdown.
+
+    python experiments/losses.py                                        # the base
+    python experiments/losses.py --ia3 out/demo/ia3.npz                 # with vectors
+    python experiments/losses.py --base out/demo/merged.pt              # merged
+
+Each work is read whole, in windows that do not overlap.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data import Stream
+from ia3 import IA3
+from model import GPT, pick_device
+from train import TrainConfig, evaluate
+
+# the line with which the second work of a split begins; the first begins at the top
+SECOND = {
+    ("plays", "val"): "TWELFTH NIGHT; OR, WHAT YOU WILL",
+    ("plays", "test"): "THE MERCHANT OF VENICE",
+    ("folio", "val"): "Twelfe Night, Or what you will",
+    ("folio", "test"): "The Merchant of Venice",
+}
+WORKS = {
+    ("plays", "val"): ("Macbeth", "Twelfth Night"),
+    ("plays", "test"): ("Julius Caesar", "The Merchant of Venice"),
+    ("folio", "val"): ("Macbeth, 1623", "Twelfth Night, 1623"),
+    ("folio", "test"): ("Julius Caesar, 1623", "The Merchant of Venice, 1623"),
+    ("sonnets", "val"): ("Sonnets 97-126",),
+    ("sonnets", "test"): ("Sonnets 127-154, A Lover's Complaint",),
+    ("kjv", "val"): ("Isaiah",),
+    ("kjv", "test"): ("Luke, John",),
+}
+
+
+def works(name, split):
+    """Yield (title, bytes) of each work in data/NAME/SPLIT.txt."""
+    raw = (ROOT / "data" / name / f"{split}.txt").read_bytes()
+    if (name, split) not in SECOND:
+        return [(WORKS[name, split][0], raw)]
+    start = raw.index(b"\n" + SECOND[name, split].encode() + b"\n") + 1
+    return list(zip(WORKS[name, split], (raw[:start], raw[start:]), strict=True))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=ROOT / "data/base.pt", help="a byte-level checkpoint")
+    parser.add_argument("--ia3", help="vectors for it")
+    args = parser.parse_args(argv)
+    try:
+        model = GPT.from_pretrained(args.base)
+        model.ia3 = IA3.load(args.ia3, model) if args.ia3 else None
+    except (ValueError, OSError) as e:
+        print(f"losses.py: {e}", file=sys.stderr)
+        return 2
+    model.to(pick_device()[0])
+    config = TrainConfig(batch_size=32)
+    print("| work | in | bytes | nats a byte |\n| --- | --- | --- | --- |")
+    for name, split in WORKS:
+        for title, raw in works(name, split):
+            loss = evaluate(model, Stream(np.frombuffer(raw, np.uint8), model.config.block_size), config)
+            print(f"| {title} | {name}/{split} | {len(raw):,} | {loss:.3f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
