@@ -44,7 +44,7 @@ class TrainConfig:
     ia3: str | None = flag(None, "a .npz of vectors to start from, instead of ones")
     targets: str = flag("k,v,ff", "which activations get a vector")
     steps: int = flag(200, "optimizer steps")
-    lr: float | None = flag(None, "peak learning rate (default: 0.05 for ia3, 0.001 for full)")
+    lr: float | None = flag(None, "peak learning rate (default: 0.1 for ia3, 0.001 for full)")
     schedule: str = flag("cosine", "the decay to zero after the warmup", ("cosine", "linear"))
     warmup: float = flag(0.06, "share of the steps in which the learning rate rises")
     batch_size: int = flag(16, "windows or examples a step, over all parts and processes")
@@ -70,7 +70,7 @@ class TrainConfig:
     def __post_init__(self):
         self.method = "full" if self.init == "scratch" else self.method
         if self.lr is None:
-            self.lr = 0.05 if self.method == "ia3" else 0.001
+            self.lr = 0.1 if self.method == "ia3" else 0.001
         for name in ("steps", "batch_size", "grad_accum", "block_size", "eval_interval", "eval_windows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
