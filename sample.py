@@ -19,11 +19,11 @@ from model import GPT, pick_device
 
 
 def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tasks=None):
-    """Return what model writes after prompt (B, T) long, as B strings; token ids where it has no tokenizer."""
+    """Return prompt (B, T) long and what model writes after it, as B strings; token ids where it has no tokenizer."""
     device = model.lm_head.weight.device
     dice = torch.Generator(device).manual_seed(seed)
     tasks = None if tasks is None else tasks.to(device)
-    rows = model.generate(prompt.to(device), n_tokens, temperature, top_k, tasks, dice)[:, prompt.size(1) :].tolist()
+    rows = model.generate(prompt.to(device), n_tokens, temperature, top_k, tasks, dice).tolist()
     return [datasets.get_tokenizer(model.tokenizer).decode(row) if model.tokenizer else str(row) for row in rows]
 
 
@@ -73,7 +73,6 @@ def run(argv):
     ids = torch.tensor([prompt] * max(len(tasks), 1))
     which = torch.arange(len(tasks)) if len(tasks) > 1 else None
     texts = complete(model, ids, args.tokens, args.temperature, args.top_k, args.seed, which)
-    texts = [args.prompt + text for text in texts]
     print(texts[0] if len(texts) == 1 else side_by_side(args.ia3, texts))
     return 0
 

@@ -7,10 +7,11 @@
     torchrun --nproc-per-node 8 train.py ...                   # any of these on eight GPUs
 
 train() optimizes whatever requires a gradient and knows no method; build() makes what the flags ask for. Batches are
-a function of (seed, step), so a resumed run sees what an uninterrupted one would have seen.
+a function of (seed, step), so a resumed run sees what an uninterrupted one would have.
 """
 
 import argparse
+import atexit
 import csv
 import math
 import os
@@ -313,35 +314,35 @@ def parse(argv):
 def run(config):
     """One run: from flags to a folder of files."""
     config.out = config.out or f"out/{os.path.basename(os.path.normpath(config.data))}"
+    made = f"{config.out}/{'ia3.npz' if config.method == 'ia3' else 'ckpt.pt'}"
     files = [f"{config.out}/{name}" for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")]
     if any(map(os.path.exists, files)) and not (config.resume or config.overwrite):
         raise FileExistsError(f"{config.out} holds a run: --resume goes on with it, --overwrite replaces it")
     if "RANK" in os.environ:  # torchrun's
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
     model, data = build(config)
     first = ranks()[0] == 0  # of torchrun's processes: the one that prints and writes
-    device, val = model.lm_head.weight.device, data["val"]
     if first:
         for file in [] if config.resume else filter(os.path.exists, files):
             os.remove(file)
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{n:,} values of {config.init} learn {config.data} ({device}, {config.dtype})")
+        print(f"{n:,} values of {config.init} learn {config.data} ({model.lm_head.weight.device}, {config.dtype})")
     if config.compile:
         model.compile()
-    prompt = val.windows([len(val) // 2])[0][:, : config.block_size // 2]
-    before = complete(model, prompt)
+    val = data["val"]
+    prompt = val.windows([0])[0][:, : config.block_size // 2]
+    before = complete(model, prompt, temperature=0.5)
     train(model, data, config)
     loss = evaluate(model, val, config)
     if first:
-        made = f"--ia3 {config.out}/ia3.npz" if config.method == "ia3" else f"--base {config.out}/ckpt.pt"
-        (model.ia3 if config.method == "ia3" else model).save(made.split()[1])
+        (model.ia3 if config.method == "ia3" else model).save(made)
         bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits a byte" if val.n_bytes else ""
-        print(f"--- before\n{before[0]}\n--- after\n{complete(model, prompt)[0]}\n---")
-        print(f"val, all of it: {loss:.4f} nats a token{bits}")
-        base = f"--base {config.init} " if config.method == "ia3" else ""
-        print(f"next: python sample.py {base}{made}\n      python plot.py {config.out}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        print(f"\nbefore:\n{before[0]}\n\nafter:\n{complete(model, prompt, temperature=0.5)[0]}\n")
+        print(f"val, all of it: {loss:.4f} nats a token{bits}\nnext: python plot.py {config.out}")
+        if config.method == "ia3":
+            print(f"      python sample.py --base {config.init} --ia3 {made}")
+            print(f"      python merge.py --base {config.init} --ia3 {made} --out {config.out}/merged.pt")
     return 0
 
 

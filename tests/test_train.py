@@ -183,7 +183,7 @@ def test_a_run_leaves_vectors_metrics_and_a_checkpoint(tiny_run, capsys):
     assert sorted(p.name for p in (folder / "run").iterdir()) == ["ia3.npz", "last.pt", "metrics.csv"]
     assert [row["step"] for row in read_metrics(folder / "run")] == ["0", "2", "4"]
     out = capsys.readouterr().out
-    assert "--- before" in out and "--- after" in out and "bits a byte" in out and "\r" not in out
+    assert "before:\nAnd God" in out and "after:\nAnd God" in out and "bits a byte" in out and "\r" not in out
     assert f"sample.py --base {folder}/base.pt --ia3 {folder}/run/ia3.npz" in out
     vectors = IA3.load(folder / "run/ia3.npz", GPT.from_pretrained(folder / "base.pt"))
     assert vectors.count() == 192
