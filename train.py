@@ -116,7 +116,6 @@ def ranks():
 def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     """Mean loss in nats a target token, over n_windows evenly spaced windows of split or over all, without overlap."""
     rank, world = ranks()
-    device = model.lm_head.weight.device
     n = min(n_windows or len(split), len(split))
     ids = torch.linspace(0, len(split) - 1, n, dtype=torch.float64).long().tolist()[rank::world]
     total = torch.zeros(2, dtype=torch.float64)  # nats, target tokens
@@ -125,7 +124,9 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
         batch = split.windows(ids[i : i + config.batch_size])
         n_targets = (batch[1] >= 0).sum()
         with autocast(model, config):
-            total += torch.tensor([loss_fn(model, *to_device(batch, device)).item(), 1.0]) * n_targets
+            total += (
+                torch.tensor([loss_fn(model, *to_device(batch, model.lm_head.weight.device)).item(), 1.0]) * n_targets
+            )
     model.train()
     if world > 1:
         dist.all_reduce(total)
