@@ -11,7 +11,6 @@ a function of (seed, step), so a resumed run sees what an uninterrupted one woul
 """
 
 import argparse
-import atexit
 import csv
 import math
 import os
@@ -121,12 +120,10 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     total = torch.zeros(2, dtype=torch.float64)  # nats, target tokens
     model.eval()
     for i in range(0, len(ids), config.batch_size):
-        batch = split.windows(ids[i : i + config.batch_size])
-        n_targets = (batch[1] >= 0).sum()
+        batch = to_device(split.windows(ids[i : i + config.batch_size]), model.lm_head.weight.device)
+        n_targets = (batch[1] >= 0).sum().item()
         with autocast(model, config):
-            total += (
-                torch.tensor([loss_fn(model, *to_device(batch, model.lm_head.weight.device)).item(), 1.0]) * n_targets
-            )
+            total += torch.tensor([loss_fn(model, *batch).item() * n_targets, n_targets])
     model.train()
     if world > 1:
         dist.all_reduce(total)
@@ -210,8 +207,9 @@ def train(model, data, config, loss_fn=lm_loss):
                     save_run(step, history, losses, config, trained, optimizer)
                 clock, n_steps, n_tokens = time.time(), 0, 0
             if rank == 0 and (due or sys.stdout.isatty()):
-                line = f"step {step:5d}/{config.steps}  loss {train_loss:.4f}  val {history[-1]['val_loss']:.4f}"
-                line += f"  {rate:6,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                line = f"step {step:5d}/{config.steps}  val {history[-1]['val_loss']:.4f}"
+                if step > 0:
+                    line += f"  loss {train_loss:.4f}  {rate:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
                 print("\r" * sys.stdout.isatty() + line, end="\n" if due else "", flush=True)
             if step == config.steps:
                 return history
@@ -321,7 +319,6 @@ def run(config):
         raise FileExistsError(f"{config.out} holds a run: --resume goes on with it, --overwrite replaces it")
     if "RANK" in os.environ:  # torchrun's
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
     model, data = build(config)
     first = ranks()[0] == 0  # of torchrun's processes: the one that prints and writes
     if first:
@@ -344,6 +341,9 @@ def run(config):
         if config.method == "ia3":
             print(f"      python sample.py --base {config.init} --ia3 {made}")
             print(f"      python merge.py --base {config.init} --ia3 {made} --out {config.out}/merged.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
     return 0
 
 
