@@ -104,7 +104,7 @@ def test_train(folder, flags, message, capsys):
         ("--ia3 nowhere.npz", "nowhere.npz"),
         ("--ia3 other_base.npz", "another base"),
         ("--data psalms", "no data called"),
-        ("--out base.pt", "is the base itself, or a folder"),
+        ("--out base.pt", "is the base itself"),
         ("--out no/such/folder.pt", "no/such"),
         ("--out text", "or a folder"),
         ("--unknown", "unrecognized"),
