@@ -83,16 +83,17 @@ def fetch(name):
     if os.path.exists(path):
         return path
     partial = f"{path}.{os.getpid()}.tmp"  # its own, should several processes fetch at once
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as file:
+        with urllib.request.urlopen(url, timeout=30) as response:
             size, done = int(response.headers["Content-Length"]), 0
             print(f"fetching {url}, {size / 2**20:,.0f} MiB", file=sys.stderr)
-            while piece := response.read(2**20):
-                file.write(piece)
-                done += len(piece)
-                if sys.stderr.isatty():
-                    print(f"\r{done / size:4.0%}", end="\n" if done == size else "", file=sys.stderr, flush=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(partial, "wb") as file:
+                while piece := response.read(2**20):
+                    file.write(piece)
+                    done += len(piece)
+                    if sys.stderr.isatty():
+                        print(f"\r{done / size:4.0%}", end="\n" if done == size else "", file=sys.stderr, flush=True)
         if done != size:
             raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
         os.replace(partial, path)

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from conftest import make_ia3
-from gpt2 import SIZES, as_ours, make_batch, make_both
-from peft import IA3Config, PeftModel, get_peft_model
+from gpt2 import SIZES, as_ours, make_batch, make_both, make_theirs
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
 import convert
@@ -182,3 +182,23 @@ def test_the_command_writes_what_peft_reads_without_a_warning(tmp_path, capsys, 
     peft.float().save_pretrained(tmp_path / "again")
     again, l_q = convert.load_peft(tmp_path / "again", ours)
     assert (l_q == 1).all() and torch.equal(again.l_ff, vectors.l_ff.float())
+
+
+def test_their_lora_and_their_adapter_of_another_shape_are_refused(tmp_path, capsys):
+    theirs, _ = make_both(tmp_path / "base")
+    make_theirs(n_layer=3).save_pretrained(tmp_path / "deeper")
+    get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path / "lora")
+    fewer = IA3Config(task_type="CAUSAL_LM", target_modules=["h.1.attn.c_attn"], feedforward_modules=[])
+    get_peft_model(make_theirs(), fewer).save_pretrained(tmp_path / "fewer")
+    get_peft_model(make_theirs(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "all")
+    for adapter, base, message in (
+        ("lora", "base", "of type 'LORA', not 'IA3'"),
+        ("fewer", "base", "has no h.0.attn.c_attn.ia3_l"),
+        ("all", "deeper", "has no h.2.attn.c_attn.ia3_l"),
+    ):
+        capsys.readouterr()
+        flags = ["--base", str(tmp_path / base), "--adapter", str(tmp_path / adapter), "--out", str(tmp_path / "x.npz")]
+        assert convert.main(["from-peft", *flags]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+        assert not (tmp_path / "x.npz").exists()
