@@ -99,7 +99,7 @@ def fetch(name):
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, TypeError, ValueError) as e:  # the latter two: no length announced
         raise OSError(
-            f"{url} could not be fetched ({e}); a local pytorch_model.bin or the folder that holds it can be given"
+            f"{url} could not be fetched ({str(e).strip('<>')}); a local pytorch_model.bin or the folder that holds it can be given"
             f" instead of {name}, or put that file at {path}"
         ) from None
     finally:
