@@ -99,8 +99,8 @@ def fetch(name):
         os.replace(partial, path)
     except (OSError, http.client.HTTPException, TypeError, ValueError) as e:  # the latter two: no length announced
         raise OSError(
-            f"{url} could not be fetched ({str(e).strip('<>')}); a local pytorch_model.bin or the folder that holds it can be given"
-            f" instead of {name}, or put that file at {path}"
+            f"{url} could not be fetched ({str(e).strip('<>')}); a local pytorch_model.bin or the folder that holds it"
+            f" can be given instead of {name}, or put that file at {path}"
         ) from None
     finally:
         if os.path.exists(partial):
