@@ -85,7 +85,9 @@ def fetch(name):
     partial = f"{path}.{os.getpid()}.tmp"  # its own, should several processes fetch at once
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
-            size, done = int(response.headers["Content-Length"]), 0
+            size, done = response.length, 0
+            if size is None:
+                raise OSError("its length is not announced, so that a cut could not be told from the end")
             print(f"fetching {url}, {size / 2**20:,.0f} MiB", file=sys.stderr)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(partial, "wb") as file:
@@ -97,7 +99,7 @@ def fetch(name):
         if done != size:
             raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
         os.replace(partial, path)
-    except (OSError, http.client.HTTPException, TypeError, ValueError) as e:  # the latter two: no length announced
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: HF_ENDPOINT is no address
         raise OSError(
             f"{url} could not be fetched ({str(e).strip('<>')}); a local pytorch_model.bin or the folder that holds it"
             f" can be given instead of {name}, or put that file at {path}"

@@ -152,6 +152,7 @@ def test_a_nanogpt_checkpoint_with_a_compiled_models_names_and_masks(folder):
         (lambda: os.remove("hf/pytorch_model.bin"), "neither model.safetensors nor pytorch_model.bin"),
         (lambda: cut("hf/pytorch_model.bin"), "hf/pytorch_model.bin is truncated"),
         (lambda: torch.save([1], "hf/pytorch_model.bin"), "holds no weights by name"),
+        (lambda: torch.save({"model.layers.0.q_proj.weight": torch.ones(2)}, "hf/pytorch_model.bin"), "has 0 layers"),
         (lambda: change_weights(h__1__ln_2__bias=None), "has no h.1.ln_2.bias"),
         (lambda: change_weights(h__1__attn__rotary=torch.ones(1)), "h.1.attn.rotary is not GPT-2's"),
         (lambda: change_weights(h__0__mlp__c_fc__weight=torch.ones(64, 16)), "h.0.mlp.c_fc.weight is torch.float32"),
@@ -277,7 +278,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_error(self.server.status)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.body)))
+        if self.server.announces:
+            self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
         self.wfile.write(self.server.body[: self.server.cut])
 
@@ -295,7 +297,8 @@ def hub(tmp_path, monkeypatch):
     }
     torch.save(weights, tmp_path / "weights.bin", _use_new_zipfile_serialization=False)  # as in 2019
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.body, server.cut, server.status, server.asked = (tmp_path / "weights.bin").read_bytes(), None, 200, []
+        server.body, server.asked = (tmp_path / "weights.bin").read_bytes(), []
+        server.announces, server.cut, server.status = True, None, 200
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
@@ -350,6 +353,10 @@ def test_another_models_weights_under_the_name_are_refused(hub):
 def test_no_network_says_what_was_tried_and_what_would_do(hub, tmp_path, capsys, monkeypatch):
     hub.status = 503
     check(tmp_path, capsys, ["to-hf", "--base", "gpt2"], "HTTP Error 503")
+    hub.status, hub.announces = 200, False
+    check(tmp_path, capsys, ["to-hf", "--base", "gpt2"], "its length is not announced")
+    monkeypatch.setenv("HF_ENDPOINT", "hub")
+    check(tmp_path, capsys, ["to-hf", "--base", "gpt2"], "unknown url type")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no one listens there
     line = check(tmp_path, capsys, ["to-hf", "--base", "gpt2"], "Connection refused")
     for part in ("http://127.0.0.1:9/openai-community/gpt2/resolve", "a local pytorch_model.bin", str(hub.cache)):
