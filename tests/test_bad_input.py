@@ -106,7 +106,7 @@ def test_train(folder, flags, message, capsys):
         ("--data psalms", "no data called"),
         ("--out base.pt", "is the base itself"),
         ("--out no/such/folder.pt", "no/such"),
-        ("--out text", "or a folder"),
+        ("--out text", "is a folder"),
         ("--unknown", "unrecognized"),
     ],
 )
