@@ -56,8 +56,9 @@ def test_a_step_and_a_merge_of_124m(gpt2, device):
         ours, base = block.attn.c_attn.weight, theirs.attn.c_attn.weight
         assert torch.equal(ours[:c], base[:c])
         assert torch.equal(ours[c : 2 * c], (base[c : 2 * c].double() * l_k.double().unsqueeze(1)).to(dtype))
-    # weights of 0.5 GB in float32: base, merged, and both again in float64, and less than 1 GB of everything else
-    limit = 4 * 2**30
+    # weights in float32 take 0.46 GiB: base and merged, and both again in float64, are 2.8; the rest is for the
+    # interpreter, the libraries, a copy under way, and whatever earlier tests have taken
+    limit = 5 * 2**30
     if on_gpu:
         assert torch.cuda.max_memory_allocated() < limit + 4 * 1024 * 50257 * 4 * 4  # and a batch's logits, four times
     elif sys.platform == "linux":
