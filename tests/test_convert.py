@@ -202,6 +202,7 @@ def test_what_is_not_there(folder, capsys):
     check(folder, capsys, ["count", "gpt3"], "no file or folder gpt3; by name there are gpt2, gpt2-medium")
     check(folder, capsys, [], "the following arguments are required")
     check(folder, capsys, ["to-onnx"], "invalid choice")
+    check(folder, capsys, ["to-peft", "--base"], "expected one argument")
 
 
 # --- adapters ---
