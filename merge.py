@@ -1,6 +1,7 @@
 """Fold the vectors into a copy of the weights, and measure how exact that was.
 
     python merge.py --base data/base.pt --ia3 out/folio/ia3.npz --out out/folio/merged.pt
+    python merge.py --format hf                                 # a folder for transformers' GPT2LMHeadModel instead
 
     W_k ← diag(l_k) W_k    b_k ← l_k ⊙ b_k       rows n_embd to 2·n_embd of c_attn, which stacks W_q, W_k, W_v
     W_v ← diag(l_v) W_v    b_v ← l_v ⊙ b_v       the rows after them
@@ -11,6 +12,7 @@
 
 import argparse
 import copy
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -92,22 +94,21 @@ def verify(model, merged, idx):
     whether it is any further from what both approximate: the unmerged weights and vectors, run in float64.
     """
     true_model = copy.deepcopy(model).double()
-    truth = true_model(idx)[0]  # (B, T, vocab_size)
-    a, b, b64 = model(idx)[0], merged(idx)[0], merge(true_model)(idx)[0]
-
-    def distance(logits):
-        return (logits.double() - truth).square().mean().sqrt().item()
-
-    return Report(
-        max_difference=(a.double() - b.double()).abs().max().item(),
-        float64_difference=(b64 - truth).abs().max().item(),
-        unmerged_distance=distance(a),
-        merged_distance=distance(b),
-        argmax_agreement=(a.argmax(-1) == b.argmax(-1)).double().mean().item(),
-    )
+    models = (true_model, merge(true_model), model, merged)
+    maxima, means = [], []
+    for row in idx.split(1):  # GPT-2's logits take 0.4 GB a window of 1024 in float64: one window at a time
+        truth, b64, a, b = (m(row)[0].double() for m in models)  # (1, T, vocab_size)
+        agreement = (a.argmax(-1) == b.argmax(-1)).double().mean()
+        maxima.append(torch.stack([(a - b).abs().max(), (b64 - truth).abs().max()]))
+        means.append(torch.stack([(a - truth).square().mean(), (b - truth).square().mean(), agreement]))
+    max_difference, float64_difference = torch.stack(maxima).amax(0).tolist()
+    unmerged, merged_, agreement = torch.stack(means).mean(0).tolist()
+    return Report(max_difference, float64_difference, math.sqrt(unmerged), math.sqrt(merged_), agreement)
 
 
 def run(argv):
+    from convert import refuse_overwriting, save_hf  # here, since merging itself needs nothing foreign
+
     def fail(message):
         raise ValueError(message)
 
@@ -117,19 +118,26 @@ def run(argv):
         "--base", default="data/base.pt", help="what the vectors were trained on (default: %(default)s)"
     )
     parser.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
-    parser.add_argument("--out", default="out/folio/merged.pt", help="the merged checkpoint (default: %(default)s)")
+    parser.add_argument("--format", choices=("nanogpt", "hf"), default="nanogpt", help="hf: as transformers has it")
+    parser.add_argument("--out", help="where it goes (default: out/folio/merged.pt, and out/folio/merged-hf for hf)")
     parser.add_argument("--data", default="folio", help="whose val the merge is verified on (default: %(default)s)")
     args = parser.parse_args(argv)
-    if os.path.isdir(args.out) or (os.path.exists(args.out) and os.path.samefile(args.out, args.base)):
-        raise ValueError(f"--out {args.out} is the base itself, or a folder")
+    args.out = args.out or ("out/folio/merged.pt" if args.format == "nanogpt" else "out/folio/merged-hf")
+    refuse_overwriting(args.base, args.out)
+    if args.format == "nanogpt" and os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out} is a folder")
     model = GPT.from_pretrained(args.base)  # float32 on the CPU, wherever the vectors were trained
     model.ia3 = IA3.load(args.ia3, model)
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, model.config.block_size, ["val"])["val"]
     merged = merge(model)
-    idx, _ = val.windows(torch.linspace(0, len(val) - 1, min(16, len(val))).long().tolist())
+    n = min(max(2048 // model.config.block_size, 1), len(val))  # windows: some 2048 tokens
+    idx, _ = val.windows(torch.linspace(0, len(val) - 1, n).long().tolist())
     report = verify(model, merged, idx)
-    greedy = [m.generate(idx[:1, : idx.size(1) // 2], 200, temperature=0) for m in (model, merged)]
-    merged.save(args.out)
+    greedy = [m.generate(idx[:1, : min(idx.size(1) // 2, 64)], 200, temperature=0) for m in (model, merged)]
+    if args.format == "hf":
+        save_hf(merged, args.out)
+    else:
+        merged.save(args.out)
     print(f"{args.base} + {args.ia3} → {args.out}\n{report}")
     print(f"200 tokens of greedy text     {'identical' if torch.equal(*greedy) else 'different'}")
     return 0 if report.is_exact() else 1

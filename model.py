@@ -14,6 +14,7 @@ sublayer, GELU in its tanh form, and one matrix for the embedding and the head.
 import math
 import os
 import pickle
+import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -179,18 +180,24 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """Read a checkpoint file of ours or nanoGPT's. Returns a GPT in float32, on the CPU, in eval mode.
+        """Read a checkpoint file of ours or nanoGPT's; else what convert.read takes: 'gpt2', a Hugging Face folder.
 
-        Raises OSError where there is no such file and ValueError where it holds no such checkpoint.
+        Returns a GPT in float32, on the CPU, in eval mode. Raises OSError where there is no such file and ValueError
+        where it holds no such model.
         """
-        checkpoint = load_file(name_or_path)
+        is_torch = os.path.isfile(name_or_path) and not str(name_or_path).endswith(".safetensors")
+        checkpoint = load_file(name_or_path, mmap=True) if is_torch else None
         if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-            raise ValueError(f"{name_or_path} is not a GPT checkpoint: it has no 'model' and 'model_args'")
+            import convert  # here, since convert imports us
+
+            return convert.read(name_or_path, checkpoint)
         try:
             config = GPTConfig(**checkpoint["model_args"])
             weights = {
-                name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()
-            }  # torch.compile's prefix
+                name.removeprefix("_orig_mod."): t  # torch.compile's prefix
+                for name, t in checkpoint["model"].items()
+                if not name.endswith(".attn.bias")  # the causal mask, which nanoGPT keeps without flash attention
+            }
             model = cls(config)
             model.load_state_dict(weights)
         except (TypeError, AttributeError, RuntimeError) as e:
@@ -199,11 +206,15 @@ class GPT(nn.Module):
         return model.eval()
 
 
-def load_file(path):
-    """torch.load onto the CPU, running no code of the file's. Raises ValueError for a damaged file or one with code."""
+def load_file(path, mmap=False):
+    """torch.load onto the CPU, running no code of the file's. Raises ValueError for a damaged file or one with code.
+
+    mmap: leave the tensors on disk until they are used, in the zip format that PyTorch has written since 1.6.
+    """
+    mmap = mmap and zipfile.is_zipfile(path)
     with open(path, "rb") as f:
         try:
-            return torch.load(f, map_location="cpu", weights_only=True)
+            return torch.load(path if mmap else f, map_location="cpu", weights_only=True, mmap=mmap)
         except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
 

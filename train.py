@@ -329,7 +329,7 @@ def run(config):
     if config.compile:
         model.compile()
     val = data["val"]
-    prompt = val.windows([0])[0][:, : config.block_size // 2]
+    prompt = val.windows([0])[0][:, : min(config.block_size // 2, 64)]
     before = complete(model, prompt, temperature=0.5)
     train(model, data, config)
     loss = evaluate(model, val, config)

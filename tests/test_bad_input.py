@@ -104,9 +104,9 @@ def test_train(folder, flags, message, capsys):
         ("--ia3 nowhere.npz", "nowhere.npz"),
         ("--ia3 other_base.npz", "another base"),
         ("--data psalms", "no data called"),
-        ("--out base.pt", "is the base itself, or a folder"),
+        ("--out base.pt", "is the base itself"),
         ("--out no/such/folder.pt", "no/such"),
-        ("--out text", "or a folder"),
+        ("--out text", "is a folder"),
         ("--unknown", "unrecognized"),
     ],
 )

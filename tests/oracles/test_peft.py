@@ -1,0 +1,204 @@
+"""Our (IA)³ against PEFT's on the same GPT-2: logits, gradients, ten steps, merged weights, and the adapters that
+travel both ways. PEFT's vector over c_attn begins with a query part, which the paper does not have."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_ia3
+from gpt2 import SIZES, as_ours, make_batch, make_both, make_theirs
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
+
+import convert
+from ia3 import IA3, attach
+from merge import merge
+
+C = SIZES["n_embd"]
+
+
+def make_peft(theirs, query="ones", seed=0):
+    """Wrap transformers' model in PEFT's (IA)³ with random vectors, N(1, 0.5), in float64.
+
+    query: what the query part holds: 'ones', 'powers' of two, or 'any' values.
+    """
+    peft = get_peft_model(theirs, IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True)).double().eval()
+    dice = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for c_attn, c_proj in vectors_of(peft):
+            for p in (c_attn, c_proj):  # float32 values, so that a float32 file holds them exactly
+                p.copy_(1 + 0.5 * torch.randn(p.shape, generator=dice))
+            if query == "ones":
+                c_attn[:C] = 1
+            elif query == "powers":
+                c_attn[:C] = 2.0 ** torch.randint(-2, 3, (C, 1), generator=dice)
+    return peft
+
+
+def vectors_of(peft):
+    """PEFT's own parameters, (c_attn's, mlp.c_proj's) a layer."""
+    blocks = peft.base_model.model.transformer.h
+    return [(block.attn.c_attn.ia3_l["default"], block.mlp.c_proj.ia3_l["default"]) for block in blocks]
+
+
+def copy_vectors(peft, ours):
+    """Attach PEFT's vectors to ours in float64, the query part left behind."""
+    vectors = attach(ours).double()
+    with torch.no_grad():
+        for i, (c_attn, c_proj) in enumerate(vectors_of(peft)):
+            vectors.l_k[i], vectors.l_v[i], vectors.l_ff[i] = c_attn[C : 2 * C, 0], c_attn[2 * C :, 0], c_proj[0]
+    return vectors
+
+
+def difference(peft, ours):
+    idx, _ = make_batch()
+    with torch.no_grad():
+        expected = peft(idx).logits
+        assert expected.std() > 0.3
+        return (ours(idx)[0] - expected).abs().max().item()
+
+
+def their_loss(peft, idx, targets):
+    return F.cross_entropy(peft(idx).logits.flatten(0, 1), targets.flatten())
+
+
+def test_logits_and_gradients_of_the_vectors(tmp_path):
+    theirs, ours = make_both(tmp_path)
+    peft = make_peft(theirs)
+    vectors = copy_vectors(peft, ours)
+    assert difference(peft, ours) <= 1e-10
+    idx, targets = make_batch()
+    their_loss(peft, idx, targets).backward()
+    ours(idx, targets)[1].backward()
+    for i, (c_attn, c_proj) in enumerate(vectors_of(peft)):
+        assert c_attn.grad.abs().min() > 0
+        assert (vectors.l_k.grad[i] - c_attn.grad[C : 2 * C, 0]).abs().max() <= 1e-10
+        assert (vectors.l_v.grad[i] - c_attn.grad[2 * C :, 0]).abs().max() <= 1e-10
+        assert (vectors.l_ff.grad[i] - c_proj.grad[0]).abs().max() <= 1e-10
+
+
+def test_ten_steps_give_the_same_vectors_and_losses(tmp_path):
+    theirs, ours = make_both(tmp_path)
+    peft = get_peft_model(theirs, IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True)).double().eval()
+    vectors = copy_vectors(peft, ours)  # all ones
+    options = {"lr": 0.05, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    optimizers = (
+        torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], **options),
+        torch.optim.AdamW(vectors.parameters(), **options),
+    )
+    for step in range(10):
+        idx, targets = make_batch(seed=step)
+        losses = their_loss(peft, idx, targets), ours(idx, targets)[1]
+        assert abs(losses[0] - losses[1]) <= 1e-10
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        for c_attn, _ in vectors_of(peft):
+            c_attn.grad[:C] = 0  # the query part held at ones
+        for optimizer in optimizers:
+            optimizer.step()
+    for i, (c_attn, c_proj) in enumerate(vectors_of(peft)):
+        assert torch.equal(c_attn[:C], torch.ones(C, 1, dtype=torch.float64))
+        assert (c_attn[C:] - 1).abs().min() > 1e-3  # they did move
+        assert (torch.cat([vectors.l_k[i], vectors.l_v[i]]) - c_attn[C:, 0]).abs().max() <= 1e-10
+        assert (vectors.l_ff[i] - c_proj[0]).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merged_weights(tmp_path, dtype):
+    theirs, ours = make_both(tmp_path)
+    peft = make_peft(theirs).to(dtype)
+    copy_vectors(peft, ours)
+    merged = merge(ours.to(dtype)).transformer.state_dict()
+    for name, t in peft.merge_and_unload().transformer.state_dict().items():
+        # one product and one rounding on either side: the same bits
+        assert torch.equal(as_ours(name, t), merged[name]), name
+
+
+# l_k is kept in float32: times a power of two it is exact, times anything else it is rounded, by at most 6e-8 of itself
+@pytest.mark.parametrize("query, tolerance", [("ones", 1e-10), ("powers", 1e-10), ("any", 1e-6)])
+def test_an_adapter_of_theirs_comes_in(tmp_path, query, tolerance, capsys):
+    theirs, ours = make_both(tmp_path / "base")
+    peft = make_peft(theirs, query)
+    peft.float().save_pretrained(tmp_path / "adapter")
+    peft.double()
+    base = ["--base", str(tmp_path / "base")]
+    flags = [*base, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "in.npz")]
+    assert convert.main(["from-peft", *flags]) == 0
+    assert ("folded into l_k" in capsys.readouterr().out) == (query != "ones")
+    ours.ia3 = IA3.load(tmp_path / "in.npz", ours)
+    assert ours.ia3.l_k.dtype == torch.float32
+    ours.double()
+    assert difference(peft, ours) <= tolerance
+
+
+def test_an_adapter_trained_with_its_query_part_free_comes_in(tmp_path):
+    theirs, ours = make_both(tmp_path / "base")
+    peft = make_peft(theirs)
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+    for step in range(10):
+        optimizer.zero_grad()
+        their_loss(peft, *make_batch(seed=step)).backward()
+        optimizer.step()
+    assert all((c_attn[:C] - 1).abs().min() > 1e-3 for c_attn, _ in vectors_of(peft))
+    peft.float().save_pretrained(tmp_path / "adapter")
+    ours.ia3, l_q = convert.load_peft(tmp_path / "adapter", ours)
+    assert l_q.shape == (SIZES["n_layer"], C) and torch.equal(l_q[1].float(), vectors_of(peft)[1][0][:C, 0])
+    ours.double()
+    assert difference(peft.double(), ours) <= 1e-6
+
+
+@pytest.mark.parametrize("targets", [("k", "v", "ff"), ("k",), ("v", "ff"), ("ff",)])
+def test_an_adapter_of_ours_goes_out_and_comes_back(tmp_path, targets):
+    theirs, ours = make_both(tmp_path / "base")
+    vectors = make_ia3(ours, targets=targets)
+    convert.save_peft(vectors, tmp_path / "adapter", "a base")
+    peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
+    assert not any("ia3_l" in name and p.isnan().any() for name, p in peft.named_parameters())
+    back, l_q = convert.load_peft(tmp_path / "adapter", ours)
+    if l_q is not None:
+        assert (l_q == 1).all()
+    for name, t in vectors.matrices().items():
+        assert torch.equal(back.matrices()[name], t), name
+    assert all((t == 1).all() for name, t in back.matrices().items() if name not in vectors.matrices())
+    ours.double()
+    assert difference(peft, ours) <= 1e-10
+
+
+def test_the_command_writes_what_peft_reads_without_a_warning(tmp_path, capsys, recwarn):
+    theirs, ours = make_both(tmp_path / "base", torch.float32)
+    vectors = make_ia3(ours)
+    vectors.save(tmp_path / "ia3.npz")
+    flags = ["--base", str(tmp_path / "base"), "--ia3", str(tmp_path / "ia3.npz"), "--out", str(tmp_path / "out")]
+    assert convert.main(["to-peft", *flags]) == 0
+    assert "ones for the queries" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == flags[1]
+    recwarn.clear()
+    peft = PeftModel.from_pretrained(theirs, tmp_path / "out")
+    assert not [w for w in recwarn if "peft" in str(w.filename) or "adapter" in str(w.message)]
+    ours.double()
+    assert difference(peft.double().eval(), ours) <= 1e-10
+    # what PEFT saves of it again is what we wrote, query part and all
+    peft.float().save_pretrained(tmp_path / "again")
+    again, l_q = convert.load_peft(tmp_path / "again", ours)
+    assert (l_q == 1).all() and torch.equal(again.l_ff, vectors.l_ff.float())
+
+
+def test_their_lora_and_their_adapter_of_another_shape_are_refused(tmp_path, capsys):
+    theirs, _ = make_both(tmp_path / "base")
+    make_theirs(n_layer=3).save_pretrained(tmp_path / "deeper")
+    get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path / "lora")
+    fewer = IA3Config(task_type="CAUSAL_LM", target_modules=["h.1.attn.c_attn"], feedforward_modules=[])
+    get_peft_model(make_theirs(), fewer).save_pretrained(tmp_path / "fewer")
+    get_peft_model(make_theirs(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "all")
+    for adapter, base, message in (
+        ("lora", "base", "of type 'LORA', not 'IA3'"),
+        ("fewer", "base", "has no h.0.attn.c_attn.ia3_l"),
+        ("all", "deeper", "has no h.2.attn.c_attn.ia3_l"),
+    ):
+        capsys.readouterr()
+        flags = ["--base", str(tmp_path / base), "--adapter", str(tmp_path / adapter), "--out", str(tmp_path / "x.npz")]
+        assert convert.main(["from-peft", *flags]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+        assert not (tmp_path / "x.npz").exists()
