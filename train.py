@@ -69,8 +69,7 @@ class TrainConfig:
 
     def __post_init__(self):
         self.method = "full" if self.init == "scratch" else self.method
-        if self.lr is None:
-            self.lr = 0.1 if self.method == "ia3" else 0.001
+        self.lr = {"ia3": 0.1, "full": 0.001}[self.method] if self.lr is None else self.lr
         for name in ("steps", "batch_size", "grad_accum", "block_size", "eval_interval", "eval_windows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -181,7 +180,6 @@ def train(model, data, config, loss_fn=lm_loss):
     step, history, losses = 0, [], []
     if config.resume and os.path.exists(f"{config.out}/last.pt"):
         step, history, losses = load_run(config, trained, optimizer)
-
     interrupts = []  # Ctrl-C lets the step finish, so that what is saved is whole; a second one stops at once
     handler = signal.getsignal(signal.SIGINT)
     if world == 1:
