@@ -36,7 +36,7 @@ STEPS, BATCH_SIZE = 60, 8
 LEARNING_RATES = (0.01, 0.03, 0.1)
 CHOOSING_SEEDS = range(3)  # of each K, on val
 PAPER = "lm,ul,ln"
-LOSSES = ("lm", "lm,ul", "lm,ln", PAPER)
+LOSSES = (PAPER, "lm", "lm,ul", "lm,ln")
 FIELDS = ("base", "split", "losses", "lr", "k", "seed", "accuracy")
 
 
@@ -181,7 +181,7 @@ def run(argv):
         on_val = {lr: statistics.mean(chosen[job] for job in jobs if job[2] == lr) for lr in rates}
         print("  ".join(f"lr {lr}: {share:.1%} on val" for lr, share in on_val.items()))
         lr = max(on_val, key=on_val.get)
-    jobs = [("test", losses, lr, k, seed) for losses in reversed(variants) for seed in seeds for k in ks]
+    jobs = [("test", losses, lr, k, seed) for losses in variants for seed in seeds for k in ks]
     measured = measure_all(jobs, args.base, results, out / "results.csv", args.workers)
     around = baselines(args.base, args.folio)
     text = table(measured, around, lr)

@@ -124,7 +124,7 @@ def loss_lm(log_p, there, labels):
 
 
 def loss_ul(log_p, there, labels):
-    """L_UL = -Σ_n Σ_t log(1 - p(ŷ_t⁽ⁿ⁾ | x, ŷ_<t⁽ⁿ⁾)) / Σ_n T⁽ⁿ⁾, over the wrong choices ŷ⁽ⁿ⁾: unlikelihood, section 3.2.
+    """L_UL = -Σ_n Σ_t log(1 - p(ŷ_t⁽ⁿ⁾ | x, ŷ_<t⁽ⁿ⁾)) / Σ_n T⁽ⁿ⁾, over the wrong ŷ⁽ⁿ⁾: unlikelihood, section 3.2.
 
     The sums run over the wrong choices of the whole batch. The authors' code takes log(1 - p + 0.01), so that p = 1
     stays finite, at the price of a loss below 0 where p is small. Here the formula is the paper's, with p held below
