@@ -72,25 +72,25 @@ def draw(tasks, path):
                 )
     top.colorbar(image, ax=axes, extend="both", label="scale", fraction=0.02)
     pairs = list(combinations(tasks, 2))
-    for i, (name, ax) in enumerate(zip(names, middle.subplots(1, len(names), squeeze=False)[0], strict=True)):
+    for name, ax in zip(names, middle.subplots(1, len(names), squeeze=False)[0], strict=True):
         for j, (a, b) in enumerate(pairs):
             if name in tasks[a] and name in tasks[b]:
                 similar = cosines(tasks[a][name], tasks[b][name])
                 ax.plot(range(len(similar)), similar, f"C{j}", marker=".", label=f"{a}, {b}")
         ax.axhline(0, color="k", lw=0.5)
         ax.set(title=f"cosine of {name} − 1", xlabel="layer", ylim=(-1, 1))
-        if i == 0:
-            ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
     bins = np.linspace(1 - 3 * reach, 1 + 3 * reach, 61)
-    for i, (name, ax) in enumerate(zip(names, bottom.subplots(1, len(names), squeeze=False)[0], strict=True)):
+    for name, ax in zip(names, bottom.subplots(1, len(names), squeeze=False)[0], strict=True):
         for task, matrices in tasks.items():
             if name in matrices:
                 inside = np.clip(matrices[name].ravel(), bins[0], bins[-1])
                 ax.hist(inside, bins, histtype="step", label=task, density=True)
         ax.axvline(1, color="k", lw=0.5)
         ax.set(title=f"scales in {name}", yticks=[])
-        if i == 0:
-            ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
