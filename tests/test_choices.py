@@ -192,15 +192,25 @@ def test_an_edit_is_what_differs_and_where():
     for modern, folio in (("sovereign", "soueraigne"), ("kiss", "kisse"), ("been", "beene"), ("stolen", "stolne")):
         assert pairs.apply(modern, pairs.edits(modern, folio)) == folio
     assert pairs.exchanges("have", (2, 3, "u")) and not pairs.exchanges("many", (3, 4, "ie"))
-    end, middle = pairs.kind_of("again", (5, 5, "e")), pairs.kind_of("again", (3, 3, "e"))
-    assert end == pairs.kind_of("it", (2, 2, "e")) != middle  # after a consonant, at the end
-    assert end != pairs.kind_of("be", (2, 2, "e"))  # doubles its neighbour
+    # removed, inserted, at the start, at the end, after a vowel, before a vowel, doubling
+    assert pairs.kind_of("again", (5, 5, "e")) == ("", "e", False, True, False, "", False)
+    assert pairs.kind_of("be", (2, 2, "e")) == ("", "e", False, True, True, "", True)
+    assert pairs.kind_of("joy", (0, 1, "i")) == ("j", "i", True, False, "", True, False)
+    assert pairs.kind_of("keeps", (4, 4, "e")) == ("", "e", False, False, False, False, False)
 
 
 def test_words_are_aligned_across_spellings():
     modern = "He is a villain and I have seen it again".split()
     folio = "Hee is a villaine O and I haue seene it againe".split()
     assert pairs.align(modern, folio) == [0, 1, 2, 3, None, 4, 5, 6, 7, 8, 9]
+    assert pairs.align("my grief is here".split(), "my table is heere".split()) == [0, None, 2, 3]
+
+
+def test_a_line_counts_if_every_word_has_its_modern_one_and_none_is_missing():
+    modern = "Hal. I have seen the great white king again. I know not what he may do to us here, good friend."
+    folio = "Hal. I haue seene the white King againe.\nI know not what hee may\ndoe to vs heere, good friend."
+    wanted = [("doe to vs heere, good friend.", "do to us here good friend".split())]
+    assert list(pairs.aligned_lines(modern, folio)) == wanted  # a word is missing in the first, the second is short
 
 
 def make_printers(folio="", modern=""):
@@ -222,14 +232,21 @@ def test_a_decoy_has_the_edit_where_printers_never_put_it(folio, modern, decoy):
     assert pairs.make_decoy(line, words, make_printers(folio, modern)) == decoy
 
 
+def test_a_decoy_puts_one_edit_in_a_common_word_and_none_back_in_its_own():
+    printers = make_printers("thank " * pairs.COMMON)
+    assert pairs.make_decoy("I thanke him it", "I thank him it".split(), printers) == "I thank him ite"
+    assert pairs.make_decoy("I thanke it, aske", "I thank it ask".split(), printers) == "I thank ite, aske"
+
+
 def test_a_decoy_keeps_what_has_no_wrong_place():
-    printers = make_printers()
+    printers = make_printers("ever " * pairs.COMMON)
     assert pairs.make_decoy("I haue it, thanke", "I have it thank".split(), printers) == "I haue ite, thank"
     for line, modern in [
         ("I haue it", "I have it"),  # u for v, wherever they could
         ("I thank it", "I thank it"),  # no edit
         ("thanke so", "thank so"),  # after a vowel is another kind of place
-        ("o' thanke", "o' thank"),  # words with an apostrophe stay as they are
+        ("I haue ever", "I have ever"),  # nor where one was left over
+        ("hir'd them", "hired them"),  # words with an apostrophe stay as they are
     ]:
         assert pairs.make_decoy(line, modern.split(), printers) is None, line
 
@@ -288,7 +305,7 @@ def test_the_benchmarks_table_and_picture(tmp_path):
 
 
 def test_scales_are_counted_and_compared():
-    l = np.array([1.0, 1.005, 0.5, 0.0, 2.0, -1.0, -0.001, 3.0])
+    l = np.array([1.0, 1.005, 0.5, 0.0, 1.2, -1.0, -0.001, 3.0])
     assert tasks_picture.census(l) == [0.25, 0.25, 0.25, 0.25]
     a, b = np.array([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0]]), np.array([[3.0, 1.0], [2.0, 1.0], [0.5, 1.0]])
     assert tasks_picture.cosines(a, b).tolist() == [1, -1, 0]
