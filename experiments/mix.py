@@ -1,6 +1,7 @@
 """What a batch of mixed tasks costs: one forward pass with gathered rows, beside the ways to do without it.
 
     python experiments/mix.py                       # data/base.pt on whatever is here
+    python experiments/mix.py --tokens 8            # short rows
     python experiments/mix.py --device cuda --repeats 50
 
 Prints a Markdown table. Every figure is a median over repeats in which all contestants take turns, so that whatever
@@ -52,13 +53,13 @@ def seconds(call, device):
 
 
 @torch.no_grad()
-def measure(model, path, repeats):
-    """Return {contestant: median seconds} for forward passes of BATCH_SIZE rows of block_size tokens.
+def measure(model, path, n_tokens, repeats):
+    """Return {contestant: median seconds} for forward passes of BATCH_SIZE rows of n_tokens.
 
     path: where a task's file is written, whose size tells the bytes of a task.
     """
     device = model.lm_head.weight.device
-    idx = torch.randint(0, model.config.vocab_size, (BATCH_SIZE, model.config.block_size), device=device)
+    idx = torch.randint(0, model.config.vocab_size, (BATCH_SIZE, n_tokens), device=device)
     tasks = make_tasks(model, max(N_TASKS))
     tasks[0].save(path)
     stacks = {n: stack(tasks[:n]) for n in N_TASKS}
@@ -90,9 +91,9 @@ def measure(model, path, repeats):
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def table(times, model, bytes_of_a_task, bytes_of_base):
+def table(times, n_tokens, bytes_of_a_task, bytes_of_base):
     """The README's table, in Markdown."""
-    tokens = f"{BATCH_SIZE} × {model.config.block_size} tokens"
+    tokens = f"{BATCH_SIZE} × {n_tokens} tokens"
     lines = [
         f"| forward pass, {tokens} | " + " | ".join(f"{n} tasks" for n in N_TASKS).replace("1 tasks", "1 task") + " |"
     ]
@@ -132,6 +133,7 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--base", default=str(ROOT / "data/base.pt"), help="a checkpoint (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="length of a row (default: the model's block_size)")
     parser.add_argument("--repeats", type=int, default=21, help="turns of each contestant (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     args = parser.parse_args(argv)
@@ -139,12 +141,15 @@ def run(argv):
         raise ValueError(f"repeats must be at least 1, not {args.repeats}")
     device, dtype = pick_device(args.device)
     model = GPT.from_pretrained(args.base).to(device, getattr(torch, dtype))
+    n_tokens = model.config.block_size if args.tokens is None else args.tokens
+    if not 1 <= n_tokens <= model.config.block_size:
+        raise ValueError(f"tokens must be from 1 to the model's {model.config.block_size}, not {n_tokens}")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/task.npz"
-        times = measure(model, path, args.repeats)
+        times = measure(model, path, n_tokens, args.repeats)
         size = os.path.getsize(path)
     print(f"{device_name(device)}, {dtype}, torch {torch.__version__}; medians of {args.repeats}\n")
-    print(table(times, model, size, os.path.getsize(args.base)))
+    print(table(times, n_tokens, size, os.path.getsize(args.base)))
     return 0
 
 

@@ -158,6 +158,7 @@ def test_choices_that_are_none_are_refused_with_their_line(tmp_path, capsys, lin
         (fewshot, "--base {folder}/nowhere.pt", "nowhere.pt"),
         (mix, "--repeats 0", "repeats must be at least 1"),
         (mix, "--device tpu9", "tpu9"),
+        (mix, "--tokens 17", "tokens must be from 1 to the model's 16"),
         (tasks_picture, "a.npz", "two or more"),
         (tasks_picture, "a.npz a.npz", "two or more different"),
     ],
