@@ -254,6 +254,7 @@ def test_training_on_instructions_lowers_the_completions_loss(tmp_path):
 
 
 def test_experiments_start_from_the_root():
-    for name in ("mix", "ranking", "fewshot", "pairs", "tasks_picture"):
-        done = subprocess.run([sys.executable, f"experiments/{name}.py", "--help"], capture_output=True, text=True)
-        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+    names = ("mix", "ranking", "fewshot", "pairs", "tasks_picture")
+    commands = [[sys.executable, f"experiments/{name}.py", "--help"] for name in names]
+    for process in [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]:
+        assert b"usage" in process.communicate()[0] and process.returncode == 0
