@@ -67,12 +67,16 @@ def measure_all(jobs, base, results, path, workers):
     left = [job for job in jobs if (mark, *job) not in results]
     with ProcessPoolExecutor(workers, initializer=silent) as pool, open(path, "a", newline="") as f:
         running = {pool.submit(measure, base, *job): job for job in left}
-        for done, future in enumerate(as_completed(running), 1):
-            job = running[future]
-            results[mark, *job] = future.result()
-            csv.writer(f).writerow((mark, *job, results[mark, *job]))
-            f.flush()
-            print(f"{done}/{len(left)}  {' '.join(map(str, job))}: {results[mark, *job]:.1%}", flush=True)
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                job = running[future]
+                results[mark, *job] = future.result()
+                csv.writer(f).writerow((mark, *job, results[mark, *job]))
+                f.flush()
+                print(f"{done}/{len(left)}  {' '.join(map(str, job))}: {results[mark, *job]:.1%}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     return {job: results[mark, *job] for job in jobs}
 
 
@@ -197,6 +201,9 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"fewshot.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fewshot.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -225,6 +225,9 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"ranking.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ranking.py: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
