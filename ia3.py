@@ -62,8 +62,8 @@ class IA3(nn.Module):
         if self.is_stacked() != (tasks is not None):
             raise ValueError("stacked vectors want tasks, one id a row, and vectors of one task want none")
         n_tasks = next(self.parameters()).size(0)
-        if tasks is not None and (tasks.dim() != 1 or tasks.min() < 0 or tasks.max() >= n_tasks):
-            raise ValueError(f"tasks must hold one id a row, each from 0 to {n_tasks - 1}")
+        if tasks is not None and (tasks.dtype != torch.long or tasks.min() < 0 or tasks.max() >= n_tasks):
+            raise ValueError(f"tasks must be long, each id from 0 to {n_tasks - 1}")
 
         def row(matrix, layer):
             if matrix is None:
@@ -125,6 +125,7 @@ def attach(model, vectors=None, targets=TARGETS):
     if theirs != ours or vectors.base not in (None, base):
         raise ValueError(f"these vectors belong to another base, of n_layer, n_embd {theirs}; this one has {ours}")
     vectors.base = base
+    model.ia3 = None  # vectors that were there belong to their holder: only the base is frozen
     model.requires_grad_(False)
     model.ia3 = vectors.requires_grad_().to(next(model.parameters()).device)  # float32, whatever the base is held in
     return vectors

@@ -133,9 +133,11 @@ class GPT(nn.Module):
         cross-entropy in nats a target token, or None without targets. Raises ValueError for a sequence too long, or
         tasks that do not fit the vectors.
         """
-        T = idx.size(1)
+        B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size {self.config.block_size}")
+        if tasks is not None and tasks.shape != (B,):
+            raise ValueError(f"tasks must hold one id a row, shape ({B},), not {tuple(tasks.shape)}")
         if self.ia3 is not None:
             rows = self.ia3.rows(tasks)  # n_layer × (l_k, l_v, l_ff)
         elif tasks is None:

@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 import textwrap
+from pathlib import Path
 
 import torch
 
@@ -27,12 +28,21 @@ def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tas
     return [datasets.get_tokenizer(model.tokenizer).decode(row) if model.tokenizer else str(row) for row in rows]
 
 
+def short_names(paths):
+    """What tells the paths apart: without .npz, and without the folders and the file name that all of them share."""
+    names = [Path(path).with_suffix("").parts for path in paths]
+    for end, rest in ((0, slice(1, None)), (-1, slice(-1))):
+        while all(len(name) > 1 for name in names) and len({name[end] for name in names}) == 1:
+            names = [name[rest] for name in names]
+    return ["/".join(name) for name in names]
+
+
 def side_by_side(names, texts, width=38):
     """Return the texts as columns under their names, each line folded to width."""
     columns = []
     for name, text in zip(names, texts, strict=True):
         lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, width) or [""]]
-        columns.append([name, "-" * len(name), *lines])
+        columns.append([name[:width], "-" * len(name[:width]), *lines])
     height = max(map(len, columns))
     padded = [column + [""] * (height - len(column)) for column in columns]
     return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in zip(*padded, strict=True))
@@ -73,7 +83,7 @@ def run(argv):
     ids = torch.tensor([prompt] * max(len(tasks), 1))
     which = torch.arange(len(tasks)) if len(tasks) > 1 else None
     texts = complete(model, ids, args.tokens, args.temperature, args.top_k, args.seed, which)
-    print(texts[0] if len(texts) == 1 else side_by_side(args.ia3, texts))
+    print(texts[0] if len(texts) == 1 else side_by_side(short_names(args.ia3), texts))
     return 0
 
 

@@ -157,6 +157,8 @@ def read_jsonl(path, tokenizer, block_size):
             row = json.loads(line)
         except ValueError as e:
             raise ValueError(f"{where}: not JSON ({e})") from None
+        if isinstance(row, dict) and "choices" in row:
+            raise ValueError(f"{where}: choices to rank: python experiments/ranking.py --data {path.parent}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
         prompt, completion = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["completion"])

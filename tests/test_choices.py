@@ -1,0 +1,329 @@
+"""Choices: their file, the paper's three losses, rank classification, the pairs that they are measured on."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_gpt, make_ia3
+
+import train
+from data import get_tokenizer
+from experiments import fewshot, mix, pairs, ranking, tasks_picture
+
+ROWS = [
+    {"prompt": "Q: ", "choices": ["yes", "no, never", "so"], "label": 1},
+    {"prompt": "And: ", "choices": ["up", "vp"], "label": 0},
+]
+
+
+def write(folder, rows, names=("train", "val")):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def split(tmp_path):
+    return ranking.load_choices(write(tmp_path, ROWS) / "train.jsonl", get_tokenizer("bytes"), 16)
+
+
+def log_p_by_hand(model, prompt, choice):
+    """log p of each of the choice's tokens, one forward pass a token, nothing padded."""
+    ids = list((prompt + choice).encode())
+    out = []
+    for t in range(len(prompt), len(ids)):
+        out.append(model(torch.tensor([ids[:t]]))[0][0, -1].log_softmax(-1)[ids[t]].item())
+    return out
+
+
+def test_the_three_losses_are_the_papers_formulas(split):
+    """Section 3.2, by hand: float64, so that only the order of sums differs, 1e-12 of a few nats."""
+    model = make_gpt().double()
+    lm, ul, ln, right, wrong = 0.0, 0.0, [], 0, 0
+    for row in ROWS:
+        log_p = [log_p_by_hand(model, row["prompt"], choice) for choice in row["choices"]]
+        beta = [math.exp(sum(lp) / len(lp)) for lp in log_p]
+        ln.append(-math.log(beta[row["label"]] / sum(beta)))
+        for n, lp in enumerate(log_p):
+            if n == row["label"]:
+                lm, right = lm - sum(lp), right + len(lp)
+            else:
+                ul, wrong = ul - sum(math.log(1 - math.exp(v)) for v in lp), wrong + len(lp)
+    truth = {"lm": lm / right, "ul": ul / wrong, "ln": sum(ln) / 2}
+    assert (right, wrong) == (11, 7)
+    batch = split.windows([0, 1])
+    # cross-entropies are taken in float32, 6e-8 of a log-likelihood of about 6 nats; ul has them in an exponent
+    for name, value in truth.items():
+        assert ranking.make_loss([name])(model, *batch).item() == pytest.approx(value, rel=2e-6), name
+    assert ranking.make_loss()(model, *batch).item() == pytest.approx(sum(truth.values()), rel=2e-6)
+
+
+def test_no_choice_is_ever_sure_enough_to_make_a_loss_or_a_gradient_infinite():
+    log_p = torch.tensor([[[-0.1, 0.0], [0.0, -200.0]]], requires_grad=True)  # p = 1 and p = 0 in a wrong choice
+    there, labels = torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([0])
+    loss = ranking.loss_ul(log_p, there, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(1e-6) / 2, rel=1e-3)
+    assert log_p.grad.isfinite().all() and (log_p.grad[0, 0] == 0).all()
+
+
+def test_ranking_is_by_length_normalized_likelihood(split):
+    model = make_gpt().double()
+    beta, labels = ranking.scores(model, split, batch_size=1)
+    assert labels.tolist() == [1, 0] and beta.shape == (2, 3) and beta[1, 2] == -math.inf
+    for row, found in zip(ROWS, beta.tolist(), strict=True):
+        log_p = [log_p_by_hand(model, row["prompt"], choice) for choice in row["choices"]]
+        assert found[: len(log_p)] == pytest.approx([sum(lp) / len(lp) for lp in log_p], rel=1e-6)
+    right = (beta.argmax(-1) == labels).double().mean().item()
+    assert ranking.accuracy(model, split) == right
+
+
+def test_training_learns_the_right_choices(tmp_path, capsys):
+    rows = [
+        {"prompt": "\n", "choices": ["aXb", "aYb"], "label": 1},
+        {"prompt": "\n", "choices": ["cYd", "cXd"], "label": 0},
+    ]
+    folder = write(tmp_path / "d", rows)
+    make_gpt().save(tmp_path / "base.pt")
+    flags = f"--data {folder} --base {tmp_path}/base.pt --device cpu --steps 30 --lr 0.1 --out {tmp_path}/run"
+    for losses in ("lm", "ul", "ln"):
+        assert ranking.main([*flags.split(), "--losses", losses, "--overwrite"]) == 0
+        assert capsys.readouterr().out.endswith("→ 100.0%\n"), losses
+    before = (tmp_path / "run/ia3.npz").read_bytes()
+    assert ranking.main(flags.split()) == 2  # a run is not overwritten unasked
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "run/ia3.npz").read_bytes() == before
+    assert ranking.main([*flags.split(), "--overwrite", "--k", "1", "--ia3", f"{tmp_path}/run/ia3.npz"]) == 0
+
+
+def test_the_k_examples_are_drawn_from_the_seed(split):
+    many = ranking.Choices(list(range(50)))
+    drawn = [tuple(ranking.draw(many, 8, seed).examples) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 8
+    for k in (0, 51):
+        with pytest.raises(ValueError, match="k must be from 1 to the data's 50 examples"):
+            ranking.draw(many, k, 0)
+
+
+GOOD = {"prompt": "a", "choices": ["b", "c"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: wants"),
+        ("[1]", "line 2: wants"),
+        (json.dumps({"prompt": "a", "completion": "b"}), "line 2: wants"),
+        (json.dumps(GOOD | {"choices": "bc"}), "line 2: wants"),
+        (json.dumps(GOOD | {"choices": ["b", 1]}), "line 2: wants"),
+        (json.dumps(GOOD | {"choices": ["b"]}), "line 2: a choice takes at least two, not 1"),
+        (json.dumps(GOOD | {"choices": []}), "line 2: a choice takes at least two, not 0"),
+        (json.dumps(GOOD | {"label": 2}), "line 2: label 2 is not one of 0 to 1"),
+        (json.dumps(GOOD | {"label": -1}), "line 2: label -1 is not one of 0 to 1"),
+        (json.dumps(GOOD | {"label": True}), "line 2: label True"),
+        (json.dumps(GOOD | {"label": "0"}), "line 2: label 0"),
+        (json.dumps(GOOD | {"choices": ["b", ""]}), "line 2: the prompt or a choice is empty"),
+        (json.dumps(GOOD | {"prompt": ""}), "line 2: the prompt or a choice is empty"),
+        (json.dumps(GOOD | {"choices": ["b", "c" * 17]}), "line 2: 18 tokens do not fit block_size 16"),
+        (None, "holds no examples"),
+    ],
+)
+def test_choices_that_are_none_are_refused_with_their_line(tmp_path, capsys, line, message):
+    folder = write(tmp_path / "d", [GOOD])
+    make_gpt().save(tmp_path / "base.pt")
+    (folder / "train.jsonl").write_text("\n" if line is None else json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl"):
+        ranking.load_choices(folder / "train.jsonl", get_tokenizer("bytes"), 16)
+    flags = f"--data {folder} --base {tmp_path}/base.pt --device cpu --out {tmp_path}/run"
+    assert ranking.main(flags.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ranking.py: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (ranking, "--k 3", "k must be from 1 to the data's 2 examples, not 3"),
+        (ranking, "--k 0", "k must be from 1"),
+        (ranking, "--losses lm,xx", "losses must be some of lm, ul, ln, not lm,xx"),
+        (ranking, "--steps 0", "steps must be at least 1"),
+        (ranking, "--lr 0", "lr must be above 0"),
+        (ranking, "--data {folder}/nowhere", "nowhere"),
+        (ranking, "--ia3 {folder}/nowhere.npz", "nowhere.npz"),
+        (ranking, "--base {folder}/nowhere.pt", "nowhere.pt"),
+        (fewshot, "--workers 0", "workers must be at least 1"),
+        (fewshot, "--base {folder}/nowhere.pt", "nowhere.pt"),
+        (mix, "--repeats 0", "repeats must be at least 1"),
+        (mix, "--device tpu9", "tpu9"),
+        (mix, "--tokens 17", "tokens must be from 1 to the model's 16"),
+        (tasks_picture, "a.npz", "two or more"),
+        (tasks_picture, "a.npz a.npz", "two or more different"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(tmp_path, capsys, script, flags, message):
+    make_gpt().save(tmp_path / "base.pt")
+    flags = flags.format(folder=tmp_path).split()
+    if script is not mix:
+        flags = ["--out", f"{tmp_path}/run", *flags]
+    if "--base" not in flags:
+        flags = ["--base", f"{tmp_path}/base.pt", *flags]
+    if script is ranking and "--data" not in flags:
+        flags = ["--data", str(write(tmp_path / "d", ROWS)), *flags]
+    assert script.main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{script.__name__.split('.')[-1]}.py: ") and err.count("\n") == 1 and message in err, err
+
+
+def test_train_sends_choices_to_the_command_that_ranks_them(tmp_path, capsys):
+    folder = write(tmp_path / "d", ROWS)
+    make_gpt().save(tmp_path / "base.pt")
+    assert train.main(["--init", f"{tmp_path}/base.pt", "--data", str(folder), "--out", f"{tmp_path}/run"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"python experiments/ranking.py --data {folder}" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_edit_is_what_differs_and_where():
+    assert pairs.edits("again", "againe") == [(5, 5, "e")]
+    assert pairs.edits("poor", "poore") == [(4, 4, "e")]
+    assert pairs.edits("many", "manie") == [(3, 4, "ie")]
+    for modern, folio in (("sovereign", "soueraigne"), ("kiss", "kisse"), ("been", "beene"), ("stolen", "stolne")):
+        assert pairs.apply(modern, pairs.edits(modern, folio)) == folio
+    assert pairs.exchanges("have", (2, 3, "u")) and not pairs.exchanges("many", (3, 4, "ie"))
+    # removed, inserted, at the start, at the end, after a vowel, before a vowel, doubling
+    assert pairs.kind_of("again", (5, 5, "e")) == ("", "e", False, True, False, "", False)
+    assert pairs.kind_of("be", (2, 2, "e")) == ("", "e", False, True, True, "", True)
+    assert pairs.kind_of("joy", (0, 1, "i")) == ("j", "i", True, False, "", True, False)
+    assert pairs.kind_of("keeps", (4, 4, "e")) == ("", "e", False, False, False, False, False)
+
+
+def test_words_are_aligned_across_spellings():
+    modern = "He is a villain and I have seen it again".split()
+    folio = "Hee is a villaine O and I haue seene it againe".split()
+    assert pairs.align(modern, folio) == [0, 1, 2, 3, None, 4, 5, 6, 7, 8, 9]
+    assert pairs.align("my grief is here".split(), "my table is heere".split()) == [0, None, 2, 3]
+
+
+def test_a_line_counts_if_every_word_has_its_modern_one_and_none_is_missing():
+    modern = "Hal. I have seen the great white king again. I know not what he may do to us here, good friend."
+    folio = "Hal. I haue seene the white King againe.\nI know not what hee may\ndoe to vs heere, good friend."
+    wanted = [("doe to vs heere, good friend.", "do to us here good friend".split())]
+    assert list(pairs.aligned_lines(modern, folio)) == wanted  # a word is missing in the first, the second is short
+
+
+def make_printers(folio="", modern=""):
+    """Printers of a few common words; without context every place is as likely as any other, so the first is taken."""
+    return pairs.Printers("thus it with them and but " * pairs.COMMON + folio, modern, pairs.NGrams("abc", 1))
+
+
+@pytest.mark.parametrize(
+    "folio, modern, decoy",
+    [
+        ("", "", "I thank ite, with Them;"),
+        ("ite", "", "I thank it, withe Them;"),  # printers did put it there
+        ("ite", "Withe", "I thank it, with Theme;"),  # there is such a modern word
+        ("ite withe theme", "", None),
+    ],
+)
+def test_a_decoy_has_the_edit_where_printers_never_put_it(folio, modern, decoy):
+    line, words = "I thanke it, with Them;", "I thank it with them".split()
+    assert pairs.make_decoy(line, words, make_printers(folio, modern)) == decoy
+
+
+def test_a_decoy_puts_one_edit_in_a_common_word_and_none_back_in_its_own():
+    printers = make_printers("thank " * pairs.COMMON)
+    assert pairs.make_decoy("I thanke him it", "I thank him it".split(), printers) == "I thank him ite"
+    assert pairs.make_decoy("I thanke it, aske", "I thank it ask".split(), printers) == "I thank ite, aske"
+
+
+def test_a_decoy_keeps_what_has_no_wrong_place():
+    printers = make_printers("ever " * pairs.COMMON)
+    assert pairs.make_decoy("I haue it, thanke", "I have it thank".split(), printers) == "I haue ite, thank"
+    for line, modern in [
+        ("I haue it", "I have it"),  # u for v, wherever they could
+        ("I thank it", "I thank it"),  # no edit
+        ("thanke so", "thank so"),  # after a vowel is another kind of place
+        ("I haue ever", "I have ever"),  # nor where one was left over
+        ("hir'd them", "hired them"),  # words with an apostrophe stay as they are
+    ]:
+        assert pairs.make_decoy(line, modern.split(), printers) is None, line
+
+
+def test_a_decoy_far_from_the_true_line_is_left_out():
+    """An n-gram model of one sentence is sure of everything in it, so no other place is as likely as the true one."""
+    printers = make_printers()
+    printers.ngrams = pairs.NGrams("i thanke it\n" * 50, 4)
+    assert pairs.make_decoy("I thanke it", "I thank it".split(), printers) is None
+
+
+def test_the_pairs_give_nothing_away_but_the_place_of_their_edits():
+    seen, labels = set(), []
+    for split in ("train", "val", "test"):
+        rows = [json.loads(line) for line in (fewshot.DATA / f"{split}.jsonl").read_text().splitlines()]
+        assert len(rows) >= 300
+        labels += [row["label"] for row in rows]
+        for row in rows:
+            true, decoy = row["choices"][row["label"]], row["choices"][1 - row["label"]]
+            assert true != decoy and sorted(true.lower()) == sorted(decoy.lower())
+            for of in (true, decoy):
+                assert true not in seen and pairs.SHORT <= len(of) <= pairs.LONG
+            marks = [[c for c in line if not c.isalpha()] for line in (true, decoy)]
+            capitals = [[word[:1].isupper() for word in line.split()] for line in (true, decoy)]
+            assert marks[0] == marks[1] and capitals[0] == capitals[1]
+        seen |= {row["choices"][row["label"]] for row in rows}
+    assert 0.49 < sum(labels) / len(labels) < 0.51
+    base = (fewshot.ROOT / "data/plays/train.txt").read_text()
+    for split in ("val", "test"):  # a line that a held play shares with the folio's others would be known already
+        folio = set((fewshot.ROOT / "data/folio/train.txt").read_text().splitlines())
+        rows = [json.loads(line) for line in (fewshot.DATA / f"{split}.jsonl").read_text().splitlines()]
+        assert not any(row["choices"][row["label"]] in folio for row in rows)
+    assert not any(f"\n{title}\n" in base for title in ("MACBETH", "JULIUS CAESAR", "AS YOU LIKE IT"))
+
+
+def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path):
+    path = tmp_path / "results.csv"
+    assert fewshot.read_results(path) == {}
+    with open(path, "a") as f:
+        f.write('abc,test,"lm,ul,ln",0.03,8,1,0.75\n')
+    assert fewshot.read_results(path) == {("abc", "test", "lm,ul,ln", 0.03, 8, 1): 0.75}
+
+
+def test_the_benchmarks_table_and_picture(tmp_path):
+    measured = {
+        ("test", losses, 0.03, k, seed): 0.5 + seed / 10
+        for losses in ("lm", "lm,ul,ln")
+        for k in (8, 32)
+        for seed in range(5)
+    }
+    text = fewshot.table(measured, {"the untouched base": 0.587}, 0.03)
+    assert "| the untouched base | | 58.7 | | | |" in text
+    assert "| (IA)³, L_LM + L_UL + L_LN | 32 | 70.0 | 60.0 to 80.0 | 70.0 | 5 |" in text
+    fewshot.draw_picture(measured, {"the untouched base": 0.587}, tmp_path / "a.png")
+    assert fewshot.plt.imread(tmp_path / "a.png")[..., :3].std() > 0.05
+
+
+def test_scales_are_counted_and_compared():
+    l = np.array([1.0, 1.005, 0.5, 0.0, 1.2, -1.0, -0.001, 3.0])
+    assert tasks_picture.census(l) == [0.25, 0.25, 0.25, 0.25]
+    a, b = np.array([[2.0, 1.0], [0.0, 1.0], [1.0, 1.0]]), np.array([[3.0, 1.0], [2.0, 1.0], [0.5, 1.0]])
+    assert tasks_picture.cosines(a, b).tolist() == [1, -1, 0]
+
+
+def test_the_picture_of_tasks_is_drawn(tmp_path, capsys):
+    make_gpt().save(tmp_path / "base.pt")
+    for seed, name in enumerate(("one", "two", "three")):
+        make_ia3(make_gpt(), seed, ("ff",) if seed else ("k", "v", "ff")).save(tmp_path / f"{name}.npz")
+    files = [f"{tmp_path}/{name}.npz" for name in ("one", "two", "three")]
+    assert tasks_picture.main([*files, "--base", f"{tmp_path}/base.pt", "--out", f"{tmp_path}/p.png"]) == 0
+    assert "| two l_ff |" in capsys.readouterr().out
+    assert tasks_picture.plt.imread(tmp_path / "p.png")[..., :3].std() > 0.05
+
+
+def test_the_cost_of_mixing_is_measured(tmp_path, capsys):
+    make_gpt().save(tmp_path / "base.pt")
+    assert mix.main(["--base", f"{tmp_path}/base.pt", "--repeats", "1", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "| over the same batch under one task |" in out and "bytes on disk" in out
