@@ -235,6 +235,7 @@ def pick_device(name="auto", dtype="auto"):
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device {name!r} is not here: {str(e).splitlines()[0]}") from None
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # torchrun's processes meet on their own
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, ("bfloat16" if bfloat16 else "float32") if dtype == "auto" else dtype
