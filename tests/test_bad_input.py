@@ -172,7 +172,7 @@ def test_checkpoints_that_are_damaged_or_carry_code(folder, capsys):
         check(folder, train, [*TRAIN, "--init", "cut.pt"], "cut.pt is truncated, carries code", capsys)
     torch.save({"model": Code(), "model_args": {}}, "code.pt")
     check(folder, train, [*TRAIN, "--init", "code.pt"], "carries code", capsys)
-    (folder / "code.pt").write_bytes(pickle.dumps(Code()))
+    (folder / "code.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     check(folder, sample, ["--base", "code.pt"], "carries code", capsys)
     assert not (folder / "ran").exists()
     np.savez("code.npz", about=np.array(Code(), dtype=object), l_k=np.array([Code()], dtype=object))
