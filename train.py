@@ -191,9 +191,8 @@ def train(model, data, config, loss_fn=lm_loss):
             seconds = max(time.time() - clock, 1e-9)
             rate, left = n_tokens / seconds, (config.steps - step) * seconds / max(n_steps, 1)
             train_loss = sum(losses) / len(losses) if losses else math.nan
-            due = (step % config.eval_interval == 0 or step == config.steps) and step not in [
-                r["step"] for r in history
-            ]
+            evaluated = {row["step"] for row in history}  # a resumed run starts at a step that may be
+            due = (step % config.eval_interval == 0 or step == config.steps) and step not in evaluated
             if due:
                 val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
                 if not math.isfinite(val_loss):
@@ -208,7 +207,8 @@ def train(model, data, config, loss_fn=lm_loss):
                 line = f"step {step:5d}/{config.steps}  val {history[-1]['val_loss']:.4f}"
                 if step > 0:
                     line += f"  loss {train_loss:.4f}  {rate:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-                print("\r" * sys.stdout.isatty() + line, end="\n" if due else "", flush=True)
+                tty = sys.stdout.isatty()
+                print("\r" * tty + line.ljust(79 * tty), end="\n" if due else "", flush=True)
             if step == config.steps:
                 return history
             if interrupts:
