@@ -10,16 +10,15 @@ else the machine does falls on all of them alike.
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments.clock import device_name, interleave
 from ia3 import IA3, attach, stack
 from model import GPT, pick_device
 
@@ -39,17 +38,6 @@ def make_tasks(model, n):
                 p.add_(0.1 * torch.randn(p.shape, generator=dice).to(p.device))
         tasks.append(vectors)
     return tasks
-
-
-def seconds(call, device):
-    """Wall clock of one call, the GPU's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -82,12 +70,7 @@ def measure(model, path, n_tokens, repeats):
     contestants |= {("mixed", n): lambda n=n: forward(stacks[n], idx, ids[n]) for n in N_TASKS}
     contestants |= {("in turn", n): lambda n=n: one_after_another(n) for n in N_TASKS}
     contestants |= {"swap": swap, "load": load, "stack": lambda: stack(tasks)}
-    times = {name: [] for name in contestants}
-    for repeat in range(repeats + 2):
-        for name, call in contestants.items():
-            took = seconds(call, device)
-            if repeat >= 2:  # warm by now
-                times[name].append(took)
+    times = interleave(contestants, repeats, device)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -113,17 +96,6 @@ def table(times, n_tokens, bytes_of_a_task, bytes_of_base):
         f"A task: {bytes_of_a_task:,} bytes on disk. The base: {bytes_of_base:,}.",
     ]
     return "\n".join(lines)
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-        cpu = cpu.partition(": ")[2]
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads"
 
 
 def run(argv):

@@ -1,5 +1,6 @@
 """What convert.py reads and refuses, the fetching of published weights from a small local server, and the count."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -282,7 +283,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         if self.server.announces:
             self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
-        self.wfile.write(self.server.body[: self.server.cut])
+        with contextlib.suppress(ConnectionError):  # who refuses an answer hangs up before all of it is written
+            self.wfile.write(self.server.body[: self.server.cut])
 
     def log_message(self, *_):
         pass
