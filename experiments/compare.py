@@ -5,8 +5,8 @@
     python experiments/compare.py --init gpt2 --data path/to/folder --forget path/to/another --out out/gpt2
 
 Protocol. Every method (experiments/methods.py) trains with train.train() on the same windows in the same order: 1× is
-100 steps of 16 windows of block_size tokens, AdamW without weight decay, 6 % warmup, cosine decay, gradient norm 1. On the
-first data (folio) (IA)³, full fine-tuning and LoRA r = 4 also train 4×, 400 steps.
+100 steps of 16 windows of block_size tokens, AdamW without weight decay, 6 % warmup, cosine decay, gradient norm 1.
+On the first data (folio) (IA)³, full fine-tuning and LoRA r = 4 also train 4×, 400 steps.
 
 The learning rate of a method is chosen on the first data's val (256 windows, seed 0, 1×) among five half-decades
 around the one it was published with; while the best stands at the grid's edge, the grid grows by one. It is used
@@ -14,11 +14,11 @@ everywhere. Nothing else is chosen. The last step is what is reported, on test, 
 and 1 and 2 at 4×. A seed draws the batches, and the initial values where a method has any that are random; (IA)³ starts
 from ones, so for it seeds vary the batches only. It is one base model: no interval here says anything about others.
 
-Intervals are the middle 95 % of 2000 bootstrap resamples of test windows and of seeds, the same for all methods, so that
-differences are paired. With few seeds a bootstrap is a little too sure of itself. Where an interval of a difference
-holds 0, no ranking is claimed. The gap is what full fine-tuning of as many steps gains over the base. Forgetting is what
-the test loss of --forget (plays, the base's own text) gains while the task is switched on; switched off, what leaves the
-base's tensors alone forgets nothing by construction.
+Intervals are the middle 95 % of 2000 bootstrap resamples of test windows and of seeds, the same for all methods, so
+that differences are paired. With few seeds a bootstrap is a little too sure of itself. Where an interval of a
+difference holds 0, no ranking is claimed. The gap is what full fine-tuning of as many steps gains over the base.
+Forgetting is how much the test loss of --forget (plays, the base's own text) rises while the task is switched on;
+switched off, whatever leaves the base's tensors alone forgets nothing, by construction.
 
 Writes runs.csv (every run), costs.csv, windows.npz (nats of every test window, for statistics of your own),
 curves.csv, table.md, gap.png and curves.png into --out.
@@ -30,8 +30,10 @@ import math
 import sys
 import tempfile
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 import numpy as np
@@ -142,7 +144,7 @@ def measure(settings, stage, data, method, lr, steps, seed):
 
 
 def coarse(nats):
-    """Nats of a window, about 200 of them, to 1/64: what is lost is below every digit shown, and the rest packs well."""
+    """A window's nats, about 200, to 1/64: what is lost is below every digit shown, and the rest packs well."""
     return np.float32(np.round(64 * nats) / 64)
 
 
@@ -282,7 +284,8 @@ def measure_costs(settings, data, repeats):
         }
         for what, (middle, low, high) in found.items():
             row |= {what: middle, f"{what}_low": low, f"{what}_high": high}
-        row["device"], row["torch"] = device_name(device), torch.__version__
+        row["window_seconds"] = median(times[name, "merged"]) if METHODS[name].merge else ""
+        row["device"], row["torch"], row["date"] = device_name(device), torch.__version__, f"{date.today()}"
     return list(rows.values())
 
 
@@ -370,8 +373,8 @@ def tables(out):
         lines += [
             f"**{data}**, {steps} steps of {BATCH_SIZE} windows, {len(seeds)} seed{'s' * (len(seeds) > 1)}:",
             "",
-            f"| method | rate | test loss | gap closed, % | loss less (IA)³'s | half the gap at step | {about['forget']}"
-            " forgotten |",
+            f"| method | rate | test loss | gap closed, % | loss less (IA)³'s | half the gap at step |"
+            f" {about['forget']} forgotten |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, values in found.items():
@@ -391,7 +394,7 @@ def tables(out):
     full = next(row for row in costs if row["method"] == "full")
     gpu = full["peak"] != ""
     lines += [
-        f"What they cost ({costs[0]['device']}, torch {costs[0]['torch']}; times are medians with quartiles):",
+        f"What they cost ({costs[0]['device']}, torch {costs[0]['torch']}, {costs[0]['date']}; medians and quartiles):",
         "",
         "| method | values | % | bytes on disk | optimizer and gradients, bytes | FLOPs of a step: linear, attention |"
         f" step time | kept for backward |{' peak memory |' * gpu} forward | forward, merged | a mixed batch |",

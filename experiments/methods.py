@@ -1,9 +1,9 @@
 """(IA)³'s rivals, each from its paper, attached from outside so that model.py stays (IA)³'s alone.
 
 Every attach function takes a GPT, freezes what its method freezes, adds what it adds, and leaves requires_grad on just
-what it trains: train.train() needs no more. Every merge function returns a plain GPT that computes the same. METHODS, at
-the end, lists them with the learning rate that the (IA)³ paper's authors ran each with (the configs of their code,
-github.com/r-three/t-few) and the number of values, L for n_layer and n for n_embd.
+what it trains: train.train() needs no more. Every merge function returns a plain GPT that computes the same. METHODS,
+at the end, lists them with the learning rate that the (IA)³ paper's authors ran each with (the configs of their code,
+github.com/r-three/t-few) and the number of values as a function of the GPTConfig.
 """
 
 import copy
@@ -108,7 +108,7 @@ def merge_lora(model):
 class Adapter(nn.Module):
     """h + W_up γ(W_down h + b_down) + b_up, γ = GELU (Houlsby et al. 2019, arXiv:1902.00751, section 2.1).
 
-    The paper starts both matrices near zero; W_up starts at zero here, so step 0 is the base. No merge: γ stands between.
+    The paper starts both matrices near zero; W_up starts at zero here, so step 0 is the base. γ forbids a merge.
     """
 
     def __init__(self, n_embd, width):
@@ -152,9 +152,7 @@ class PrefixAttention(nn.Module):
         k, v = (torch.cat((p.to(t.dtype).expand(B, -1, -1), t), 1) for p, t in ((self.keys, k), (self.values, v)))
         n_head = self.attn.n_head
         q, k, v = (t.view(B, -1, n_head, C // n_head).transpose(1, 2) for t in (q, k, v))  # k, v (B, n_head, P + T, ·)
-        seen = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(
-            k.size(2) - T
-        )  # all of P, the past of T
+        seen = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # P and the past
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.attn.resid_dropout(self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
