@@ -303,7 +303,7 @@ def draw(axes, records, unit, path):
     numeric = last in ("lr", "steps", "data_size")
 
     def at(record):
-        """Numbers stand where they are on a log scale, names in the order they come in, and so does noise, for its 0."""
+        """Numbers stand on a log scale; names in the order they come in, and so does noise, which may be 0."""
         return record["train_tokens" if last == "data_size" else last] if numeric else cell(last, record)
 
     for i, (label, line) in enumerate(lines.items()):
@@ -316,11 +316,11 @@ def draw(axes, records, unit, path):
         style = "o" if last in ("targets", "depth") and not others else "o-"
         panel.errorbar([at(r) for r in line], losses, bars, fmt=style, color=f"C{i}", ms=4, capsize=3, label=label)
         for record in line:
-            if record["diverged"]:
-                middle = panel.get_xaxis_transform()  # of the panel's height
-                panel.text(at(record), 0.5, "diverged", transform=middle, rotation=90, ha="center", va="center")
-            elif record["reference"]:
+            if record["reference"]:
                 panel.plot([at(record)], [record["loss"]], "ko", mfc="none", ms=10, label="the reference")
+    diverged = [at(record) for record in records if record["diverged"]]
+    if diverged:
+        panel.plot(diverged, [0.5] * len(diverged), "kx", transform=panel.get_xaxis_transform(), label="diverged")
     if numeric:
         ticks = {at(record): cell(last, record) for record in records}
         panel.set_xscale("log")
