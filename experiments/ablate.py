@@ -9,7 +9,8 @@
 The reference is (IA)³ in full: k,v,ff in all layers, trained as the --ref flags say. An axis flag varies one setting
 around it, over the values named or, with none named, over those that --help lists. Trained on train and measured on all
 of val, which ablations may choose by; test stays unread. Every run is compared with the reference's runs of the same
-seeds on the same windows: the differences and their intervals are paired.
+seeds on the same windows: differences and their intervals are paired, by a bootstrap over windows and seeds. With one
+seed only, the interval knows nothing of how another would have come out.
 
 --out gets results.csv (a row a run; the base's own row says none), windows.npz (the nats of every run's every window),
 about.json (what all runs share), table.md, and a picture an axis.
@@ -383,9 +384,9 @@ def parse(argv):
 
 def run(argv):
     args = parse(argv)
-    ours = {"targets": SUBSETS[-1], "depth": HALVES[0], "lr": args.ref_lr, "steps": args.ref_steps}
-    ours["steps"] = (30 if args.quick else 100) if args.ref_steps is None else args.ref_steps
-    reference = ours | {"data_size": args.ref_data_size, "noise": args.ref_noise}
+    steps = (30 if args.quick else 100) if args.ref_steps is None else args.ref_steps
+    reference = {"targets": SUBSETS[-1], "depth": HALVES[0], "lr": args.ref_lr, "steps": steps}
+    reference |= {"data_size": args.ref_data_size, "noise": args.ref_noise}
     device, dtype = pick_device(args.device)
     model = GPT.from_pretrained(args.init)
     n_layer, most = model.config.n_layer, model.config.block_size
@@ -398,12 +399,13 @@ def run(argv):
     given = {axis: getattr(args, axis) for axis in AXES if getattr(args, axis) is not None}
     if args.cross and len(given) < 2:
         raise ValueError("cross wants two axes or more to be named")
-    defaults = {"targets": SUBSETS, "depth": [*HALVES, *map(str, range(n_layer))]}
+    data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, block_size)
+    defaults = {"targets": SUBSETS, "depth": [*(HALVES if n_layer > 1 else HALVES[:1]), *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
+    defaults["data_size"] = [share for share in defaults["data_size"] if share * len(data["train"]) >= 2]  # windows
     axes = {axis: given.get(axis) or defaults[axis] for axis in given or AXES}
     jobs = plan(axes, reference, args.seeds or (1 if args.quick else None), args.cross)
 
-    data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, block_size)
     settings = {"init": args.init, "data": args.data, "device": args.device, "schedule": args.schedule}
     settings |= {"batch_size": args.batch_size, "block_size": block_size}
     for job in jobs:  # before the first run, not after an hour

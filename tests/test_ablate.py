@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -256,7 +257,13 @@ def test_the_command_goes_on_where_it_was_stopped(base, tmp_path, capsys):
     assert by_name == {ablate.run_name(row): row for row in rows}  # to the bit
     assert (run / "table.md").read_text() == table
 
-    for other in ("--ref-lr 0.2", "--batch-size 8", "--block-size 8", "--schedule linear"):
+    others = ["--ref-lr 0.2", "--batch-size 8", "--block-size 8", "--schedule linear"]
+    for split in ("train", "val"):  # a folder of the same name, one of its files one byte longer
+        shutil.copytree(base / "text", tmp_path / split / "text")
+        with open(tmp_path / split / f"text/{split}.txt", "a") as f:
+            f.write(".")
+        others.append(f"--data {tmp_path}/{split}/text")
+    for other in others:
         assert ablate.main([*command, *other.split()]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "another --out" in err
@@ -275,6 +282,22 @@ def test_prompts_and_completions_are_measured_by_the_token(base, tmp_path, capsy
     assert ablate.main([*command.split(), str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "| nats a token |" in out and "| 9 | 288 |" in out  # 'yes' and 'yesyes' are left, one byte a token
+
+
+def test_quick_is_the_same_in_small(base, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def look(jobs, _, path, __):
+        seen.extend(jobs)
+        raise ValueError(path)
+
+    monkeypatch.setattr(ablate, "measure_all", look)
+    command = f"--init {base}/base.pt --data {base}/text --device cpu --out {tmp_path} --quick"
+    assert ablate.main(command.split()) == 2
+    assert capsys.readouterr().err == f"ablate.py: {tmp_path}/quick/results.csv\n"
+    # the base, subsets and depths, the reference, one value of lr, steps, noise; a hundredth of the text is no window
+    assert len(seen) == 1 + 6 + 5 + 1 + 3 and {job["data_size"] for job in seen} == {1.0}
+    assert {job["seed"] for job in seen} == {1} and {job["steps"] for job in seen} == {15, 30}
 
 
 @pytest.mark.parametrize(
