@@ -258,10 +258,10 @@ def test_the_command_goes_on_where_it_was_stopped(base, tmp_path, capsys):
     assert (run / "table.md").read_text() == table
 
     others = ["--ref-lr 0.2", "--batch-size 8", "--block-size 8", "--schedule linear"]
-    for split in ("train", "val"):  # a folder of the same name, one of its files one byte longer
+    for split in ("train", "val"):  # a folder of the same name and sizes, one of its bytes another
         shutil.copytree(base / "text", tmp_path / split / "text")
-        with open(tmp_path / split / f"text/{split}.txt", "a") as f:
-            f.write(".")
+        path = tmp_path / split / f"text/{split}.txt"
+        path.write_text(path.read_text()[:-1] + "!")
         others.append(f"--data {tmp_path}/{split}/text")
     for other in others:
         assert ablate.main([*command, *other.split()]) == 2
