@@ -219,6 +219,7 @@ def summarize(folder):
             base = row
         else:
             runs.setdefault(tuple(row[axis] for axis in AXES), {})[row["seed"]] = row
+    runs = {point: seeds for point, seeds in runs.items() if 1 in seeds}  # others belong to a command that was stopped
 
     def along(axes):
         """The points that differ from the reference in no other axis."""

@@ -144,6 +144,8 @@ def write_folder(folder, points, val_bytes=100.0):
     rows, arrays = [], {"targets": np.array([3.0, 2.0, 5.0, 4.0], np.float32)}
     for point, seeds in points.items():
         for seed, nats in enumerate(seeds, 1):
+            if nats is None:
+                continue  # a run that was not made
             rows.append(REFERENCE | dict(point) | {"seed": seed, "values": 288, "train_tokens": 1000, "loss": 0.0})
             arrays[ablate.run_name(rows[-1])] = np.array(nats, np.float32)
     write_csv(folder / "results.csv", rows)
@@ -167,6 +169,7 @@ def test_a_difference_that_is_the_same_everywhere_has_an_interval_of_no_width(tm
         point(targets="v"): [nats + 0.5 * T for nats in seeds],
         point(targets="k"): [nats + 2 * T for nats in seeds],
         point(lr=0.3): [W - 0.25 * T],  # seed 1 only, so the reference's seed 1 only
+        point(lr=0.5): [None, W],  # of a command that was stopped: nothing to compare with yet
         point(noise=0.3): [W],
     }
     write_folder(tmp_path, points)
