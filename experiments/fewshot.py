@@ -8,20 +8,19 @@ the vectors learned from them rank test, which is read here only. Writes results
 """
 
 import argparse
-import csv
+import functools
 import json
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as datasets
 from experiments.pairs import NGrams
 from experiments.ranking import ROOT, accuracy, draw, load_choices, make_loss, scores
+from experiments.runs import measure_all, open_folder
 from ia3 import IA3, attach, fingerprint
 from model import GPT
 from train import TrainConfig, train
@@ -36,8 +35,7 @@ STEPS, BATCH_SIZE = 60, 8
 LEARNING_RATES = (0.01, 0.03, 0.1)
 CHOOSING_SEEDS = range(3)  # of each K, on val
 PAPER = "lm,ul,ln"
-LOSSES = (PAPER, "lm")
-FIELDS = ("base", "split", "losses", "lr", "k", "seed", "accuracy")
+LOSSES = (PAPER, "lm", "lm,ul", "lm,ln")
 
 
 def read_split(split, model):
@@ -45,8 +43,7 @@ def read_split(split, model):
 
 
 def measure(base, split, losses, lr, k, seed):
-    """Train on K pairs drawn from the seed. Returns the accuracy on split. In a process of its own, on one thread."""
-    torch.set_num_threads(1)
+    """Train on K pairs drawn from the seed. Returns the accuracy on split."""
     model = GPT.from_pretrained(base)
     pairs = draw(read_split("train", model), k, seed)
     attach(model)
@@ -54,42 +51,7 @@ def measure(base, split, losses, lr, k, seed):
     settings = {"steps": STEPS, "lr": lr, "schedule": "linear", "batch_size": BATCH_SIZE, "seed": seed}
     config = TrainConfig(**settings, eval_interval=STEPS, eval_windows=1, device="cpu", dtype="float32")
     train(model, {"train": pairs, "val": pairs}, config, make_loss(losses.split(",")))
-    return accuracy(model, read_split(split, model))
-
-
-def silent():
-    sys.stdout = open("/dev/null", "w")  # noqa: SIM115 - train()'s progress, of several processes at once
-
-
-def measure_all(jobs, base, results, path, workers):
-    """Run the jobs (split, losses, lr, k, seed) that results lacks; append each accuracy to results and to the file."""
-    mark = fingerprint(GPT.from_pretrained(base))[:8]
-    left = [job for job in jobs if (mark, *job) not in results]
-    with ProcessPoolExecutor(workers, initializer=silent) as pool, open(path, "a", newline="") as f:
-        running = {pool.submit(measure, base, *job): job for job in left}
-        try:
-            for done, future in enumerate(as_completed(running), 1):
-                job = running[future]
-                results[mark, *job] = future.result()
-                csv.writer(f).writerow((mark, *job, results[mark, *job]))
-                f.flush()
-                print(f"{done}/{len(left)}  {' '.join(map(str, job))}: {results[mark, *job]:.1%}", flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {job: results[mark, *job] for job in jobs}
-
-
-def read_results(path):
-    """Return {(base, split, losses, lr, k, seed): accuracy} of the runs done so far; starts the file where none is."""
-    if not path.exists():
-        path.write_text(",".join(FIELDS) + "\n")
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    return {
-        (r["base"], r["split"], r["losses"], float(r["lr"]), int(r["k"]), int(r["seed"])): float(r["accuracy"])
-        for r in rows
-    }
+    return {"accuracy": accuracy(model, read_split(split, model))}
 
 
 def baselines(base, folio):
@@ -173,20 +135,26 @@ def run(argv):
     if args.workers < 1:
         raise ValueError(f"workers must be at least 1, not {args.workers}")
     out = args.out / "quick" if args.quick else args.out
-    out.mkdir(parents=True, exist_ok=True)
-    results = read_results(out / "results.csv")
+    open_folder(out, {"base": fingerprint(GPT.from_pretrained(args.base))})
+
+    def accuracies(jobs):
+        """{(split, losses, lr, k, seed): accuracy} of every job."""
+        jobs = [dict(zip(("split", "losses", "lr", "k", "seed"), job, strict=True)) for job in jobs]
+        rows = measure_all(jobs, functools.partial(measure, args.base), out / "results.csv", args.workers)
+        return {tuple(job.values()): row["accuracy"] for job, row in zip(jobs, rows, strict=True)}
+
     rates, ks, seeds, variants = LEARNING_RATES, KS, SEEDS, LOSSES
     if args.quick:
         rates, ks, seeds, variants = (0.03,), (8,), range(2), (PAPER,)
     lr = rates[0]
     if len(rates) > 1:
         jobs = [("val", PAPER, lr, k, seed) for lr in rates for k in ks for seed in CHOOSING_SEEDS]
-        chosen = measure_all(jobs, args.base, results, out / "results.csv", args.workers)
+        chosen = accuracies(jobs)
         on_val = {lr: statistics.mean(chosen[job] for job in jobs if job[2] == lr) for lr in rates}
         print("  ".join(f"lr {lr}: {share:.1%} on val" for lr, share in on_val.items()))
         lr = max(on_val, key=on_val.get)
     jobs = [("test", losses, lr, k, seed) for losses in variants for seed in seeds for k in ks]
-    measured = measure_all(jobs, args.base, results, out / "results.csv", args.workers)
+    measured = accuracies(jobs)
     around = baselines(args.base, args.folio)
     text = table(measured, around, lr)
     (out / "table.md").write_text(text + "\n")

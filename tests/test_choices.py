@@ -283,12 +283,20 @@ def test_the_pairs_give_nothing_away_but_the_place_of_their_edits():
     assert not any(f"\n{title}\n" in base for title in ("MACBETH", "JULIUS CAESAR", "AS YOU LIKE IT"))
 
 
-def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path):
-    path = tmp_path / "results.csv"
-    assert fewshot.read_results(path) == {}
-    with open(path, "a") as f:
-        f.write('abc,test,"lm,ul,ln",0.03,8,1,0.75\n')
-    assert fewshot.read_results(path) == {("abc", "test", "lm,ul,ln", 0.03, 8, 1): 0.75}
+def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """All of its runs are done already: it trains nothing, and reads what the file says; but not for another base."""
+    (tmp_path / "quick").mkdir()
+    done = 'split,losses,lr,k,seed,accuracy\ntest,"lm,ul,ln",0.03,8,0,0.75\ntest,"lm,ul,ln",0.03,8,1,0.25\n'
+    (tmp_path / "quick/results.csv").write_text(done)
+    make_gpt().save(tmp_path / "base.pt")
+    make_gpt(seed=1).save(tmp_path / "other.pt")
+    monkeypatch.setattr(fewshot, "baselines", lambda *_: {})
+    assert fewshot.main(["--quick", "--base", f"{tmp_path}/base.pt", "--out", str(tmp_path)]) == 0
+    assert "| (IA)³, L_LM + L_UL + L_LN | 8 | 50.0 | 37.5 to 62.5 | 50.0 | 2 |" in capsys.readouterr().out
+    assert (tmp_path / "quick/results.csv").read_text() == done
+    assert fewshot.main(["--quick", "--base", f"{tmp_path}/other.pt", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "holds runs with base" in err
 
 
 def test_the_benchmarks_table_and_picture(tmp_path):
