@@ -26,6 +26,7 @@ Writes results.csv, a row a contestant, and table.md, made of it. A shape that i
 
 import argparse
 import datetime
+import gc
 import os
 import shutil
 import statistics
@@ -264,7 +265,8 @@ def measure(shape, rounds, device, dtype, compiled):
             row["seconds"] = statistics.median(times[name])
             row["tokens_per_second"] = n_rows * tokens / row["seconds"]
             found.append(row | sizes)
-        del contestants, steps  # the models, before the next ones are made
+        del contestants, steps
+        gc.collect()  # the models, before the next ones are made: PEFT's hold themselves in circles
     return found
 
 
