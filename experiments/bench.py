@@ -1,7 +1,7 @@
 """How fast and how heavy: a training step and a forward pass, beside PEFT's on the same shapes.
 
     python experiments/bench.py                         # the three shapes for a CPU, all five on a GPU; into out/bench
-    python experiments/bench.py --shape base --rounds 9
+    python experiments/bench.py --shape base --repeats 9
     python experiments/bench.py --quick                 # three rounds of the smallest shape, to see that it works
 
 A training step is forward, backward, AdamW. Its contestants: full fine-tuning and (IA)³ here; PEFT's (IA)³ around this
@@ -54,7 +54,7 @@ SHAPES = {  # n_layer, n_head, n_embd, vocab_size
     "1.5B": (48, 25, 1600, 50257),
 }
 WORK = {  # rows and tokens a step, and rounds
-    "cpu": {"base": (16, 128, 51), "6x384": (8, 256, 25), "124M": (2, 256, 9)},
+    "cpu": {"base": (16, 128, 41), "6x384": (8, 256, 21), "124M": (2, 256, 7)},
     "cuda": {
         "base": (16, 128, 51),
         "6x384": (8, 256, 51),
@@ -247,7 +247,7 @@ def measure(shape, rounds, device, dtype, compiled):
     config = GPTConfig(tokens, vocab_size, n_layer, n_head, n_embd)
     batch = make_batch(config, n_rows, device)
     sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size}
-    sizes |= {"rows": n_rows, "tokens": tokens, "rounds": rounds}
+    sizes |= {"rows": n_rows, "tokens": tokens, "repeats": rounds}
     found = []
     for what, names, make in (("training", TRAINING, trainer), ("inference", INFERENCE, reader)):
         contestants = {}
@@ -304,7 +304,7 @@ def tables(folder):
     first = rows[0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "peft"))
     dates = " and ".join(sorted({row["date"] for row in rows}))
-    rounds = ", ".join(str(n) for n in dict.fromkeys(row["rounds"] for row in rows))
+    rounds = ", ".join(str(n) for n in dict.fromkeys(row["repeats"] for row in rows))
     about = (
         f"{first['hardware']}, {first['dtype']}, {versions}, {dates}; medians (quartiles) of {rounds} rounds' ratios"
     )
@@ -319,7 +319,11 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: those for the device")
-    parser.add_argument("--rounds", type=int, help="of each shape (default: 51 of the smallest to 9 of the largest)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help="rounds of a shape (default: fewer the larger it is, about ten minutes on two cores in all)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave out ours compiled; it wants a C++ compiler")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
@@ -329,24 +333,24 @@ def run(argv):
     work = WORK[device.type]
     shapes = args.shape or list(work)
     if args.quick:
-        shapes, args.rounds, args.out = ["base"], 3, args.out / "quick"
+        shapes, args.repeats, args.out = ["base"], 3, args.out / "quick"
     for shape in shapes:
         if shape not in work:
             raise ValueError(f"shape {shape} is for a GPU; for a CPU there are {', '.join(work)}")
-    if args.rounds is not None and args.rounds < 2:
-        raise ValueError(f"rounds must be at least 2, for quartiles, not {args.rounds}")
+    if args.repeats is not None and args.repeats < 2:
+        raise ValueError(f"repeats must be at least 2, for quartiles, not {args.repeats}")
     if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile wants a C++ compiler (g++, or CXX): --no-compile leaves it out")
     about = {"hardware": device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {module.__name__: module.__version__ for module in rivals()[::-1]}
-    open_folder(args.out, about | {"rounds": args.rounds or "by shape", "compiled": not args.no_compile})
+    open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     path = args.out / "results.csv"
     for shape in shapes:
         rows = read_csv(path)
         if any(row["shape"] == shape for row in rows):
             continue
         today = {"date": datetime.date.today().isoformat()}
-        rounds = args.rounds or work[shape][2]
+        rounds = args.repeats or work[shape][2]
         found = measure(shape, rounds, device, getattr(torch, dtype), not args.no_compile)
         write_csv(
             path, sorted(rows + [row | about | today for row in found], key=lambda row: [*SHAPES].index(row["shape"]))

@@ -56,6 +56,7 @@ def tiny(monkeypatch):
 def test_every_contestant_starts_from_the_same_loss_and_trains_what_it_should(name, batch):
     base = make_gpt(block_size=T, vocab_size=V, n_layer=L, n_head=H, n_embd=C).double()
     model, loss_fn = make(name, torch.float64, base)
+    assert torch.equal(batch[0][:, 1:], batch[1][:, :-1])  # the targets are the next tokens
     loss = loss_fn(model, *batch)
     # ones as vectors and zeros as LoRA's second matrix change nothing
     assert abs(loss.item() - base(*batch)[1].item()) <= tolerance(name)
@@ -202,7 +203,7 @@ def test_merged_is_merged(batch, monkeypatch):
 
 
 def command(folder, *flags):
-    return ["--shape", "tiny", "--device", "cpu", "--no-compile", "--rounds", "2", "--out", str(folder), *flags]
+    return ["--shape", "tiny", "--device", "cpu", "--no-compile", "--repeats", "2", "--out", str(folder), *flags]
 
 
 def test_a_run_its_tables_and_the_same_run_again(tiny, tmp_path, capsys):
@@ -211,7 +212,7 @@ def test_a_run_its_tables_and_the_same_run_again(tiny, tmp_path, capsys):
     assert [row["contestant"] for row in rows] == [*bench.TRAINING, *bench.INFERENCE]
     for row in rows:
         assert 0 < row["over_plain_low"] <= row["over_plain"] <= row["over_plain_high"]
-        assert {"hardware", "torch", "transformers", "peft", "date", "dtype", "rounds"} <= row.keys()
+        assert {"hardware", "torch", "transformers", "peft", "date", "dtype", "repeats"} <= row.keys()
     assert [row["over_plain"] for row in rows if row["contestant"] in (bench.FULL, bench.BASE)] == [1, 1]
     text = bench.tables(tmp_path)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == text + "\n"
@@ -228,11 +229,11 @@ def test_the_cells_of_a_table(tiny, tmp_path):
     rows = read_csv(tmp_path / "results.csv")[:2]
     unit = 4 * 3 * T * L * C  # bytes of an n_embd-float, every token and layer
     full = {"linear_flops": 900, "attention_flops": 100, "saved_bytes": 20 * unit}
-    ours = {"linear_flops": 540, "attention_flops": 60, "saved_bytes": 15 * unit}
+    ours = {"linear_flops": 540, "attention_flops": 80, "saved_bytes": 15 * unit}
     for row, counted, time in zip(rows, (full, ours), (1.0, 0.75), strict=True):
         row |= counted | dict.fromkeys(("over_plain", "over_plain_low", "over_plain_high"), time)
         row |= {"ours_over": 0.75 / time, "ours_over_low": 0.5, "ours_over_high": 1.5, "tokens_per_second": 123456.7}
-    line = "| (IA)³ | 0.75 (0.75 to 0.75) | 0.600 | 0.600 | 1.25 | 15.0 | 1.00 (0.50 to 1.50) |"
+    line = "| (IA)³ | 0.75 (0.75 to 0.75) | 0.600 | 0.620 | 1.21 | 15.0 | 1.00 (0.50 to 1.50) |"
     assert bench.table(rows).splitlines()[-1] == line
     for row in rows:
         row["peak_bytes"] = 3 * 2**29
@@ -253,10 +254,10 @@ def refused(argv, capsys):
 def test_refusals(tiny, tmp_path, capsys, monkeypatch):
     assert bench.main(command(tmp_path)) == 0
     capsys.readouterr()
-    assert "holds runs with rounds 2, not 3" in refused(command(tmp_path, "--rounds", "3"), capsys)
+    assert "holds runs with repeats 2, not 3" in refused(command(tmp_path, "--repeats", "3"), capsys)
     assert "invalid choice: '7B'" in refused(["--shape", "7B"], capsys)
     assert "is for a GPU" in refused(command(tmp_path, "--shape", "1.5B"), capsys)
-    assert "at least 2" in refused(command(tmp_path, "--rounds", "1"), capsys)
+    assert "at least 2" in refused(command(tmp_path, "--repeats", "1"), capsys)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "C++ compiler" in refused(["--shape", "tiny", "--device", "cpu", "--out", str(tmp_path / "new")], capsys)
     assert not (tmp_path / "new").exists()
@@ -288,7 +289,7 @@ def test_compiled_ours_saves_less_and_computes_the_same(batch):
 @pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 def test_a_run_on_a_gpu(device, tiny, tmp_path, capsys):
     """The CPU twin is test_a_run_its_tables_and_the_same_run_again."""
-    assert bench.main(["--shape", "tiny", "--device", "cuda", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    assert bench.main(["--shape", "tiny", "--device", "cuda", "--repeats", "2", "--out", str(tmp_path)]) == 0
     rows = read_csv(tmp_path / "results.csv")
     assert {row["dtype"] for row in rows} <= {"bfloat16", "float32"}
     assert all(row["peak_bytes"] > 0 and row["tokens_per_second"] > 0 for row in rows)
