@@ -8,15 +8,16 @@ A training step is forward, backward, AdamW. Its contestants: full fine-tuning a
 GPT, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its default
 GELU (gelu_new, written out in elementary operations) and once with the fused one that we use (gelu_pytorch_tanh).
 transformers runs without dropout, without a key-value cache and with PyTorch's fused attention, as this GPT does.
-A forward pass is the base's, the base's with vectors, and the merged model's. A GPU computes in bfloat16 (full
-fine-tuning under autocast, over float32 weights), and there ours run compiled as well.
+A forward pass is the base's, the base's with vectors, and the merged model's. Ours run eagerly and compiled. A CPU
+computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and full fine-tuning has float32 weights
+and autocast.
 
 Clock. The contestants take turns, and every round gives a ratio: over what has no vectors (full fine-tuning; the base's
 forward), and of our (IA)³ over the contestant, so that below 1 means that ours is faster. Medians and quartiles.
 
 Floor. The FLOPs of linear maps and of attention over those of full fine-tuning (torch's counter: an elementwise
 operation counts nothing, attention counts the whole square that causality halves). Clock over floor is the median ratio
-over that of all FLOPs: at 1.00 time would go with FLOPs alone.
+over that of all FLOPs: at 1.00 time would go with FLOPs alone. Compiled ones are counted as they were written.
 
 Saved for backward: every storage that autograd keeps in a forward pass, weights left out, in float32 numbers of a token
 and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers.
@@ -250,6 +251,7 @@ def measure(shape, rounds, device, dtype, compiled):
     sizes |= {"rows": n_rows, "tokens": tokens, "repeats": rounds}
     found = []
     for what, names, make in (("training", TRAINING, trainer), ("inference", INFERENCE, reader)):
+        torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
         contestants = {}
         for name in names:
             print(f"{shape}, {what}: {name}", flush=True)
@@ -319,11 +321,7 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: those for the device")
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        help="rounds of a shape (default: fewer the larger it is, about ten minutes on two cores in all)",
-    )
+    parser.add_argument("--repeats", type=int, help="rounds of a shape (default: fewer, the larger it is)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave out ours compiled; it wants a C++ compiler")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
@@ -352,9 +350,8 @@ def run(argv):
         today = {"date": datetime.date.today().isoformat()}
         rounds = args.repeats or work[shape][2]
         found = measure(shape, rounds, device, getattr(torch, dtype), not args.no_compile)
-        write_csv(
-            path, sorted(rows + [row | about | today for row in found], key=lambda row: [*SHAPES].index(row["shape"]))
-        )
+        rows += [row | about | today for row in found]
+        write_csv(path, sorted(rows, key=lambda row: list(SHAPES).index(row["shape"])))
     text = tables(args.out)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -277,13 +277,12 @@ def test_without_a_gpu(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_compiled_ours_saves_less_and_computes_the_same(batch):
+def test_compiled_ours_saves_less(batch):
+    """The compiler recomputes GELU's output in backward, of all layers (of one less, whatever it does at the ends)."""
     found = bench.trainer(bench.OURS, CONFIG, batch, torch.float32, True)
-    (_, eager), (step, compiled) = found.values()
+    (_, eager), (_, compiled) = found.values()
     assert list(found) == [bench.OURS, f"{bench.OURS}, compiled"]
-    # the compiler recomputes GELU's output
     assert compiled["saved_bytes"] < eager["saved_bytes"] - 4 * 3 * T * (L - 1) * 4 * C
-    step()
 
 
 @pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
