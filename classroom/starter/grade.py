@@ -25,7 +25,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CHILD = """
 import json, sys, grade
-problems = grade.run_tests(int(sys.argv[2]), sys.argv[3])
+problems = grade.run_tests([json.loads(sys.argv[2])])
 json.dump(problems, open(sys.argv[1], "w"))
 """
 
@@ -48,31 +48,40 @@ def explain(error, number):
 
 
 class Recorder:
-    """A pytest plugin that keeps what the sheet says."""
+    """A pytest plugin that keeps what the sheet says: of each exercise, its problems and how many tests passed."""
 
-    def __init__(self, number):
-        self.number, self.passed, self.problems = number, 0, []
+    def __init__(self, exercises):
+        self.numbers = {exercise["name"]: exercise["number"] for exercise in exercises}
+        self.problems = {name: [] for name in self.numbers}
+        self.passed = dict.fromkeys(self.numbers, 0)
 
-    def pytest_exception_interact(self, call):
-        self.problems.append(explain(call.excinfo, self.number))
+    def pytest_exception_interact(self, node, call):
+        name = node.path.stem.removeprefix("test_")
+        problem = explain(call.excinfo, self.numbers[name])
+        if problem not in self.problems[name]:
+            self.problems[name].append(problem)
 
     def pytest_runtest_logreport(self, report):
-        self.passed += report.when == "call" and report.passed
+        name = Path(report.nodeid.split("::")[0]).stem.removeprefix("test_")
+        self.passed[name] += report.when == "call" and report.passed
 
 
-def run_tests(number, name):
-    """Run an exercise's tests in this process. Returns what is wrong, a list of texts, empty where nothing is."""
-    recorder = Recorder(number)
-    status = pytest.main(["-m", f"exercise{number}", f"{HERE}/grading/test_{name}.py"], plugins=[recorder])
-    if status != pytest.ExitCode.OK or not recorder.passed:
-        return list(dict.fromkeys(recorder.problems)) or ["its tests could not be run"]
-    return []
+def run_tests(exercises):
+    """Run the tests of exercises in this process. Returns {name: what is wrong with it, a list of texts}."""
+    recorder = Recorder(exercises)
+    files = [f"{HERE}/grading/test_{exercise['name']}.py" for exercise in exercises]
+    status = pytest.main(["-p", "no:unraisableexception", *files], plugins=[recorder])
+    ended = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    for name, problems in recorder.problems.items():
+        if not problems and not (ended and recorder.passed[name]):
+            problems.append("its tests could not be run to their end")
+    return recorder.problems
 
 
 def grade(exercise, limit):
     """Run an exercise's tests in a process of their own, for limit seconds at most. Returns what is wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", CHILD, f"{folder}/problems", str(exercise["number"]), exercise["name"]]
+        command = [sys.executable, "-c", CHILD, f"{folder}/problems", json.dumps(exercise)]
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         process = subprocess.Popen(command, cwd=HERE, start_new_session=True, **quiet)
         try:
@@ -82,7 +91,7 @@ def grade(exercise, limit):
             process.wait()
             return [f"not done after {limit:g} seconds: is there a loop that does not end?"]
         try:
-            return json.loads(Path(folder, "problems").read_text())
+            return json.loads(Path(folder, "problems").read_text())[exercise["name"]]
         except (OSError, ValueError):
             return ["the program ended before it was graded (os._exit, or a crash)"]
 

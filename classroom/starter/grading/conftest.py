@@ -36,6 +36,19 @@ def check(condition, message):
         pytest.fail(message, pytrace=False)
 
 
+def refused(what, function, *given):
+    """function(*given) must raise a ValueError. Returns what that says."""
+    try:
+        function(*given)
+    except NotImplementedError:
+        raise
+    except ValueError as e:
+        return str(e)
+    except Exception as e:
+        check(False, f"{what} must be refused with a ValueError, not with {type(e).__name__}: {e}")
+    check(False, f"{what} must be refused with a ValueError, but there is no error")
+
+
 def close(a, b):
     """a and b agree but for rounding in float64."""
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-9 * (1 + b.abs().max()))

@@ -2,17 +2,9 @@
 
 import pytest
 import torch
-from conftest import changed, check, make_gpt, make_vectors, snapshot
+from conftest import changed, check, make_gpt, make_vectors, refused, snapshot
 
 from ia3 import IA3, attach, fingerprint
-
-
-def refused(call, what):
-    try:
-        call()
-    except ValueError:
-        return
-    check(False, f"{what} must be refused with a ValueError")
 
 
 def test_only_the_vectors_are_trained(dice):
@@ -58,10 +50,10 @@ def test_another_bases_vectors_are_refused(dice):
     model, other = make_gpt(dice, **sizes), make_gpt(dice, **sizes)
     vectors = make_vectors(dice, other.config)
     vectors.base = fingerprint(other)
-    refused(lambda: attach(model, vectors), "vectors of another base of the same shape (vectors.base tells)")
+    refused("vectors of another base of the same shape (vectors.base tells)", attach, model, vectors)
     for wrong in ({"n_layer": 3}, {"n_embd": 12}):
         vectors = make_vectors(dice, make_gpt(dice, **(sizes | wrong)).config)
-        refused(lambda vectors=vectors: attach(model, vectors), f"vectors for a base of another shape ({wrong})")
+        refused(f"vectors for a base of another shape ({wrong})", attach, model, vectors)
     check(model.ia3 is None, "a refused attach must leave model.ia3 as it was")
 
 

@@ -44,8 +44,8 @@ def compare(attn, x, l_k, l_v, out, what):
         "l_k and l_v are mixed up": (ones, v, k),
         "the keys are scaled twice": (ones, k * k, v),
         "the queries are scaled by l_v": (v, k, v),
-        "keys and values are divided by their vectors": (ones, 1 / k, 1 / v),
-        "1 is added to the vectors": (ones, 1 + k, 1 + v),
+        "the keys are divided by l_k": (ones, 1 / k, v),
+        "the values are divided by l_v": (ones, k, 1 / v),
     }
     why = [words for words, (q, k, v) in scales.items() if close(out, paper(attn, x, q, k, v))]
     check(False, f"{what}: {(why or ['the output is not softmax(Q (l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)'])[0]}")
