@@ -76,20 +76,20 @@ def make_gpt(dice, **sizes):
     return model.eval()
 
 
-def put_vectors(vectors, dice, config, targets=("k", "v", "ff"), spread=0.5, tasks=()):
+def put_vectors(vectors, dice, config, targets, spread, tasks=(), base=None):
     """Make vectors, an IA3 that was not initialized, one with l_k, l_v, l_ff of N(1, spread) for the targets."""
     torch.nn.Module.__init__(vectors)
-    vectors.config, vectors.base = config, None
+    vectors.config, vectors.base = config, base
     for target in ("k", "v", "ff"):
         shape = (*tasks, config.n_layer, config.n_embd * (4 if target == "ff" else 1))
         values = draw(dice, *shape, mean=1.0, spread=spread).float()
         setattr(vectors, f"l_{target}", torch.nn.Parameter(values) if target in targets else None)
 
 
-def make_vectors(dice, config, targets=("k", "v", "ff"), spread=0.5, tasks=()):
-    """Random vectors that need none of the exercises."""
+def make_vectors(dice, config, targets=("k", "v", "ff"), tasks=(), base=None):
+    """Random vectors that need none of the exercises. tasks: () or (n_tasks,); base: a fingerprint."""
     vectors = ia3.IA3.__new__(ia3.IA3)
-    put_vectors(vectors, dice, config, targets, spread, tasks)
+    put_vectors(vectors, dice, config, targets, 0.5, tasks, base)
     return vectors
 
 

@@ -48,8 +48,7 @@ def test_vectors_are_made_where_none_are_given(dice, given_start, targets):
 def test_another_bases_vectors_are_refused(dice):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8}
     model, other = make_gpt(dice, **sizes), make_gpt(dice, **sizes)
-    vectors = make_vectors(dice, other.config)
-    vectors.base = fingerprint(other)
+    vectors = make_vectors(dice, other.config, base=fingerprint(other))
     refused("vectors of another base of the same shape (vectors.base tells)", attach, model, vectors)
     for wrong in ({"n_layer": 3}, {"n_embd": 12}):
         vectors = make_vectors(dice, make_gpt(dice, **(sizes | wrong)).config)

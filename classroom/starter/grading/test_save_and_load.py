@@ -16,9 +16,13 @@ DATA = Path(__file__).parent.parent / "data"
 
 def make_task(dice, targets=("k", "v", "ff"), **sizes):
     model = make_gpt(dice, **sizes)
-    vectors = make_vectors(dice, model.config, targets)
-    vectors.base = fingerprint(model)
-    return model, vectors
+    return model, make_vectors(dice, model.config, targets, base=fingerprint(model))
+
+
+def read(path):
+    """The arrays in a file, without pickle."""
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 @pytest.mark.parametrize("targets", SUBSETS)
@@ -28,8 +32,7 @@ def test_there_and_back(dice, given_start, tmp_path, targets):
     path = tmp_path / "task.npz"
     vectors.save(path)
     check([p.name for p in tmp_path.iterdir()] == ["task.npz"], "save(path) must leave one file there, called path")
-    with np.load(path, allow_pickle=False) as file:
-        found = {name: file[name] for name in file.files}
+    found = read(path)
     for name, p in values.items():
         check(name in found, f"np.load finds no {name} in the file, but {sorted(found)}")
         check(np.array_equal(found[name], p.numpy()), f"{name} in the file is not the vectors' {name}, bit for bit")
@@ -50,10 +53,9 @@ def test_there_and_back(dice, given_start, tmp_path, targets):
 
 def test_the_vectors_that_came_with_the_data_open(given_start):
     base = GPT.from_pretrained(DATA / "base.pt")
-    with np.load(DATA / "folio.npz") as file:
-        vectors = IA3.load(DATA / "folio.npz", base)
-        for name, p in vectors.named_parameters():
-            check(np.array_equal(file[name], p.detach().numpy()), f"{name} of data/folio.npz comes back changed")
+    vectors, arrays = IA3.load(DATA / "folio.npz", base), read(DATA / "folio.npz")
+    for name, p in vectors.named_parameters():
+        check(np.array_equal(arrays[name], p.detach().numpy()), f"{name} of data/folio.npz comes back changed")
 
 
 def test_another_base_is_refused(dice, given_start, tmp_path):
@@ -82,8 +84,7 @@ def test_damaged_files_are_refused(dice, given_start, tmp_path):
     path = tmp_path / "task.npz"
     vectors.save(path)
     raw = path.read_bytes()
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = read(path)
     pickled = np.empty(1, dtype=object)
     pickled[0] = RunsCode(tmp_path / "code was run")
     for what, changes in {
@@ -111,8 +112,7 @@ def test_damaged_files_are_refused(dice, given_start, tmp_path):
 
 def test_what_cannot_be_saved_is_refused(dice, tmp_path):
     config = make_gpt(dice).config
-    unattached, stacked = make_vectors(dice, config), make_vectors(dice, config, tasks=(2,))
-    stacked.base = "0" * 64
+    unattached, stacked = make_vectors(dice, config), make_vectors(dice, config, tasks=(2,), base="0" * 64)
     for what, vectors in {"vectors never attached to a base": unattached, "stacked vectors": stacked}.items():
         refused(f"saving {what}", vectors.save, tmp_path / "task.npz")
         check(not list(tmp_path.iterdir()), f"{what} were refused, but a file was written")

@@ -11,10 +11,7 @@ NAMES = ("l_k", "l_v", "l_ff")
 def make_tasks(dice):
     """Three tasks with different targets, one base."""
     config = make_gpt(dice).config
-    tasks = [make_vectors(dice, config, targets) for targets in (("k", "v", "ff"), ("ff",), ("k", "v"))]
-    for task in tasks:
-        task.base = "one base"
-    return tasks
+    return [make_vectors(dice, config, t, base="one base") for t in (("k", "v", "ff"), ("ff",), ("k", "v"))]
 
 
 def test_the_stack(dice, given_start):
@@ -52,8 +49,7 @@ def test_what_no_task_scales_is_none(dice, given_start):
 
 def test_what_does_not_belong_together_is_refused(dice, given_start):
     tasks = make_tasks(dice)
-    other = make_vectors(dice, tasks[0].config)
-    other.base = "another base"
+    other = make_vectors(dice, tasks[0].config, base="another base")
     deeper = make_vectors(dice, make_gpt(dice, n_layer=tasks[0].config.n_layer + 1).config)
     stacked = make_vectors(dice, tasks[0].config, tasks=(2,))
     for what, wrong in {
