@@ -65,12 +65,12 @@ def test_the_cosine_decay(dice):
 
 
 def test_vectors_learn_and_the_base_stays(dice):
-    """Twenty steps at grading time, against the untouched base: the margin is half of what such runs gain at least."""
+    """Twelve steps at grading time, against the untouched base. Such runs gain 0.25 nats and more: 0.1 is wanted."""
     model = GPT.from_pretrained(BASE)
     split = data.load("folio", model.tokenizer, model.config.vocab_size, 64)
     seed = int(dice.integers(10**6))
-    settings = {"steps": 20, "lr": 0.1, "batch_size": 8, "block_size": 64, "eval_windows": 32, "seed": seed}
-    config = train.TrainConfig(**settings, eval_interval=20, device="cpu", dtype="float32")
+    settings = {"steps": 12, "lr": 0.1, "batch_size": 8, "block_size": 64, "eval_windows": 32, "seed": seed}
+    config = train.TrainConfig(**settings, eval_interval=12, device="cpu", dtype="float32")
     base_loss = train.evaluate(model, split["val"], config, n_windows=32)
     before = snapshot(model)
     idx = split["val"].windows([0])[0]
@@ -80,6 +80,6 @@ def test_vectors_learn_and_the_base_stays(dice):
         check(torch.equal(model.eval()(idx)[0], logits), "at step 0 the logits are not the base's, bit for bit")
     history = train.train(model, split, config)
     gain = base_loss - history[-1]["val_loss"]
-    check(gain > 0.1, f"after 20 steps val must be 0.1 nats below the base's {base_loss:.2f}; it fell by {gain:.3f}")
+    check(gain > 0.1, f"after 12 steps val must be 0.1 nats below the base's {base_loss:.2f}; it fell by {gain:.3f}")
     model.ia3 = None
     check(not changed(model, before), "training changed the base: without the vectors it is no longer what it was")
