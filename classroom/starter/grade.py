@@ -40,8 +40,6 @@ def explain(error, number):
     missing = re.match(r"Exercise (\d+):", str(value)) if isinstance(value, NotImplementedError) else None
     if missing:
         return "not done yet" if int(missing[1]) == number else f"needs exercise {missing[1]}"
-    if isinstance(value, SystemExit):
-        return "the code ended the program (SystemExit)"
     text = f"{type(value).__name__}: {next(iter(str(value).splitlines()), '')}"
     ours = [entry for entry in error.traceback if Path(entry.path).parent == HERE]  # not grading/, nor torch
     return f"{text} ({ours[-1].path.name}, line {ours[-1].lineno + 1})" if ours else text
@@ -74,7 +72,7 @@ def run_tests(exercises):
     ended = status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     for name, problems in recorder.problems.items():
         if not problems and not (ended and recorder.passed[name]):
-            problems.append("its tests could not be run to their end")
+            problems.append("its tests did not come to their end: does the code call sys.exit?")
     return recorder.problems
 
 
@@ -93,7 +91,7 @@ def grade(exercise, limit):
         try:
             return json.loads(Path(folder, "problems").read_text())[exercise["name"]]
         except (OSError, ValueError):
-            return ["the program ended before it was graded (os._exit, or a crash)"]
+            return ["the program ended before it was graded (os._exit, Ctrl-C or a crash)"]
 
 
 def main(argv=None):
