@@ -133,7 +133,8 @@ def cut(source, message, function, condition=None):
     first, last = find(source, function, condition)
     lines = source.splitlines(keepends=True)
     indent = re.match(" *", lines[first - 1])[0]
-    lines[first - 1 : last] = [f'{indent}raise NotImplementedError("{message}")\n']
+    literal = json.dumps(message, ensure_ascii=False)  # a string in Python, too
+    lines[first - 1 : last] = [f"{indent}raise NotImplementedError({literal})\n"]
     return "".join(lines)
 
 
