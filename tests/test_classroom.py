@@ -8,6 +8,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,9 @@ def test_what_a_cut_takes():
     body = source[source.index("            # goes\n            x") : source.index("            # stays, since")]
     assert make.cut(source, "m", "A.g", "x > 1") == source.replace(body, '            raise NotImplementedError("m")\n')
     assert "return 0" not in make.cut(source, "m", "A.g", "x < 0")
+    twice = "def f(x):\n    if x:\n        x = 1\n    if x:\n        x = 2\n"
+    with pytest.raises(ValueError, match="2 `if x` in f, and one is wanted"):
+        make.cut(twice, "m", "f", "x")
     for place in (("h",), ("A.f",), ("A.g", "x > 2"), ("f.missing",)):
         with pytest.raises(ValueError, match="wanted"):
             make.cut(source, "m", *place)
@@ -180,6 +184,15 @@ def test_the_solution_is_nowhere_in_the_starter(starter):
     assert names == {*make.FILES, *tests, *own, "grading/conftest.py", "grading/exercises.json"}
     here = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert not here or set(make.FILES.values()) <= set(here)
+
+
+def test_what_the_readme_points_at_in_the_code_is_cut(starter):
+    """Its table "From the paper to the code", which knows nothing of the exercises, names every place of the method."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    places = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", readme)
+    assert len(places) >= 9
+    for code, _ in places:
+        assert not [path for path in starter.rglob("*.py") if code in path.read_text(encoding="utf-8")], code
 
 
 def test_a_starter_scores_nothing(starter, grade):
