@@ -66,9 +66,9 @@ class IA3(nn.Module):
             raise ValueError(f"tasks must be long, each id from 0 to {n_tasks - 1}")
 
         def row(matrix, layer):
-            if matrix is None:
-                return None
-            return matrix[layer] if tasks is None else matrix[tasks, layer].unsqueeze(1)  # (B, 1, width)
+            if matrix is not None and tasks is not None:
+                return matrix[tasks, layer].unsqueeze(1)  # (B, 1, width)
+            return None if matrix is None else matrix[layer]
 
         return [(row(self.l_k, i), row(self.l_v, i), row(self.l_ff, i)) for i in range(self.config.n_layer)]
 

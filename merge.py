@@ -36,18 +36,27 @@ def merge(model):
     check_finite(model)
     merged = copy.deepcopy(model)
     merged.ia3 = None
-    n_embd = model.config.n_embd
     for block, (l_k, l_v, l_ff) in zip(merged.transformer.h, model.ia3.rows(), strict=True):
-        c_attn, c_proj = block.attn.c_attn, block.mlp.c_proj
-        for l, rows in ((l_k, slice(n_embd, 2 * n_embd)), (l_v, slice(2 * n_embd, 3 * n_embd))):
-            if l is not None:
-                scale(c_attn.weight[rows], l.unsqueeze(1))  # (n_embd, n_embd) by (n_embd, 1): a number a row
-                if c_attn.bias is not None:
-                    scale(c_attn.bias[rows], l)
-        if l_ff is not None:
-            scale(c_proj.weight, l_ff)  # (n_embd, 4·n_embd) by (4·n_embd,): a number a column
+        fold_rows(block.attn.c_attn, l_k, l_v)
+        fold_columns(block.mlp.c_proj, l_ff)
     check_finite(merged)
     return merged.requires_grad_(True)
+
+
+def fold_rows(c_attn, l_k, l_v):
+    """Fold l_k and l_v, (n_embd,) or None, into the rows of c_attn that make keys and values, biases included."""
+    n_embd = c_attn.in_features
+    for l, rows in ((l_k, slice(n_embd, 2 * n_embd)), (l_v, slice(2 * n_embd, 3 * n_embd))):
+        if l is not None:
+            scale(c_attn.weight[rows], l.unsqueeze(1))  # (n_embd, n_embd) by (n_embd, 1): a number a row
+            if c_attn.bias is not None:
+                scale(c_attn.bias[rows], l)
+
+
+def fold_columns(c_proj, l_ff):
+    """Fold l_ff, (4·n_embd,) or None, into the columns of the MLP's down-projection; its bias stays."""
+    if l_ff is not None:
+        scale(c_proj.weight, l_ff)  # (n_embd, 4·n_embd) by (4·n_embd,): a number a column
 
 
 def scale(weights, l):
@@ -77,12 +86,10 @@ class Report:
         return self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11) and self.float64_difference <= 1e-11
 
     def __str__(self):
-        return "\n".join(
-            (
-                f"max |Δlogit|                 {self.max_difference:.1e}   in float64 {self.float64_difference:.1e}",
-                f"distance to float64's truth  {self.merged_distance:.1e}   unmerged {self.unmerged_distance:.1e}",
-                f"same prediction              {self.argmax_agreement:.2%}",
-            )
+        return (
+            f"max |Δlogit|                 {self.max_difference:.1e}   in float64 {self.float64_difference:.1e}\n"
+            f"distance to float64's truth  {self.merged_distance:.1e}   unmerged {self.unmerged_distance:.1e}\n"
+            f"same prediction              {self.argmax_agreement:.2%}"
         )
 
 
@@ -114,9 +121,7 @@ def run(argv):
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument(
-        "--base", default="data/base.pt", help="what the vectors were trained on (default: %(default)s)"
-    )
+    parser.add_argument("--base", default="data/base.pt", help="the vectors' base (default: %(default)s)")
     parser.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
     parser.add_argument("--format", choices=("nanogpt", "hf"), default="nanogpt", help="hf: as transformers has it")
     parser.add_argument("--out", help="where it goes (default: out/folio/merged.pt, and out/folio/merged-hf for hf)")

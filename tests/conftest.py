@@ -1,7 +1,8 @@
 """What the tests share: small random models, tiny runs, and devices, of which CPU always runs.
 
-`make test` runs everything; `pytest tests/test_merge.py` one room. Tests that need a GPU are marked `cuda` and are
-skipped, with the reason, where there is none: their CPU twins run the same code.
+`make test` runs everything but what is marked slow, which .ci/run adds; `pytest tests/test_merge.py` one room. Tests
+that need a GPU are marked `cuda` and are skipped, with the reason, where there is none: their CPU twins run the same
+code.
 """
 
 import pytest

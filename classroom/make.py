@@ -1,0 +1,237 @@
+"""Make an assignment: this repository with the code of the exercises cut out, and a grader.
+
+    python classroom/make.py --out path/to/starter
+    cd path/to/starter && make grade                # a score sheet, and results.json for Gradescope
+
+What an exercise is, and where, is the table EXERCISES below: add, drop and re-order rows there (classroom/TEACHING.md).
+A cut replaces the body of a function, or of one `if` in it, by `raise NotImplementedError("Exercise N: ...")`;
+docstrings, signatures and the comments around it stay. Needs the standard library only.
+"""
+
+import argparse
+import ast
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+CLASSROOM = Path(__file__).resolve().parent
+ROOT = CLASSROOM.parent
+
+
+@dataclass
+class Exercise:
+    name: str  # its tests are starter/grading/test_NAME.py
+    points: int
+    title: str  # its section in HANDOUT.md has this title
+    cuts: list  # (file, function) or (file, function, condition of the if whose body is cut)
+    needs: tuple = ()  # names of exercises without which this one cannot be graded
+
+
+# in the order of their numbers, which start at 1
+EXERCISES = [
+    Exercise(
+        "keys_and_values",
+        8,
+        "Scale keys and values",
+        [
+            ("model.py", "CausalSelfAttention.forward", "l_k is not None"),
+            ("model.py", "CausalSelfAttention.forward", "l_v is not None"),
+        ],
+    ),
+    Exercise(
+        "hidden_activations",
+        5,
+        "Scale the MLP's hidden activations",
+        [("model.py", "MLP.forward", "l_ff is not None")],
+    ),
+    Exercise("start_at_ones", 5, "Start at ones", [("ia3.py", "IA3.__init__.ones")]),
+    Exercise("freeze_the_base", 7, "Freeze the base", [("ia3.py", "attach")]),
+    Exercise("count", 3, "Count the values", [("ia3.py", "IA3.count")]),
+    Exercise(
+        "gradient",
+        8,
+        "Derive and check the gradient",
+        [("gradient.py", "gradient_of_l"), ("gradient.py", "central_difference")],
+    ),
+    Exercise("fold_rows", 7, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
+    Exercise(
+        "fold_columns",
+        7,
+        "Fold l_ff into columns, and merge",
+        [("merge.py", "fold_columns"), ("merge.py", "merge")],
+    ),
+    Exercise(
+        "save_and_load",
+        7,
+        "Save, load, and refuse a wrong base",
+        [("ia3.py", "IA3.save"), ("ia3.py", "IA3.load")],
+    ),
+    Exercise(
+        "stack_tasks",
+        8,
+        "Stack tasks and mix them in a batch",
+        [("ia3.py", "stack"), ("ia3.py", "IA3.rows.row", "matrix is not None and tasks is not None")],
+    ),
+    Exercise(
+        "train",
+        5,
+        "Warm up, decay, and learn",
+        [("train.py", "learning_rate")],
+        needs=("keys_and_values", "hidden_activations", "start_at_ones", "freeze_the_base"),
+    ),
+]
+
+# what a starter holds beside classroom/starter, the tests of its exercises and the handout: {there: here}
+FILES = {name: name for name in ("model.py", "ia3.py", "merge.py", "train.py", "sample.py", "plot.py", "convert.py")}
+FILES |= {name: name for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/base.pt")}
+FILES |= {f"data/{task}.npz": f"data/{task}.npz" for task in ("folio", "sonnets", "kjv")}
+FILES |= {
+    f"data/{text}/{split}.txt": f"data/{text}/{split}.txt"
+    for text in ("plays", "folio", "sonnets", "kjv")
+    for split in ("train", "val", "test")
+}
+FILES |= {"gradient.py": "classroom/gradient.py"}
+
+
+def find(source, function, condition=None):
+    """Return the first and the last line, from 1, of a function's body without its docstring, or of one `if` in it.
+
+    function: its qualified name, such as 'IA3.__init__.ones'. condition: as ast.unparse spells it; it must be that of
+    exactly one `if` in the function. Comment lines right above the first statement belong to the body. Raises
+    ValueError where there is no such place.
+    """
+    node = ast.parse(source)
+    for part in function.split("."):
+        named = [n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part]
+        if len(named) != 1:
+            raise ValueError(f"{len(named)} definitions of {part} on the way to {function}, and one is wanted")
+        node = named[0]
+    body = node.body
+    if condition is not None:
+        bodies = [n.body for n in ast.walk(node) if isinstance(n, ast.If) and ast.unparse(n.test) == condition]
+        if len(bodies) != 1:
+            raise ValueError(f"{len(bodies)} `if {condition}` in {function}, and one is wanted")
+        body = bodies[0]
+    elif ast.get_docstring(node) is not None:
+        body = body[1:]
+    if not body:
+        raise ValueError(f"{function} has nothing to cut but its docstring")
+    lines = source.splitlines()
+    first = min(n.lineno for n in [body[0], *getattr(body[0], "decorator_list", [])])
+    if lines[first - 1][: body[0].col_offset].strip():
+        raise ValueError(f"{function}: what is cut must begin on a line of its own")
+    while lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return first, body[-1].end_lineno
+
+
+def cut(source, message, function, condition=None):
+    """Return source with the lines that find() finds replaced by `raise NotImplementedError(message)`."""
+    first, last = find(source, function, condition)
+    lines = source.splitlines(keepends=True)
+    indent = re.match(" *", lines[first - 1])[0]
+    literal = json.dumps(message, ensure_ascii=False)  # a string in Python, too
+    lines[first - 1 : last] = [f"{indent}raise NotImplementedError({literal})\n"]
+    return "".join(lines)
+
+
+def cut_all(file, source, exercises):
+    """Return the source of a starter's file with every cut of exercises in it."""
+    for number, exercise in enumerate(exercises, 1):
+        for where, *place in exercise.cuts:
+            if where == file:
+                source = cut(source, f"Exercise {number}: {exercise.title}", *place)
+    ast.parse(source)
+    return source
+
+
+def handout(text, exercises, readme):
+    """Return the handout: the exercises' sections in the table's order, numbered anew, and the README's tables put in.
+
+    A section starts with '### N. TITLE (P points, ...)'; one that the table does not have is left out. A line
+    '*(table: HEADING)*' becomes the first table, or the first block of code, under that heading of the README.
+    """
+
+    def table(line):
+        section = readme.split(f"\n## {line[1]}\n")
+        found = (
+            re.search(r"(?m)^(\|.*\n)+|^```.*\n(?s:.*?)^```\n", section[1].split("\n## ")[0]) if section[1:] else None
+        )
+        if not found:
+            raise ValueError(f"HANDOUT.md wants the table under {line[1]!r}, which README.md does not have")
+        return found[0]
+
+    parts = re.split(r"(?m)^(?=##+ )", re.sub(r"(?m)^\*\(table: (.*)\)\*\n", table, text))
+    pattern = re.compile(r"### \d+\. (.*) \(\d+ points, (.*)\)\n")
+    sections = {found[1]: (found[2], part[found.end() :]) for part in parts if (found := pattern.match(part))}
+    start = next((i for i, part in enumerate(parts) if pattern.match(part)), len(parts))
+    others = [part for part in parts if not pattern.match(part)]
+    numbered = []
+    for number, exercise in enumerate(exercises, 1):
+        if exercise.title not in sections:
+            raise ValueError(f"HANDOUT.md has no section '### N. {exercise.title} (P points, ...)'")
+        rest, section = sections[exercise.title]
+        numbered.append(f"### {number}. {exercise.title} ({exercise.points} points, {rest})\n{section}")
+    return "".join(others[:start] + numbered + others[start:])
+
+
+def make(out, exercises=EXERCISES):
+    """Write a starter into the folder out, which must be new or empty. Raises ValueError where it is not."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder")
+    numbers = {exercise.name: number for number, exercise in enumerate(exercises, 1)}
+    sheet = [
+        {
+            "number": number,
+            "name": exercise.name,
+            "title": exercise.title,
+            "points": exercise.points,
+            "needs": [numbers[name] for name in exercise.needs if name in numbers],
+        }
+        for number, exercise in enumerate(exercises, 1)
+    ]
+    unknown = {where for exercise in exercises for where, *_ in exercise.cuts} - FILES.keys()
+    if unknown:
+        raise ValueError(f"a starter has no {', '.join(sorted(unknown))}: see FILES")
+    readme, text = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "classroom/HANDOUT.md"))
+    texts = {"README.md": handout(text, exercises, readme)}
+    for there, here in FILES.items():
+        if there.endswith(".py"):
+            texts[there] = cut_all(there, (ROOT / here).read_text(encoding="utf-8"), exercises)
+    texts["grading/exercises.json"] = json.dumps(sheet, indent=1) + "\n"
+
+    tests = [f"grading/test_{exercise.name}.py" for exercise in exercises]
+    given = ["Makefile", "pyproject.toml", ".gitignore", "grade.py", "grading/conftest.py", *tests]
+    copies = {name: CLASSROOM / "starter" / name for name in given}
+    copies |= {there: ROOT / here for there, here in FILES.items() if there not in texts}
+    for there, here in copies.items():
+        (out / there).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(here, out / there)
+    for there, source in texts.items():
+        (out / there).write_text(source, encoding="utf-8")
+
+
+def main(argv=None):
+    def fail(message):
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
+    try:
+        out = parser.parse_args(argv).out
+        make(out)
+    except (ValueError, OSError) as e:
+        print(f"make.py: {e}", file=sys.stderr)
+        return 2
+    for number, exercise in enumerate(EXERCISES, 1):
+        print(f"{number:2d}. {exercise.title:<40s} {exercise.points:3d} points")
+    print(f"{sum(e.points for e in EXERCISES):>48d} points\nnext: cd {out} && make grade")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the grading tests share: random models and vectors, drawn anew at every grading, and words for what is wrong.
+
+The exercise of a test is that of its file: grading/exercises.json has the list.
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ia3
+from model import GPT, GPTConfig
+
+EXERCISES = json.loads((Path(__file__).parent / "exercises.json").read_text(encoding="utf-8"))
+SUBSETS = [("k",), ("v",), ("ff",), ("k", "v"), ("k", "ff"), ("v", "ff"), ("k", "v", "ff")]
+
+
+def pytest_configure(config):
+    for exercise in EXERCISES:
+        config.addinivalue_line("markers", f"exercise{exercise['number']}: {exercise['title']}")
+
+
+def pytest_collection_modifyitems(items):
+    numbers = {f"test_{exercise['name']}": exercise["number"] for exercise in EXERCISES}
+    for item in items:
+        item.add_marker(f"exercise{numbers[item.path.stem]}")
+
+
+def check(condition, message):
+    """Fail with message, and no traceback, unless condition holds."""
+    if not condition:
+        pytest.fail(message, pytrace=False)
+
+
+def refused(what, function, *given):
+    """function(*given) must raise a ValueError. Returns what that says."""
+    try:
+        function(*given)
+    except NotImplementedError:
+        raise
+    except ValueError as e:
+        return str(e)
+    except Exception as e:
+        check(False, f"{what} must be refused with a ValueError, not with {type(e).__name__}: {e}")
+    check(False, f"{what} must be refused with a ValueError, but there is no error")
+
+
+def close(a, b):
+    """a and b agree but for rounding in float64."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-9 * (1 + b.abs().max()))
+
+
+@pytest.fixture
+def dice():
+    return np.random.default_rng(int(os.environ.get("GRADE_SEED") or secrets.randbelow(10**9)))
+
+
+def draw(dice, *shape, mean=0.0, spread=1.0):
+    """A float64 tensor of N(mean, spread)."""
+    return torch.from_numpy(dice.normal(mean, spread, shape))
+
+
+def make_gpt(dice, **sizes):
+    """A small GPT in float32 with random sizes and weights, biases and LayerNorms included."""
+    n_head = int(dice.integers(1, 4))
+    n_embd = n_head * 2 * int(dice.integers(2, 5))
+    sizes = {"n_layer": int(dice.integers(2, 5)), "n_head": n_head, "n_embd": n_embd} | sizes
+    model = GPT(GPTConfig(block_size=8, vocab_size=31, **sizes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(draw(dice, *p.shape, mean=float("ln_" in name and "weight" in name), spread=0.3))
+    return model.eval()
+
+
+def put_vectors(vectors, dice, config, targets, spread, tasks=(), base=None):
+    """Make vectors, an IA3 that was not initialized, one with l_k, l_v, l_ff of N(1, spread) for the targets."""
+    torch.nn.Module.__init__(vectors)
+    vectors.config, vectors.base = config, base
+    for target in ("k", "v", "ff"):
+        shape = (*tasks, config.n_layer, config.n_embd * (4 if target == "ff" else 1))
+        values = draw(dice, *shape, mean=1.0, spread=spread).float()
+        setattr(vectors, f"l_{target}", torch.nn.Parameter(values) if target in targets else None)
+
+
+def make_vectors(dice, config, targets=("k", "v", "ff"), tasks=(), base=None):
+    """Random vectors that need none of the exercises. tasks: () or (n_tasks,); base: a fingerprint."""
+    vectors = ia3.IA3.__new__(ia3.IA3)
+    put_vectors(vectors, dice, config, targets, 0.5, tasks, base)
+    return vectors
+
+
+@pytest.fixture
+def given_start(dice, monkeypatch):
+    """IA3(config, targets) works, whether or not it is done: the exercise in which it is written is another one."""
+    monkeypatch.setattr(
+        ia3.IA3,
+        "__init__",
+        lambda self, config, targets=ia3.TARGETS: put_vectors(self, dice, config, targets, spread=0),
+    )
+
+
+def snapshot(model):
+    """A copy of every tensor of model's, by name."""
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def changed(model, before):
+    """The names of model's tensors that are no longer, bit for bit, what snapshot saw."""
+    now = model.state_dict()
+    return [name for name, t in before.items() if name not in now or not torch.equal(now[name], t)]

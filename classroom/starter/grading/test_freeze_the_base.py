@@ -1,0 +1,63 @@
+"""attach(): the base is frozen, the vectors are what is trained, and another base's vectors are refused."""
+
+import pytest
+import torch
+from conftest import changed, check, make_gpt, make_vectors, refused, snapshot
+
+from ia3 import IA3, attach, fingerprint
+
+
+def test_only_the_vectors_are_trained(dice):
+    model = make_gpt(dice)
+    before = snapshot(model)
+    vectors = make_vectors(dice, model.config).requires_grad_(False)
+    values = snapshot(vectors)
+    check(attach(model, vectors) is vectors, "attach must return the vectors")
+    check(model.ia3 is vectors, "attach must set model.ia3 to the vectors")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    base = sorted(name for name in trained if not name.startswith("ia3."))
+    check(not base, f"the base is left trainable: {len(base)} of its tensors, such as {(base or [''])[0]}")
+    check(
+        trained == {"ia3.l_k", "ia3.l_v", "ia3.l_ff"}, f"l_k, l_v and l_ff must be trainable, but of them are {trained}"
+    )
+    check(not changed(model, before) and not changed(vectors, values), "attach must not change a value")
+    check(vectors.base == fingerprint(model), "vectors.base must be the fingerprint of the base")
+
+
+def test_vectors_that_were_there_before_stay_trainable(dice):
+    model = make_gpt(dice)
+    first, second = (make_vectors(dice, model.config) for _ in range(2))
+    attach(model, first)
+    attach(model, second)
+    check(model.ia3 is second, "attaching other vectors must replace those of before")
+    words = "vectors attached before belong to their holder: freeze the base, not them"
+    check(all(p.requires_grad for p in first.parameters()), words)
+
+
+@pytest.mark.parametrize("targets", [("k", "v", "ff"), ("v",), ("k", "ff")])
+def test_vectors_are_made_where_none_are_given(dice, given_start, targets):
+    model = make_gpt(dice)
+    vectors = attach(model, targets=targets)
+    check(isinstance(vectors, IA3) and model.ia3 is vectors, "attach(model) must make an IA3 and set model.ia3 to it")
+    found = {name for name, p in model.named_parameters() if p.requires_grad}
+    check(
+        found == {f"ia3.l_{t}" for t in targets}, f"attach(model, targets={targets}) leaves trainable: {sorted(found)}"
+    )
+
+
+def test_another_bases_vectors_are_refused(dice):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8}
+    model, other = make_gpt(dice, **sizes), make_gpt(dice, **sizes)
+    vectors = make_vectors(dice, other.config, base=fingerprint(other))
+    refused("vectors of another base of the same shape (vectors.base tells)", attach, model, vectors)
+    for wrong in ({"n_layer": 3}, {"n_embd": 12}):
+        vectors = make_vectors(dice, make_gpt(dice, **(sizes | wrong)).config)
+        refused(f"vectors for a base of another shape ({wrong})", attach, model, vectors)
+    check(model.ia3 is None, "a refused attach must leave model.ia3 as it was")
+
+
+def test_vectors_stay_float32_on_a_base_in_bfloat16(dice):
+    model = make_gpt(dice).bfloat16()
+    attach(model, make_vectors(dice, model.config))
+    check({p.dtype for p in model.ia3.parameters()} == {torch.float32}, "vectors stay float32, whatever the base is in")
+    check(model.lm_head.weight.dtype == torch.bfloat16, "the base keeps its dtype")

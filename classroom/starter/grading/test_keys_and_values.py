@@ -1,0 +1,87 @@
+"""softmax(Q (l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V), against the formula, one number at a time."""
+
+import math
+
+import pytest
+import torch
+from conftest import check, close, draw, make_gpt
+
+
+def paper(attn, x, l_q, l_k, l_v):
+    """The attention's output (B, T, C) by the formula, with a scale for the queries too. l_*: (B, C)."""
+    B, T, C = x.shape
+    d = C // attn.n_head
+    qkv, l_q, l_k, l_v = (t.tolist() for t in (attn.c_attn(x), l_q, l_k, l_v))
+    y = torch.zeros_like(x)
+    for b in range(B):
+        for t in range(T):
+            for head in (range(h * d, h * d + d) for h in range(attn.n_head)):
+                e = []
+                for s in range(t + 1):
+                    score = sum(qkv[b][t][i] * l_q[b][i] * (qkv[b][s][C + i] * l_k[b][i]) for i in head)
+                    e.append(math.exp(score / math.sqrt(d)))
+                for i in head:
+                    y[b, t, i] = sum(a / sum(e) * (qkv[b][s][2 * C + i] * l_v[b][i]) for s, a in enumerate(e))
+    return attn.c_proj(y)
+
+
+@pytest.fixture
+def attn(dice):
+    """An attention, its input (B, T, C), and two vectors (B, C)."""
+    model = make_gpt(dice, n_head=2, n_embd=2 * int(dice.integers(2, 5))).double()
+    C = model.config.n_embd
+    return model.transformer.h[0].attn, draw(dice, 2, 4, C), *draw(dice, 2, 2, C, mean=1.0, spread=0.7)
+
+
+def compare(attn, x, l_k, l_v, out, what):
+    ones = torch.ones(len(x), x.size(-1), dtype=x.dtype)
+    k, v = (ones if l is None else l for l in (l_k, l_v))
+    if close(out, paper(attn, x, ones, k, v)):
+        return
+    scales = {
+        "nothing is scaled": (ones, ones, ones),
+        "the queries are scaled too, but only keys and values have a vector": (k, k, v),
+        "l_k and l_v are mixed up": (ones, v, k),
+        "the keys are scaled twice": (ones, k * k, v),
+        "the queries are scaled by l_v": (v, k, v),
+        "the keys are divided by l_k": (ones, 1 / k, v),
+        "the values are divided by l_v": (ones, k, 1 / v),
+    }
+    why = [words for words, (q, k, v) in scales.items() if close(out, paper(attn, x, q, k, v))]
+    check(False, f"{what}: {(why or ['the output is not softmax(Q (l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)'])[0]}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["l_k alone", "l_v alone", "l_k and l_v"])
+def test_the_formula(attn, given):
+    attn, x, l_k, l_v = attn
+    check(close(attn(x), paper(attn, x, *[torch.ones_like(l_k)] * 3)), "without vectors it is no longer the base")
+    k, v = (l if name in given else None for name, l in (("l_k", l_k), ("l_v", l_v)))
+    rows = [None if l is None else l[:1].expand(len(x), -1) for l in (k, v)]
+    compare(attn, x, *rows, attn(x, *(None if l is None else l[0] for l in (k, v))), f"with {given}")
+    rows = [None if l is None else l.unsqueeze(1) for l in (k, v)]  # (B, 1, C): a task a row of the batch
+    compare(attn, x, k, v, attn(x, *rows), f"with {given} of shape (B, 1, n_embd), a task a row")
+
+
+def test_gradients_flow_and_nothing_given_is_changed(attn):
+    attn, x, l_k, l_v = attn
+    vectors = [l[0].clone().requires_grad_() for l in (l_k, l_v)]
+    given = [t.clone() for t in (x, *vectors)]
+    attn(x, *vectors).square().sum().backward()
+    check(all(map(torch.equal, given, (x, *vectors))), "the input or a vector was changed in place")
+    for name, l in zip(("l_k", "l_v"), vectors, strict=True):
+        check(l.grad is not None and bool(l.grad.abs().max() > 0), f"no gradient reaches {name}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["l_k", "l_v"])
+def test_a_base_in_bfloat16(attn, name):
+    attn, x, l_k, _ = attn
+    words = "on a base in bfloat16 the scaled keys and values must have the keys' and values' dtype, bfloat16 again"
+    try:
+        out = attn.bfloat16()(x.bfloat16(), **{name: l_k[0].float()})
+    except NotImplementedError:
+        raise
+    except RuntimeError as e:  # what the attention says to mixed dtypes
+        check(False, f"{words} ({str(e).splitlines()[0][:80]})")
+    check(out.dtype == torch.bfloat16, words)

@@ -1,0 +1,33 @@
+"""Vectors are made: (n_layer, n_embd) twice and (n_layer, 4·n_embd), all ones, and None for what is no target."""
+
+import pytest
+import torch
+from conftest import SUBSETS, check, make_gpt
+
+from ia3 import IA3
+
+
+@pytest.mark.parametrize("targets", SUBSETS)
+def test_the_start(dice, targets):
+    config = make_gpt(dice).config
+    vectors = IA3(config, targets)
+    for target in ("k", "v", "ff"):
+        name, l = f"l_{target}", getattr(vectors, f"l_{target}")
+        if target not in targets:
+            check(l is None, f"{name} is no target of {targets}, so it must be None")
+            continue
+        shape = (config.n_layer, config.n_embd * (4 if target == "ff" else 1))
+        check(l is not None, f"{name} is a target of {targets}, but it is None")
+        check(isinstance(l, torch.nn.Parameter), f"{name} must be an nn.Parameter: it is to be trained")
+        check(tuple(l.shape) == shape, f"{name} must be {shape}, a row a layer, but it is {tuple(l.shape)}")
+        check(l.dtype == torch.float32, f"{name} must be float32, not {l.dtype}")
+        check(bool((l == 1).all()), f"{name} must be all ones, so that step 0 is the base; it starts at {l.mean():.3g}")
+        check(l.requires_grad, f"{name} must require a gradient")
+    check(set(dict(vectors.named_parameters())) == {f"l_{t}" for t in targets}, "only the targets may be parameters")
+
+
+def test_every_vector_has_numbers_of_its_own(dice):
+    vectors = IA3(make_gpt(dice).config)
+    with torch.no_grad():
+        vectors.l_k[0, 0] = 5
+    check(bool((vectors.l_v == 1).all()) and vectors.l_k.sum() == vectors.l_k.numel() + 4, "vectors share memory")

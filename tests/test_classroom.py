@@ -1,0 +1,557 @@
+"""The classroom: what is cut and what stays, where the solution is not, and what right and wrong answers score.
+
+Wrong answers are made from the solution by replacing one piece of its text. Every folder is graded by its own grade.py,
+in a child of classroom_worker.py; what starts many processes, or waits, is marked slow and run by .ci/run.
+"""
+
+import ast
+import difflib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from classroom import make
+
+ROOT = Path(__file__).parent.parent
+NAMES = [exercise.name for exercise in make.EXERCISES]
+CUT = sorted({where for exercise in make.EXERCISES for where, *_ in exercise.cuts})
+
+
+def solution(file):
+    return (ROOT / make.FILES[file]).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory):
+    out = tmp_path_factory.mktemp("classroom") / "starter"
+    assert make.main(["--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def solve(starter, tmp_path):
+    """solve(names, changes): a copy of the starter with these exercises done, and (file, old, new) replaced in that."""
+
+    def solve(names, changes=()):
+        folder = tmp_path / "answer"
+        shutil.copytree(starter, folder, ignore=shutil.ignore_patterns("data"))
+        (folder / "data").symlink_to(starter / "data")
+        for file in CUT:
+            source = solution(file)
+            for where, old, new in changes:
+                if where == file:
+                    assert source.count(old) == 1, old
+                    source = source.replace(old, new)
+            for number, exercise in enumerate(make.EXERCISES, 1):
+                for where, *place in exercise.cuts:
+                    if where == file and exercise.name not in names:
+                        source = make.cut(source, f"Exercise {number}: {exercise.title}", *place)
+            (folder / file).write_text(source, encoding="utf-8")
+        return folder
+
+    return solve
+
+
+@pytest.fixture(scope="module")
+def worker():
+    command = [sys.executable, str(ROOT / "tests/classroom_worker.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def grade(worker):
+    """grade(folder, names): {name: what is wrong, a list of texts}."""
+
+    def grade(folder, names=NAMES):
+        exercises = [{"number": NAMES.index(name) + 1, "name": name} for name in names]
+        print(json.dumps([str(folder), exercises]), file=worker.stdin, flush=True)
+        return json.loads(worker.stdout.readline())
+
+    return grade
+
+
+def passed(problems):
+    return {name for name, texts in problems.items() if not texts}
+
+
+def test_only_bodies_are_cut_and_everything_else_stays(starter):
+    for file in CUT:
+        before, after = solution(file), (starter / file).read_text(encoding="utf-8")
+        cuts = sum(where == file for exercise in make.EXERCISES for where, *_ in exercise.cuts)
+        added = [line[2:].strip() for line in difflib.ndiff(before.split("\n"), after.split("\n")) if line[:2] == "+ "]
+        assert len(added) == cuts and all(line.startswith('raise NotImplementedError("Exercise ') for line in added)
+
+        def outside(source):
+            nodes = [
+                n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Module)
+            ]
+            signatures = [ast.dump(n.args) for n in nodes if isinstance(n, ast.FunctionDef) and n.name not in INNER]
+            return {ast.get_docstring(n) for n in nodes}, signatures
+
+        assert outside(before) == outside(after)
+    assert {p.name for p in starter.rglob("*.py")} >= {"grade.py", "convert.py", "test_count.py", "__init__.py"}
+
+
+INNER = {"fail"}  # a function within a cut body
+
+
+def test_what_a_cut_takes():
+    source = textwrap.dedent('''
+        # before
+        def f(a,
+              b):
+            """Stays.
+
+            All of it."""
+            # goes
+            def inner():
+                return 1
+
+            return inner()  # goes, too
+
+        # after
+        class A:
+            def g(self, x):
+                if x > 1:
+                    # goes
+                    x = (
+                        2
+                    )  # goes
+                    # stays, since it is after the last statement
+                elif x < 0:
+                    return 0
+                return x
+    ''')
+    assert make.cut(source, "m", "f") == source.replace(
+        source[source.index("    # goes") : source.index("\n# after")], '    raise NotImplementedError("m")\n'
+    )
+    body = source[source.index("            # goes\n            x") : source.index("            # stays, since")]
+    assert make.cut(source, "m", "A.g", "x > 1") == source.replace(body, '            raise NotImplementedError("m")\n')
+    assert "return 0" not in make.cut(source, "m", "A.g", "x < 0")
+    twice = "def f(x):\n    if x:\n        x = 1\n    if x:\n        x = 2\n"
+    with pytest.raises(ValueError, match="2 `if x` in f, and one is wanted"):
+        make.cut(twice, "m", "f", "x")
+    for place in (("h",), ("A.f",), ("A.g", "x > 2"), ("f.missing",)):
+        with pytest.raises(ValueError, match="wanted"):
+            make.cut(source, "m", *place)
+    for text in ('def f():\n    """Only this."""\n', "def f(): return 1\n"):
+        with pytest.raises(ValueError, match=r"nothing to cut|line of its own"):
+            make.cut(text, "m", "f")
+
+
+# lines of cut bodies that stand in code that ships, too, and tell nothing
+ORDINARY = {
+    "model.ia3 = None",
+    "base = fingerprint(model)",
+    "check_finite(model)",
+    "for name, p in vectors.matrices().items():",
+    "if l_ff is not None:",
+    'with open(f"{path}.tmp", "wb") as f:',
+    'os.replace(f"{path}.tmp", path)',
+    "return vectors",
+    "vectors.base = base",
+}
+
+
+def test_the_solution_is_nowhere_in_the_starter(starter):
+    """Not in the code, the tests, the handout or the data; and there is no history and no cache: only files wanted."""
+    lines = set()
+    for exercise in make.EXERCISES:
+        for file, *place in exercise.cuts:
+            first, last = make.find(solution(file), *place)
+            lines |= {line.split("  # ")[0].strip() for line in solution(file).splitlines()[first - 1 : last]}
+    lines = {line for line in lines if len(line) > 12}
+    assert len(lines - ORDINARY) > 60 and lines >= ORDINARY  # nothing is excused that need not be
+    files = [path for path in starter.rglob("*") if not path.is_dir()]
+    for path in files:
+        raw = path.read_bytes()
+        assert not [line for line in lines - ORDINARY if line.encode() in raw], path
+    names = {str(path.relative_to(starter)) for path in files}
+    tests = {f"grading/test_{name}.py" for name in NAMES}
+    own = {"README.md", "Makefile", "pyproject.toml", ".gitignore", "grade.py"}
+    assert names == {*make.FILES, *tests, *own, "grading/conftest.py", "grading/exercises.json"}
+    here = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not here or set(make.FILES.values()) <= set(here)
+
+
+def test_what_the_readme_points_at_in_the_code_is_cut(starter):
+    """Its table "From the paper to the code", which knows nothing of the exercises, names every place of the method."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    places = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", readme)
+    assert len(places) >= 9
+    for code, _ in places:
+        assert not [path for path in starter.rglob("*.py") if code in path.read_text(encoding="utf-8")], code
+
+
+def test_a_starter_scores_nothing(starter, grade):
+    problems = grade(starter)
+    for name, texts in problems.items():
+        needs = [f"needs exercise {NAMES.index(other) + 1}" for other in make.EXERCISES[NAMES.index(name)].needs]
+        assert texts and set(texts) <= {"not done yet", *needs}, (name, texts)
+
+
+def test_the_solution_scores_everything(solve, grade):
+    assert grade(solve(NAMES)) == {name: [] for name in NAMES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exercise_scores_alone_but_for_those_that_it_needs(solve, grade, name):
+    needs = set(make.EXERCISES[NAMES.index(name)].needs)
+    graded = [other for other in NAMES if needs or not make.EXERCISES[NAMES.index(other)].needs]
+    problems = grade(solve({name} | needs), graded)
+    assert passed(problems) == {name} | needs, problems
+
+
+@pytest.mark.parametrize("name", [exercise.name for exercise in make.EXERCISES if exercise.needs])
+def test_an_exercise_that_needs_another_says_so(solve, grade, name):
+    needs = make.EXERCISES[NAMES.index(name)].needs
+    texts = grade(solve([name]), [name])[name]
+    assert texts and set(texts) <= {f"needs exercise {NAMES.index(other) + 1}" for other in needs}
+
+
+# (exercise, a wrong answer to it: file, old, new, and what the sheet must say of it)
+K, V = "k = (l_k * k).to(k.dtype)  # l_k ⊙ K", "v = (l_v * v).to(v.dtype)  # l_v ⊙ V"
+H = "h = (l_ff * h).to(h.dtype)"
+ONES = "nn.Parameter(torch.ones(config.n_layer, width)) if target in targets else None"
+COUNT = "sum(p.numel() for p in self.parameters())"
+SUM = "(upstream * x).sum((0, 1))"
+DIFFERENCE = "(above - below) / (2 * step)"
+ROWS = "((l_k, slice(n_embd, 2 * n_embd)), (l_v, slice(2 * n_embd, 3 * n_embd)))"
+ROW = "scale(c_attn.weight[rows], l.unsqueeze(1))"
+BIAS = "if c_attn.bias is not None:"
+COLUMN = "scale(c_proj.weight, l_ff)  #"
+GATHER = "matrix[tasks, layer].unsqueeze(1)"
+WRONG = [
+    ("keys_and_values", "model.py", K, "q, k = (l_k * q).to(q.dtype), (l_k * k).to(k.dtype)", "queries are scaled too"),
+    ("keys_and_values", "model.py", V, "v = (l_v + v).to(v.dtype)", "not softmax"),
+    ("keys_and_values", "model.py", V, "pass", "nothing is scaled"),
+    ("keys_and_values", "model.py", K, "k = l_k * k", "bfloat16 again"),
+    ("keys_and_values", "model.py", K, "k *= l_k", "modified inplace"),
+    ("keys_and_values", "model.py", K, "k = (k / l_k).to(k.dtype)", "the keys are divided"),
+    ("keys_and_values", "model.py", V, "v = (l_v.detach() * v).to(v.dtype)", "no gradient reaches l_v"),
+    (
+        "hidden_activations",
+        "model.py",
+        H,
+        'h = F.gelu((l_ff * self.c_fc(x)).to(h.dtype), approximate="tanh")',
+        "before the GELU",
+    ),
+    ("hidden_activations", "model.py", H, "h = l_ff * h", "bfloat16 again"),
+    ("hidden_activations", "model.py", H, "h = (l_ff.detach() * h).to(h.dtype)", "no gradient reaches l_ff"),
+    ("hidden_activations", "model.py", H, "h = (l_ff * l_ff * h).to(h.dtype)", "acts twice"),
+    ("start_at_ones", "ia3.py", ONES, ONES.replace("ones(", "zeros("), "must be all ones"),
+    ("start_at_ones", "ia3.py", ONES, ONES.replace("config.n_layer, width", "width"), "a row a layer"),
+    ("start_at_ones", "ia3.py", ONES, ONES.split(" if")[0], "must be None"),
+    (
+        "start_at_ones",
+        "ia3.py",
+        ONES,
+        "torch.ones(config.n_layer, width) if target in targets else None",
+        "nn.Parameter",
+    ),
+    ("start_at_ones", "ia3.py", ONES, ONES.replace("width)", "config.n_embd)"), "l_ff must be"),
+    ("freeze_the_base", "ia3.py", "    model.requires_grad_(False)\n", "", "base is left trainable"),
+    ("freeze_the_base", "ia3.py", "vectors.requires_grad_().to", "vectors.to", "must be trainable"),
+    (
+        "freeze_the_base",
+        "ia3.py",
+        "    model.ia3 = None  # vectors that were",
+        "    # vectors that were",
+        "their holder",
+    ),
+    ("freeze_the_base", "ia3.py", " or vectors.base not in (None, base)", "", "another base of the same shape"),
+    ("freeze_the_base", "ia3.py", "    vectors.base = base\n", "", "must be the fingerprint"),
+    (
+        "freeze_the_base",
+        "ia3.py",
+        ".to(next(model.parameters()).device)  # float32",
+        ".to(next(model.parameters()))  #",
+        "stay float32",
+    ),
+    ("count", "ia3.py", COUNT, "6 * self.config.n_layer * self.config.n_embd", "but count() says"),
+    ("count", "ia3.py", COUNT, "sum(p.size(-1) for p in self.parameters())", "but count() says"),
+    ("count", "ia3.py", COUNT, "len(list(self.parameters()))", "but count() says"),
+    ("gradient", "gradient.py", SUM, "(upstream * x).mean((0, 1))", "a mean over B and T"),
+    ("gradient", "gradient.py", SUM, "(upstream * x).sum(1).mean(0)", "a mean over B,"),
+    ("gradient", "gradient.py", SUM, "(upstream * x).sum(0)", "an entry a channel"),
+    ("gradient", "gradient.py", SUM, "upstream.sum((0, 1))", "finite differences say"),
+    ("gradient", "gradient.py", SUM, "-(upstream * x).sum((0, 1))", "sign"),
+    ("gradient", "gradient.py", "    p[place] = before - step\n", "    p[place] = before\n", "slope is"),
+    ("gradient", "gradient.py", DIFFERENCE, "(above - below) / step", "twice the slope"),
+    ("gradient", "gradient.py", "    p[place] = before\n", "", "the bits that it had"),
+    (
+        "fold_rows",
+        "merge.py",
+        ROWS,
+        ROWS.replace("(l_k, slice(n_embd, 2 * n_embd))", "(l_k, slice(0, n_embd))"),
+        "queries have changed",
+    ),
+    ("fold_rows", "merge.py", BIAS, BIAS.replace(":", " and l is not l_v:"), "b_v must be scaled"),
+    ("fold_rows", "merge.py", BIAS, BIAS.replace(":", " and l is not l_k:"), "b_k must be scaled"),
+    ("fold_rows", "merge.py", ROW, "scale(c_attn.weight[rows], l)", "columns of W_k"),
+    ("fold_rows", "merge.py", BIAS, "if True:", "'NoneType' object"),
+    ("fold_rows", "merge.py", ROWS, ROWS.replace("l_k", "l_").replace("l_v", "l_k").replace("l_,", "l_v,"), "W_k"),
+    (
+        "fold_columns",
+        "merge.py",
+        COLUMN,
+        "scale(c_proj.weight, l_ff[: c_proj.out_features].unsqueeze(1))  #",
+        "column j of W_2",
+    ),
+    (
+        "fold_columns",
+        "merge.py",
+        COLUMN,
+        "scale(c_proj.bias, l_ff[: c_proj.out_features])\n        " + COLUMN,
+        "b_2 must stay",
+    ),
+    (
+        "fold_columns",
+        "merge.py",
+        "copy.deepcopy(model)\n    merged.ia3",
+        "model\n    merged.ia3",
+        "take them off a copy",
+    ),
+    (
+        "fold_columns",
+        "merge.py",
+        "copy.deepcopy(model)\n    merged.ia3",
+        "copy.copy(model)\n    merged.ia3",
+        "take them off a copy",
+    ),
+    (
+        "fold_columns",
+        "merge.py",
+        "merged.transformer.h, model.ia3.rows()",
+        "merged.transformer.h, model.ia3.rows()[1:] + model.ia3.rows()[:1]",
+        "got the l_ff of layer",
+    ),
+    ("fold_columns", "merge.py", "if model.ia3 is None or ", "if ", "a model without vectors"),
+    ("fold_columns", "merge.py", "    check_finite(merged)\n", "", "overflows"),
+    ("save_and_load", "ia3.py", "if base != vectors.base:", "if False:", "another base of the same shape"),
+    ("save_and_load", "ia3.py", "allow_pickle=False", "allow_pickle=True", "code in the file was run"),
+    ("save_and_load", "ia3.py", "if not np.isfinite(arrays[name]).all():", "if False:", "NaN"),
+    ("save_and_load", "ia3.py", "p.detach().float()", "p.detach().half().float()", "bit for bit"),
+    (
+        "save_and_load",
+        "ia3.py",
+        ", EOFError, zipfile.BadZipFile) as e:",
+        ") as e:",
+        "must be refused with a ValueError, not",
+    ),
+    ("save_and_load", "ia3.py", '        os.replace(f"{path}.tmp", path)', "        # the file", "one file"),
+    ("stack_tasks", "ia3.py", GATHER, "matrix[tasks, layer - 1].unsqueeze(1)", "gets the vector of task"),
+    ("stack_tasks", "ia3.py", GATHER, "matrix[tasks.flip(0), layer].unsqueeze(1)", "gets the vector of task"),
+    ("stack_tasks", "ia3.py", GATHER, "matrix[tasks, layer]", "to meet (B, T, width)"),
+    ("stack_tasks", "ia3.py", GATHER, "matrix.detach()[tasks, layer].unsqueeze(1)", "does not require grad"),
+    (
+        "stack_tasks",
+        "ia3.py",
+        "else task.matrices().get(name, ones)",
+        "else task.matrices().get(name, ones * 0)",
+        "must be ones",
+    ),
+    (
+        "stack_tasks",
+        "ia3.py",
+        "for task in tasks]\n        setattr",
+        "for task in tasks[::-1]]\n        setattr",
+        "bit for bit",
+    ),
+    ("stack_tasks", "ia3.py", " or len(bases) > 1", "", "two bases"),
+    ("train", "train.py", "if step < warmup:", "if False:", "warmup"),
+    ("train", "train.py", "config.lr * (step + 1) / (warmup + 1)", "config.lr * step / warmup", "step 0 is 0"),
+    (
+        "train",
+        "train.py",
+        "0.5 + 0.5 * math.cos(math.pi * done)",
+        "0.5 + 0.5 * math.cos(math.pi * done / 2)",
+        "must be 0",
+    ),
+    ("train", "train.py", "1 - done if config.schedule", "done if config.schedule", "the peak is at step"),
+    ("train", "train.py", "0.5 + 0.5 * math.cos(math.pi * done)", "1 - done", "not when 1/6 is done"),
+]
+IDS = [f"{name}-{NAMES.index(name) + 1}-{i}" for i, (name, *_) in enumerate(WRONG)]
+
+
+FIRST = [next(wrong for wrong in WRONG if wrong[0] == name) for name in NAMES]
+
+
+@pytest.mark.parametrize("name, file, old, new, words", FIRST, ids=NAMES)
+def test_a_wrong_answer_loses_its_exercise_and_is_told_why(solve, grade, name, file, old, new, words):
+    problems = grade(solve(NAMES, [(file, old, new)]), [name])[name]
+    assert any(words in text for text in problems), problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, file, old, new, words", WRONG, ids=IDS)
+def test_a_wrong_answer_loses_no_exercise_that_does_not_need_it(solve, grade, name, file, old, new, words):
+    dependent = {exercise.name for exercise in make.EXERCISES if name in exercise.needs}
+    graded = [other for other in NAMES if other in dependent | {name} or not make.EXERCISES[NAMES.index(other)].needs]
+    problems = grade(solve(NAMES, [(file, old, new)]), graded)
+    lost = set(graded) - passed(problems)
+    assert name in lost and lost <= {name} | dependent, problems
+    assert any(words in text for text in problems[name]), problems
+
+
+def test_every_exercise_has_three_wrong_answers():
+    assert all([name for name, *_ in WRONG].count(name) >= 3 for name in NAMES)
+
+
+def test_the_untouched_base_runs(starter):
+    command = [sys.executable, "sample.py", "--prompt", "To be", "--tokens", "5", "--device", "cpu"]
+    result = subprocess.run(command, cwd=starter, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("To be"), result.stderr
+    result = subprocess.run([*command, "--ia3", "data/folio.npz"], cwd=starter, capture_output=True, text=True)
+    assert "NotImplementedError: Exercise 9: Save, load, and refuse a wrong base" in result.stderr
+
+
+def test_make_needs_the_standard_library_only_and_refuses_what_it_would_overwrite(tmp_path):
+    command = [sys.executable, "-I", "-S", str(ROOT / "classroom/make.py"), "--out"]  # -S: no site-packages
+    result = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True)
+    assert result.returncode == 0 and "make grade" in result.stdout, result.stderr
+    again = subprocess.run([*command, str(tmp_path / "a")], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "not an empty folder" in again.stderr
+    assert make.main([]) == 2
+
+
+def test_the_handout_fits_the_table_and_the_readme(starter):
+    """What the repository's copy says, number by number, is what make.py would write."""
+    written = (ROOT / "classroom/HANDOUT.md").read_text(encoding="utf-8")
+    shipped = (starter / "README.md").read_text(encoding="utf-8")
+    headings = [line for line in written.splitlines() if line.startswith("#")]
+    assert headings == [line for line in shipped.splitlines() if line.startswith("#")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    new = [line[2:] for line in difflib.ndiff(written.splitlines(), shipped.splitlines()) if line.startswith("+ ")]
+    assert len(new) > 10 and set(new) <= set(readme)  # the tables
+    assert "*(table:" not in shipped
+    with pytest.raises(ValueError, match="the table under 'No such heading'"):
+        make.handout("*(table: No such heading)*\n", [], "# README\n")
+
+
+def test_exercises_are_dropped_and_reordered_by_the_table_alone(tmp_path, grade):
+    table = [make.EXERCISES[NAMES.index(name)] for name in ("count", "start_at_ones", "gradient")]
+    make.make(tmp_path / "starter", table)
+    text = (tmp_path / "starter/README.md").read_text(encoding="utf-8")
+    headings = [line for line in text.splitlines() if line.startswith("### ") and "minutes)" in line]
+    assert [heading.split(" (")[0] for heading in headings] == [f"### {i}. {e.title}" for i, e in enumerate(table, 1)]
+    source = (tmp_path / "starter/ia3.py").read_text(encoding="utf-8")
+    assert 'NotImplementedError("Exercise 1: Count the values")' in source and source.count("NotImplementedError") == 2
+    assert (tmp_path / "starter/merge.py").read_text(encoding="utf-8") == solution("merge.py")
+    assert len(list((tmp_path / "starter/grading").glob("test_*.py"))) == 3
+    with pytest.raises(ValueError, match="no section"):
+        make.make(tmp_path / "other", [make.Exercise("count", 3, "No such section", [])])
+
+
+def run_grade(folder, *flags):
+    """Run grade.py as `make grade` does. Returns the score sheet and results.json."""
+    result = subprocess.run([sys.executable, "grade.py", *flags], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_make_grade_in_a_fresh_folder(starter, tmp_path):
+    """With a .venv that stands for the one that the Makefile installs."""
+    folder = tmp_path / "fresh"
+    shutil.copytree(starter, folder)
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / ".venv/bin/python").chmod(0o755)
+    (folder / ".venv/run").touch()
+    before = set(folder.rglob("*"))
+    result = subprocess.run(["make", "grade"], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    total = sum(exercise.points for exercise in make.EXERCISES)
+    assert f"total   0 / {total}" in result.stdout and result.stdout.count("- not done yet") == len(NAMES)
+    assert "needs exercise 1\n" in result.stdout
+    assert {path.name for path in set(folder.rglob("*")) - before} == {"results.json"}
+
+
+@pytest.mark.slow
+def test_the_score_sheet_and_gradescopes_file(solve):
+    sheet, results = run_grade(solve(set(NAMES) - {"start_at_ones"}))
+    assert " 3. Start at ones                              0 / 5\n      - not done yet\n" in sheet
+    assert "- needs exercise 3\n" in sheet
+    assert [test["max_score"] for test in results["tests"]] == [exercise.points for exercise in make.EXERCISES]
+    for exercise, test in zip(make.EXERCISES, results["tests"], strict=True):
+        lost = exercise.name in ("start_at_ones", "train")
+        assert test["score"] == (0 if lost else exercise.points), test
+        assert test["name"].endswith(exercise.title) and bool(test["output"]) == lost
+    assert f"total  {sum(test['score'] for test in results['tests'])} / " in sheet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("while True: pass", "a loop that does not end"),
+        ("raise SystemExit(0)", "does the code call sys.exit?"),
+        ("os._exit(0)", "ended before it was graded"),
+        ("raise KeyboardInterrupt", "ended before it was graded"),
+        ("return 'a' + 1", "TypeError"),
+    ],
+)
+def test_a_loop_or_an_exit_costs_its_exercise_only(solve, code, words):
+    """Two exercises, so that the limit of a minute is waited for once."""
+    folder = solve(NAMES, [("ia3.py", "return sum(p.numel() for p in self.parameters())", code)])
+    sheet = json.loads((folder / "grading/exercises.json").read_text())
+    kept = [exercise for exercise in sheet if exercise["name"] in ("count", "start_at_ones")]
+    (folder / "grading/exercises.json").write_text(json.dumps(kept))
+    sheet, results = run_grade(folder, "--limit", "40")
+    assert [test["score"] for test in results["tests"]] == [5, 0], sheet
+    assert words in results["tests"][1]["output"]
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_imported_is_named(solve):
+    folder = solve(NAMES, [("gradient.py", "import torch\n", "import torch\ndef oh no\n")])
+    sheet, results = run_grade(folder)
+    assert [test["score"] == 0 for test in results["tests"]] == [name == "gradient" for name in NAMES], sheet
+    assert "SyntaxError" in results["tests"][NAMES.index("gradient")]["output"]
+
+
+@pytest.mark.slow
+def test_pytest_grades_one_exercise_by_its_marker(solve):
+    folder = solve(["start_at_ones"])
+    for number, status in ((3, 0), (4, 1)):
+        command = [sys.executable, "-m", "pytest", "-m", f"exercise{number}"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert result.returncode == status, result.stdout
+    assert "NotImplementedError: Exercise 4: Freeze the base" in result.stdout
+
+
+def test_inputs_are_drawn_at_grading_time(starter):
+    """Other numbers every time, but with GRADE_SEED the same ones."""
+    code = """
+import os, sys
+sys.path.insert(0, "grading")
+import conftest
+for seed in ("", "", "7", "7"):
+    os.environ["GRADE_SEED"] = seed
+    print(conftest.draw(conftest.dice.__wrapped__(), 3))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=starter, capture_output=True, text=True)
+    a, b, c, d = result.stdout.splitlines()
+    assert c == d and len({a, b, c}) == 3
+
+
+@pytest.mark.slow
+def test_the_handouts_sessions_print_what_it_says(solve):
+    command = [sys.executable, "-m", "doctest", "README.md"]
+    result = subprocess.run(command, cwd=solve(NAMES), capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout, result.stdout + result.stderr
+    assert (ROOT / "classroom/HANDOUT.md").read_text(encoding="utf-8").count("    >>> ") > 20
