@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import ablate, bench, claims, compare
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -41,3 +43,20 @@ def test_every_file_that_is_named_exists(name):
 @pytest.mark.parametrize("name, most", [("model.py", 300), ("ia3.py", 160), ("merge.py", 160), ("train.py", 360)])
 def test_the_four_files_stay_short(name, most):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
+
+
+@pytest.mark.parametrize(
+    "folder, text",
+    [
+        ("compare", compare.tables),
+        ("compare", lambda folder: claims.claims(folder, ROOT / "data/base.pt")),
+        ("ablation", ablate.tables),
+        ("bench", bench.tables),
+    ],
+)
+def test_the_tables_are_those_of_the_committed_results(folder, text):
+    """Every paragraph and table that the experiment makes of its CSVs stands in the README, letter by letter."""
+    pieces = text(ROOT / "experiments/results" / folder).split("\n\n")
+    assert sum("| --- |" in piece for piece in pieces) >= 1
+    for piece in pieces:
+        assert piece in README, piece
