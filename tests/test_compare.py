@@ -79,13 +79,16 @@ def test_merging_changes_nothing_and_leaves_a_plain_gpt(name):
         return
     merged = METHODS[name].merge(model)
     assert merged.state_dict().keys() == make_gpt().state_dict().keys()
-    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
     # float64: some 200 additions of numbers around 10, each good to 1e-16
     double = copy.deepcopy(model).double()
     assert (METHODS[name].merge(double)(idx)[0] - double(idx)[0]).abs().max() <= 1e-11
     truth = double(idx)[0]
     distances = [(m(idx)[0].double() - truth).square().mean().sqrt() for m in (merged, model)]
     assert distances[0] <= max(1.5 * distances[1], 1e-11)  # merge.Report's own bound
+    with torch.no_grad():
+        for p in merged.parameters():
+            p.zero_()
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
 def test_bitfit_trains_biases_and_nothing_else():
@@ -213,6 +216,11 @@ def test_the_bootstrap_finds_the_textbook_interval():
     # a 95 % interval's ends from 2000 draws are off by some 6 % of the standard error
     assert low == pytest.approx(nats.mean() - 1.96 * error, abs=0.25 * error)
     assert high == pytest.approx(nats.mean() + 1.96 * error, abs=0.25 * error)
+
+
+def test_the_bootstrap_weighs_windows_by_their_targets():
+    targets = np.arange(1.0, 51.0)
+    assert np.allclose(bootstrap({"a": 2 * targets[None]}, targets)["a"], 2, rtol=1e-12)
 
 
 def test_the_bootstrap_pairs_windows_and_seeds():
