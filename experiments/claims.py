@@ -112,8 +112,8 @@ def claims(results, init):
         ),
         (
             "suits edge deployment",
-            f"As well as its base does: merged it is the base's {values['full']} parameters, which read"
-            f" {tokens_per_second:,.0f} tokens a second, a window at a time ({base['device']}).",
+            f"As well as its base does: merged it is the base's {values['full']} parameters, {full['disk']:,} bytes"
+            f" in float32, which read {tokens_per_second:,.0f} tokens a second, a window at a time ({base['device']}).",
             by,
         ),
     ]

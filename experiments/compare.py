@@ -429,18 +429,17 @@ def tables(out):
 def draw_gap(out, path):
     """Share of the gap closed against the number of values trained, a panel a data and number of steps."""
     found, values = statistics(out), {row["method"]: row["values"] for row in read_csv(out / "costs.csv")}
-    figure, axes = plt.subplots(1, len(found), figsize=(4.5 * len(found), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found) + 2, 4), layout="constrained", squeeze=False)
     for ax, ((data, steps), methods) in zip(axes[0], found.items(), strict=True):
-        for i, (name, statistic) in enumerate(methods.items()):
-            if name == "base":
-                continue
-            middle, low, high = statistic["gap"]
-            ax.errorbar(values[name], middle, [[middle - low], [high - middle]], fmt="o", color=f"C{i}", capsize=3)
-            ax.annotate(METHODS[name].title, (values[name], middle), (5, 5), textcoords="offset points", fontsize=8)
+        for i, name in enumerate(METHODS):
+            if name in methods and name != "base":
+                middle, low, high = methods[name]["gap"]
+                bars = [[middle - low], [high - middle]]
+                ax.errorbar(values[name], middle, bars, fmt="o", color=f"C{i}", capsize=3, label=METHODS[name].title)
         ax.set(xscale="log", title=f"{data}, {steps} steps", xlabel="values trained")
-        ax.set_xlim(min(values[name] for name in methods if name != "base") / 2, 12 * max(values.values()))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("gap closed on test (%)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

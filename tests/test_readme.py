@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablate, bench, claims, compare
+from experiments import bench, claims, compare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +50,6 @@ def test_the_four_files_stay_short(name, most):
     [
         ("compare", compare.tables),
         ("compare", lambda folder: claims.claims(folder, ROOT / "data/base.pt")),
-        ("ablation", ablate.tables),
         ("bench", bench.tables),
     ],
 )
