@@ -310,6 +310,23 @@ def test_the_whole_comparison_and_that_it_goes_on(compared, capsys):
     assert re.fullmatch(r"compare.py: .* holds runs with forget b, not a: another --out\n", capsys.readouterr().err)
 
 
+def test_quick_is_one_seed_of_the_first_data_at_the_committed_rates(compared, monkeypatch, capsys):
+    seen = []
+
+    def measure_all(jobs, measure, path, workers):
+        seen.extend(jobs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "measure_all", measure_all)
+    assert compare.main([*compared, "--quick"]) == 130
+    assert capsys.readouterr().err == "compare.py: stopped; the same command goes on from here\n"
+    assert [job["method"] for job in seen] == ["base", *TRAINED]
+    rates = {row["method"]: row["lr"] for row in read_csv(compare.COMMITTED / "runs.csv") if row["stage"] == "test"}
+    assert all((job["lr"], job["steps"], job["seed"]) == (rates[job["method"]], 60, 1) for job in seen[1:])
+    assert {Path(job["data"]).name for job in seen} == {"a"}
+    assert (Path(compared[-1]) / "quick/about.json").exists()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
