@@ -237,7 +237,6 @@ def count(settings, name, batch):
             return model(*batch)[1]
 
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
-    row["state"] = 0
     row["linear_flops"], row["attention_flops"] = count_flops(lambda: forward().backward())
     row["saved"] = count_saved(forward, model)
     row["peak"] = ""
