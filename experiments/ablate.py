@@ -283,7 +283,7 @@ def tables(folder):
             if record["reference"]:
                 change, spread = "reference", ""
             lines.append(f"| {' | '.join([*names, format(record['values'], ','), loss, change, spread])} |")
-        fixed = [f"{AXES[axis]} {about[axis]}" for axis in AXES if axis not in axes and axis != "data_size"]
+        fixed = [f"{AXES[axis]} {cell(axis, about)}" for axis in AXES if axis not in axes and axis != "data_size"]
         if "data_size" not in axes:
             fixed.append(f"share of train {about['data_size']:g}")
         batch = f"{about['batch_size']} windows of {about['block_size']} tokens a step, {about['schedule']} schedule"

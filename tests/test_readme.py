@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench, claims, compare
+from experiments import ablate, bench, claims, compare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +51,7 @@ def test_the_four_files_stay_short(name, most):
         ("compare", compare.tables),
         ("compare", lambda folder: claims.claims(folder, ROOT / "data/base.pt")),
         ("bench", bench.tables),
+        ("ablation", lambda folder: "\n\n".join(ablate.tables(folder).split("\n\n")[:4])),  # by vectors, by layers
     ],
 )
 def test_the_tables_are_those_of_the_committed_results(folder, text):
@@ -59,3 +60,9 @@ def test_the_tables_are_those_of_the_committed_results(folder, text):
     assert sum("| --- |" in piece for piece in pieces) >= 1
     for piece in pieces:
         assert piece in README, piece
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation-rates"])
+def test_the_ablations_other_tables_are_those_of_their_results(name):
+    folder = ROOT / "experiments/results" / name
+    assert (folder / "table.md").read_text(encoding="utf-8") == ablate.tables(folder) + "\n"
