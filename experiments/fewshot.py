@@ -3,8 +3,9 @@
     python experiments/fewshot.py              # everything; goes on where it was stopped; into out/fewshot
     python experiments/fewshot.py --quick      # two runs, to see that it works
 
-A learning rate is chosen on val, one for all K and all losses. Then ten seeds draw K of the training pairs each, and
-the vectors learned from them rank test, which is read here only. Writes results.csv, table.md and fewshot.png.
+A learning rate is chosen on val under the paper's loss, one for all K and all losses. Then ten seeds draw K of the
+training pairs each, and the vectors learned from them rank test, which is read here only. Writes results.csv, table.md
+and fewshot.png.
 """
 
 import argparse
@@ -35,7 +36,7 @@ STEPS, BATCH_SIZE = 60, 8
 LEARNING_RATES = (0.01, 0.03, 0.1)
 CHOOSING_SEEDS = range(3)  # of each K, on val
 PAPER = "lm,ul,ln"
-LOSSES = (PAPER, "lm")
+LOSSES = (PAPER, "lm", "lm,ul", "lm,ln")
 
 
 def read_split(split, model):
