@@ -445,12 +445,12 @@ def run(argv):
     return 0
 
 
-def refuse_overwriting(base, out):
-    """Raise ValueError where writing to out, a file or a folder of a model, would replace the base itself."""
-    for theirs in (base, f"{base}/pytorch_model.bin"):
+def refuse_overwriting(path, out):
+    """Raise ValueError where writing to out, a file or a folder of a model, would replace path, which is read."""
+    for theirs in (path, f"{path}/pytorch_model.bin"):
         for ours in (out, f"{out}/pytorch_model.bin"):
             if os.path.exists(theirs) and os.path.exists(ours) and os.path.samefile(theirs, ours):
-                raise ValueError(f"--out {out} is the base itself")
+                raise ValueError(f"--out {out} would replace {path}, which it is made from")
 
 
 def main(argv=None):

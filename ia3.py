@@ -13,7 +13,6 @@ A task is three small matrices, a row a layer, all ones at the start, so that st
 import hashlib
 import json
 import os
-import zipfile
 from dataclasses import asdict
 
 import numpy as np
@@ -88,14 +87,15 @@ class IA3(nn.Module):
 
         Raises OSError where there is no such file and ValueError where it is damaged or made for another base.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as f:
+            try:
+                file = np.load(f, allow_pickle=False)
                 about = json.loads(file["about"].item())
                 arrays = {name: file[name].astype(np.float32) for name in file.files if name != "about"}
-            vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
-            base = about["base"]
-        except (ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as e:
-            raise ValueError(f"{path} is truncated, or no file of (IA)³ vectors ({type(e).__name__})") from None
+                vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
+                base = about["base"]
+            except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
+                raise ValueError(f"{path} is truncated, or no file of (IA)³ vectors ({type(e).__name__})") from None
         found = {name: a.shape for name, a in arrays.items()}
         wanted = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
         if found != wanted:
@@ -123,7 +123,7 @@ def attach(model, vectors=None, targets=TARGETS):
     theirs, ours = ((c.n_layer, c.n_embd) for c in (vectors.config, model.config))
     base = fingerprint(model)
     if theirs != ours or vectors.base not in (None, base):
-        raise ValueError(f"these vectors belong to another base, of n_layer, n_embd {theirs}; this one has {ours}")
+        raise ValueError(f"vectors of another base: n_layer, n_embd {theirs} of {vectors.base}, not {ours} of {base}")
     vectors.base = base
     model.ia3 = None  # vectors that were there belong to their holder: only the base is frozen
     model.requires_grad_(False)

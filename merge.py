@@ -128,21 +128,21 @@ def run(argv):
     parser.add_argument("--data", default="folio", help="whose val the merge is verified on (default: %(default)s)")
     args = parser.parse_args(argv)
     args.out = args.out or ("out/folio/merged.pt" if args.format == "nanogpt" else "out/folio/merged-hf")
-    refuse_overwriting(args.base, args.out)
+    for path in (args.base, args.ia3):
+        refuse_overwriting(path, args.out)
     if args.format == "nanogpt" and os.path.isdir(args.out):
         raise ValueError(f"--out {args.out} is a folder")
     model = GPT.from_pretrained(args.base)  # float32 on the CPU, wherever the vectors were trained
     model.ia3 = IA3.load(args.ia3, model)
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, model.config.block_size, ["val"])["val"]
     merged = merge(model)
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     n = min(max(2048 // model.config.block_size, 1), len(val))  # windows: some 2048 tokens
     idx, _ = val.windows(torch.linspace(0, len(val) - 1, n).long().tolist())
     report = verify(model, merged, idx)
-    greedy = [m.generate(idx[:1, : min(idx.size(1) // 2, 64)], 200, temperature=0) for m in (model, merged)]
-    if args.format == "hf":
-        save_hf(merged, args.out)
-    else:
-        merged.save(args.out)
+    greedy = [m.generate(val.prompt(64), 200, temperature=0) for m in (model, merged)]
+    save = save_hf if args.format == "hf" else GPT.save
+    save(merged, args.out)
     print(f"{args.base} + {args.ia3} → {args.out}\n{report}")
     print(f"200 tokens of greedy text     {'identical' if torch.equal(*greedy) else 'different'}")
     return 0 if report.is_exact() else 1

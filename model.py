@@ -13,7 +13,6 @@ sublayer, GELU in its tanh form, and one matrix for the embedding and the head.
 
 import math
 import os
-import pickle
 import zipfile
 from dataclasses import asdict, dataclass
 
@@ -164,8 +163,8 @@ class GPT(nn.Module):
             logits, _ = self(idx[:, -self.config.block_size :], tasks=tasks)
             logits = logits[:, -1].float()  # (B, vocab_size)
             if top_k is not None:
-                kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -float("inf"))
+                top = torch.topk(logits, min(top_k, logits.size(-1)))  # k of them, also where some are equal
+                logits = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
@@ -202,8 +201,11 @@ class GPT(nn.Module):
             }
             model = cls(config)
             model.load_state_dict(weights)
+            tied = torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"])
         except (TypeError, AttributeError, RuntimeError) as e:
             raise ValueError(f"{name_or_path} is not a GPT checkpoint: {str(e).splitlines()[-1].strip()}") from None
+        if not tied:
+            raise ValueError(f"{name_or_path}: the head is not the embedding, and here they are one matrix")
         model.tokenizer = checkpoint.get("tokenizer", model.tokenizer)
         return model.eval()
 
@@ -213,11 +215,11 @@ def load_file(path, mmap=False):
 
     mmap: leave the tensors on disk until they are used, in the zip format that PyTorch has written since 1.6.
     """
-    mmap = mmap and zipfile.is_zipfile(path)
     with open(path, "rb") as f:
         try:
+            mmap = mmap and zipfile.is_zipfile(path)
             return torch.load(path if mmap else f, map_location="cpu", weights_only=True, mmap=mmap)
-        except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as e:
+        except Exception as e:  # a damaged file makes torch raise nearly anything
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
 
 

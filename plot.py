@@ -7,7 +7,6 @@ python plot.py out/folio out/full        # both curves in out/folio/loss.png
 import argparse
 import csv
 import sys
-import zipfile
 from pathlib import Path
 
 import matplotlib
@@ -42,13 +41,14 @@ def plot_vectors(npz, path):
 
     Channels keep their order, so a head is a run of n_embd / n_head columns. Raises ValueError for another file.
     """
-    try:
-        with np.load(npz, allow_pickle=False) as file:
-            matrices = {name: file[name] for name in ("l_k", "l_v", "l_ff") if name in file.files}
-        if not matrices or any(m.ndim != 2 or not np.isfinite(m).all() for m in matrices.values()):
-            raise ValueError
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{npz} is no file of (IA)³ vectors") from None
+    with open(npz, "rb") as f:
+        try:
+            arrays = np.load(f, allow_pickle=False)
+            matrices = {name: arrays[name] for name in ("l_k", "l_v", "l_ff") if name in arrays.files}
+            if not matrices or any(m.ndim != 2 or not np.isfinite(m).all() for m in matrices.values()):
+                raise ValueError
+        except Exception:  # a damaged file makes zipfile and numpy raise nearly anything
+            raise ValueError(f"{npz} is no file of (IA)³ vectors") from None
     reach = max(max(np.quantile(np.abs(m - 1), 0.99) for m in matrices.values()), 1e-3)  # outliers do not fade the rest
     norm = TwoSlopeNorm(vcenter=1, vmin=1 - reach, vmax=1 + reach)
     figure, rows = plt.subplots(len(matrices), figsize=(9, 1.6 * len(matrices)), layout="constrained", squeeze=False)

@@ -42,7 +42,7 @@ class TrainConfig:
     init: str = flag("data/base.pt", "the base: a checkpoint, or 'scratch' for a new model (implies --method full)")
     method: str = flag("ia3", "train the vectors, or every weight", ("ia3", "full"))
     ia3: str | None = flag(None, "a .npz of vectors to start from, instead of ones")
-    targets: str = flag("k,v,ff", "which activations get a vector")
+    targets: str = flag("k,v,ff", "which activations get a vector; with --ia3, those that it has")
     steps: int = flag(200, "optimizer steps")
     lr: float | None = flag(None, "peak learning rate (default: 0.1 for ia3, 0.001 for full)")
     schedule: str = flag("cosine", "the decay to zero after the warmup", ("cosine", "linear"))
@@ -69,6 +69,12 @@ class TrainConfig:
 
     def __post_init__(self):
         self.method = "full" if self.init == "scratch" else self.method
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in (*choices, f.default):
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
+        if self.ia3 and self.method == "full":
+            raise ValueError("ia3, vectors to start from, goes with method ia3: full trains the weights")
         self.lr = {"ia3": 0.1, "full": 0.001}[self.method] if self.lr is None else self.lr
         for name in ("steps", "batch_size", "grad_accum", "block_size", "eval_interval", "eval_windows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -100,11 +106,6 @@ def autocast(model, config):
     return torch.autocast(weight.device.type, torch.bfloat16, enabled=on)
 
 
-def to_device(batch, device):
-    """The batch's tensors on device; to CUDA from pinned memory, so that the copy overlaps with computing."""
-    return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
-
-
 def ranks():
     """Return this process's rank and the number of processes: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -117,13 +118,12 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     n = min(n_windows or len(split), len(split))
     ids = torch.linspace(0, len(split) - 1, n, dtype=torch.float64).long().tolist()[rank::world]
     total = torch.zeros(2, dtype=torch.float64)  # nats, target tokens
-    model.eval()
+    model.eval()  # and left so: without dropout
     for i in range(0, len(ids), config.batch_size):
-        batch = to_device(split.windows(ids[i : i + config.batch_size]), model.lm_head.weight.device)
+        batch = datasets.to_device(split.windows(ids[i : i + config.batch_size]), model.lm_head.weight.device)
         n_targets = (batch[1] >= 0).sum().item()
         with autocast(model, config):
             total += torch.tensor([loss_fn(model, *batch).item() * n_targets, n_targets])
-    model.train()
     if world > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -136,7 +136,7 @@ def get_batch(split, step, config, device):
     n_targets = (batch[1] >= 0).sum().item()
     rows = torch.arange(config.batch_size)[rank::world].tensor_split(config.grad_accum)
     parts = [[t[r] for t in batch] for r in rows]
-    return [(to_device(part, device), (part[1] >= 0).sum().item() / n_targets) for part in parts]
+    return [(datasets.to_device(part, device), (part[1] >= 0).sum().item() / n_targets) for part in parts]
 
 
 def backward(model, parts, loss_fn, amp):
@@ -159,15 +159,15 @@ def train(model, data, config, loss_fn=lm_loss):
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
     target tokens. With config.out, every evaluation writes last.pt and metrics.csv there. Returns the history, a dict
-    an evaluation, with train_loss the mean over the steps since the one before. Raises FloatingPointError for a loss
-    that is not finite, and KeyboardInterrupt after Ctrl-C, once the step is done and saved.
+    an evaluation, with train_loss the mean over the steps since the one before. The model ends in eval
+    mode. Raises FloatingPointError for a loss that is not finite, and KeyboardInterrupt after Ctrl-C, once the step is
+    done and saved.
     """
     rank, world = ranks()
     device = model.lm_head.weight.device
     if config.batch_size < world * config.grad_accum:
         raise ValueError(f"batch_size must be at least {world} processes × grad_accum {config.grad_accum}")
     torch.manual_seed(config.seed + rank)  # dropout
-
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay pulls to 0, and a vector starts at 1: base matrices only
     decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
@@ -175,7 +175,6 @@ def train(model, data, config, loss_fn=lm_loss):
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
     wrapped = DistributedDataParallel(model) if world > 1 else model
-    amp = autocast(model, config)
 
     step, history, losses = 0, [], []
     if config.resume and os.path.exists(f"{config.out}/last.pt"):
@@ -186,7 +185,6 @@ def train(model, data, config, loss_fn=lm_loss):
         signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, handler)))
     try:
         parts, clock, n_steps, n_tokens = get_batch(data["train"], step, config, device), time.time(), 0, 0
-        model.train()
         while True:
             seconds = max(time.time() - clock, 1e-9)
             rate, left = n_tokens / seconds, (config.steps - step) * seconds / max(n_steps, 1)
@@ -215,7 +213,8 @@ def train(model, data, config, loss_fn=lm_loss):
                 save_run(step, history, losses, config, trained, optimizer)
                 raise KeyboardInterrupt(f"stopped at step {step}")
 
-            loss = backward(wrapped, parts, loss_fn, amp)
+            model.train()
+            loss = backward(wrapped, parts, loss_fn, autocast(model, config))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
             n_tokens += sum(part[0].numel() for part, _ in parts) * world
             parts = get_batch(data["train"], step + 1, config, device)  # while a GPU is still busy with this one
@@ -254,9 +253,8 @@ def load_run(config, trained, optimizer):
     for name, value in state["config"].items():
         if name not in ("resume", "overwrite", "device", "compile", "out") and value != getattr(config, name):
             raise ValueError(f"the run in {config.out} has {name} {value}, not {getattr(config, name)}")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(state["trained"][name])
+    for name, p in trained.items():
+        p.data.copy_(state["trained"][name])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"]["cpu"])
     torch.cuda.set_rng_state_all(state["rng"]["cuda"])
@@ -320,14 +318,16 @@ def run(config):
     model, data = build(config)
     first = ranks()[0] == 0  # of torchrun's processes: the one that prints and writes
     if first:
-        for file in [] if config.resume else filter(os.path.exists, files):
-            os.remove(file)
+        kept = [os.path.realpath(path) for path in (config.init, config.ia3 or "")]  # what this run starts from
+        for file in [] if config.resume else files:
+            if os.path.exists(file) and os.path.realpath(file) not in kept:
+                os.remove(file)
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{n:,} values of {config.init} learn {config.data} ({model.lm_head.weight.device}, {config.dtype})")
     if config.compile:
         model.compile()
     val = data["val"]
-    prompt = val.windows([0])[0][:, : min(config.block_size // 2, 64)]
+    prompt = val.prompt(64)
     before = complete(model, prompt, temperature=0.5)
     train(model, data, config)
     loss = evaluate(model, val, config)

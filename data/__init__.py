@@ -6,8 +6,8 @@ A data folder holds one of, tried in this order:
     train.bin    val.bin     token ids as uint16, nanoGPT's format; memory-mapped, so they may be larger than memory
     train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
 
-A split is a Stream of tokens or a list of Examples; the training loop asks both the same three things:
-len(split) windows, split.window(i, block_size), and split.batch(seed, step, batch_size, block_size).
+A split is a Stream of tokens or a set of Examples, and both answer the same: len(split), how many windows it has,
+split.windows(ids) of them, split.batch(seed, step, batch_size), and split.prompt(n) to go on from.
 """
 
 import json
@@ -52,6 +52,10 @@ class Stream:
         rng = np.random.default_rng((seed, step))
         return self._cut(rng.integers(0, len(self.tokens) - self.block_size, batch_size))
 
+    def prompt(self, n):
+        """The first n tokens, (1, n) long."""
+        return torch.from_numpy(self.tokens[:n].astype(np.int64)).unsqueeze(0)
+
     def _cut(self, starts):
         x = torch.zeros(len(starts), self.block_size, dtype=torch.long)
         y = torch.full_like(x, -1)
@@ -93,6 +97,16 @@ class Examples:
         orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in {p // n for p in places}}
         return self.windows([orders[p // n][p % n] for p in places])
 
+    def prompt(self, n):
+        """The last n tokens of the first example's prompt, (1, ≤ n) long; its completion's first if it has none."""
+        prompt, completion = self.examples[0]
+        return torch.tensor([prompt[-n:] or completion[:1]])
+
+
+def to_device(batch, device):
+    """The batch's tensors on device; to CUDA from pinned memory, so that the copy overlaps with computing."""
+    return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
+
 
 def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val")):
     """Read a data folder, by its name under data/ or by its path. Returns {split: Stream or Examples}.
@@ -100,11 +114,11 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
     tokenizer: 'bytes', 'gpt2', or None for a model that has none and so can read .bin only.
     Raises OSError where a file is missing and ValueError where it holds something else, or too little.
     """
-    folder = HERE / name_or_path if (HERE / name_or_path).is_dir() else Path(name_or_path)
+    names = sorted({path.parent.name for path in HERE.glob("*/train.*")})
+    folder = HERE / name_or_path if str(Path(name_or_path)) in names else Path(name_or_path)
     kinds = [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{splits[0]}.{kind}").is_file()]
     if not folder.is_dir():
-        names = ", ".join(sorted(p.parent.name for p in HERE.glob("*/train.*")))
-        raise FileNotFoundError(f"no data called {name_or_path!r}: there are {names}, or the path of a folder")
+        raise FileNotFoundError(f"no data called {name_or_path!r}: there are {', '.join(names)}, or a folder's path")
     if not kinds:
         raise FileNotFoundError(f"{folder} holds no {splits[0]}.jsonl, {splits[0]}.bin or {splits[0]}.txt")
     if kinds[0] != "bin" and tokenizer is None:

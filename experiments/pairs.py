@@ -19,7 +19,7 @@ Rules, so that nothing but the place of an edit tells the two apart:
 4.  The place is one that printers avoided: the word stands in the 1623 texts at least COMMON times as it is, and never
     with that edit. Nor may the edit make a modern word. An edit without such a place stays in both lines.
 5.  Of the possible places the decoy takes the one that a byte n-gram model of modern plays finds as likely as the true
-    place, and a line where none comes within NEAR nats is left out. So plain byte statistics cannot tell the two apart.
+    place, and a line where none comes within NEAR nats is left out. So plain byte statistics hardly tell the two apart.
 
 Train comes from data/prepare.py's ASIDE, val from VAL, test from TEST: three sets of plays that the base has not read
 in either spelling. Every step is deterministic: the files are the same on every machine.

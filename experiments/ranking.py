@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data as datasets
 from ia3 import IA3, attach
 from model import GPT, pick_device
-from train import TrainConfig, to_device, train
+from train import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 LOSSES = ("lm", "ul", "ln")
@@ -166,7 +166,8 @@ def scores(model, split, batch_size=32):
     """β of every choice of every example, (len(split), most choices), and the labels: rank classification's scores."""
     found, most = [], max(len(choices) for _, choices, _ in split.examples)
     for i in range(0, len(split), batch_size):
-        x, y, _ = to_device(split.windows(range(i, min(i + batch_size, len(split)))), model.lm_head.weight.device)
+        batch = split.windows(range(i, min(i + batch_size, len(split))))
+        x, y, _ = datasets.to_device(batch, model.lm_head.weight.device)
         beta = normalized(*token_log_likelihoods(model, x, y)).cpu()
         found.append(F.pad(beta, (0, most - beta.size(1)), value=-torch.inf))
     return torch.cat(found), torch.tensor([label for _, _, label in split.examples])

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from train import autocast, to_device
+from data import to_device
+from train import autocast
 
 
 @torch.no_grad()

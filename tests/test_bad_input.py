@@ -14,6 +14,8 @@ import merge
 import plot
 import sample
 import train
+from ia3 import IA3
+from model import load_file
 
 
 @pytest.fixture
@@ -104,8 +106,9 @@ def test_train(folder, flags, message, capsys):
         ("--ia3 nowhere.npz", "nowhere.npz"),
         ("--ia3 other_base.npz", "another base"),
         ("--data psalms", "no data called"),
-        ("--out base.pt", "is the base itself"),
-        ("--out no/such/folder.pt", "no/such"),
+        ("--out base.pt", "would replace base.pt"),
+        ("--out ia3.npz", "would replace ia3.npz"),
+        ("--out /proc/folder/m.pt", "/proc/folder"),
         ("--out text", "is a folder"),
         ("--unknown", "unrecognized"),
     ],
@@ -180,6 +183,27 @@ def test_checkpoints_that_are_damaged_or_carry_code(folder, capsys):
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("file", ["zip.pt", "legacy.pt", "ia3.npz"])
+def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(folder, file):
+    model = make_gpt()
+    torch.save(torch.load("base.pt"), "legacy.pt", _use_new_zipfile_serialization=False)
+    os.rename("base.pt", "zip.pt")
+    raw, dice = (folder / file).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = np.frombuffer(raw, np.uint8).copy()
+        near = 2000 if file == "legacy.pt" else len(raw)  # a legacy file's pickles stand at its head
+        damaged[dice.integers(0, near, 20)] = dice.integers(0, 256, 20)
+        with open("damaged", "wb") as f:
+            f.write(damaged)
+        try:
+            IA3.load("damaged", model) if file == "ia3.npz" else load_file("damaged", mmap=True)
+        except ValueError:
+            refused += 1
+    assert refused > 100
+
+
 def spoiled(change):
     checkpoint = torch.load("base.pt", weights_only=True)
     change(checkpoint)
@@ -193,6 +217,7 @@ def spoiled(change):
         (lambda c: c.pop("model_args"), "not a GPT checkpoint"),
         (lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head is not the embedding"),
         (lambda c: c["model_args"].update(n_embd=32), "size mismatch"),
         (lambda c: c["model_args"].update(n_head=3), "not divisible"),
         (lambda c: c["model_args"].update(block_size=0), "block_size must be"),

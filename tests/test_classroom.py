@@ -159,6 +159,8 @@ ORDINARY = {
     "for name, p in vectors.matrices().items():",
     "if l_ff is not None:",
     'with open(f"{path}.tmp", "wb") as f:',
+    'with open(path, "rb") as f:',
+    "except Exception as e:",
     'os.replace(f"{path}.tmp", path)',
     "return vectors",
     "vectors.base = base",

@@ -248,9 +248,9 @@ def test_a_query_part_that_overflows_l_k_is_refused(folder, capsys):
 
 
 def test_the_base_is_not_overwritten(folder, capsys):
-    check(folder, capsys, "from-peft --base base.pt --adapter adapter --out base.pt".split(), "the base itself")
-    check(folder, capsys, "to-hf --base hf --out hf".split(), "the base itself")
-    check(folder, capsys, "to-hf --base hf/pytorch_model.bin --out hf".split(), "the base itself")
+    check(folder, capsys, "from-peft --base base.pt --adapter adapter --out base.pt".split(), "would replace")
+    check(folder, capsys, "to-hf --base hf --out hf".split(), "would replace")
+    check(folder, capsys, "to-hf --base hf/pytorch_model.bin --out hf".split(), "would replace")
     Path("hf/model.safetensors").write_bytes(b"another model")
     check(folder, capsys, "to-hf --base base.pt --out hf".split(), "which would be opened instead")
 

@@ -133,6 +133,14 @@ def test_only_completions_carry_loss_and_rows_are_padded(examples):
     assert [bytes(row[row >= 0].tolist()).decode() for row in y] == ["cde", "y", "!"]  # nothing precedes the x of "xy"
     assert bytes(x[0].tolist()) == b"abcd\0\0\0\0"
     assert y[0].tolist() == [-1, *b"cde", -1, -1, -1, -1]
+
+
+def test_a_prompt_to_go_on_from_does_not_give_the_completion_away(examples):
+    assert examples.prompt(64).tolist() == [[*b"ab"]] and examples.prompt(1).tolist() == [[*b"b"]]
+    examples.examples = examples.examples[1:]  # without a prompt one token there must be
+    assert examples.prompt(64).tolist() == [[*b"x"]]
+    stream = data.Stream(np.arange(20), 8)
+    assert stream.prompt(5).tolist() == [[0, 1, 2, 3, 4]] and stream.prompt(64).size(1) == 20
     assert examples.n_tokens == 5
 
 
@@ -151,11 +159,15 @@ def test_bin_files_are_nanogpts_and_memory_mapped(tmp_path):
     assert train.windows([1])[0][0].tolist() == list(range(16, 32))
 
 
-def test_a_name_under_data_and_any_path_work(tmp_path):
+def test_a_name_under_data_and_any_path_work(tmp_path, monkeypatch):
     assert data.load("sonnets", "bytes", 257, 128)["val"].n_bytes == (DATA / "sonnets/val.txt").stat().st_size
     (tmp_path / "val.txt").write_bytes(bytes(range(256)))  # any bytes are text to the bytes tokenizer
     val = data.load(tmp_path, "bytes", 257, 128, ["val"])["val"]
     assert val.tokens.tolist() == list(range(256))
+    monkeypatch.chdir(tmp_path)
+    for here in (".", "./", "../" + tmp_path.name):
+        assert data.load(here, "bytes", 257, 128, ["val"])["val"].tokens.tolist() == list(range(256))
+    assert len(data.load("sonnets/", "bytes", 257, 128, ["val"])["val"]) > 0
 
 
 def good_folder(tmp_path):

@@ -201,6 +201,12 @@ def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_i
     assert torch.equal(plain(idx)[0], merge(model)(idx)[0])
 
 
+def test_the_command_line_makes_the_folder_it_writes_to(files):
+    folder, flags = files
+    assert main([*flags, "--out", f"{folder}/no/such/merged.pt"]) == 0
+    assert (folder / "no/such/merged.pt").exists()
+
+
 def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch):
     def careless(model):
         merged = merge(model)

@@ -74,6 +74,8 @@ def test_top_k_draws_from_the_k_likeliest_only():
     idx = make_idx(model, rows=1)[:, :4].repeat(200, 1)
     likeliest = model(idx[:1])[0][0, -1].topk(3).indices.tolist()
     assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) == set(likeliest)
+    model.lm_head.weight.data.zero_()  # all are equally likely: still no more than k are drawn
+    assert len(set(model.generate(idx, 1, top_k=3)[:, -1].tolist())) == 3
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])

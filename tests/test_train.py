@@ -296,6 +296,17 @@ def test_a_step_needs_two_thirds_of_the_matrix_products():
     assert 0.60 < flops() / full <= 0.66
 
 
+def test_dropout_is_on_in_the_steps_and_off_in_what_comes_after(text):
+    model, modes = fresh(dropout=0.5), []
+
+    def loss_fn(m, x, y):
+        modes.append(m.training)
+        return lm_loss(m, x, y)
+
+    train(model, text, config(steps=4, eval_interval=2, eval_windows=1), loss_fn)
+    assert modes == [False, True, True, False, True, True, False] and not model.training
+
+
 # Nothing is lost
 
 
@@ -419,3 +430,22 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(tiny_run, capsys):
     assert same(before, load_vectors(folder / "run/ia3.npz"))
     assert main([*flags, "--seed", "1", "--overwrite"]) == 0
     assert not same(before, load_vectors(folder / "run/ia3.npz"))
+
+
+def test_overwriting_a_run_keeps_the_base_that_lies_in_it(tiny_run):
+    folder, flags = tiny_run
+    flags += ["--out", f"{folder}/run"]
+    assert main([*flags, "--method", "full"]) == 0
+    base = (folder / "run/ckpt.pt").read_bytes()
+    assert main([*flags, "--out", f"{folder}/run/../run", "--init", f"{folder}/run/ckpt.pt", "--overwrite"]) == 0
+    assert (folder / "run/ckpt.pt").read_bytes() == base and (folder / "run/ia3.npz").exists()
+    assert main([*flags, "--overwrite"]) == 0  # no part of this one
+    assert not (folder / "run/ckpt.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "ia4"}, {"schedule": "step"}, {"dtype": "float16"}, {"ia3": "a", "method": "full"}]
+)
+def test_settings_that_no_run_has_are_refused(wrong):
+    with pytest.raises(ValueError, match="|".join(wrong)):
+        TrainConfig(**wrong)
