@@ -150,7 +150,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 has steps of 1/64 in a loss of 2
+        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, tasks=None, generator=None):
@@ -204,6 +205,9 @@ class GPT(nn.Module):
             tied = torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"])
         except (TypeError, AttributeError, RuntimeError) as e:
             raise ValueError(f"{name_or_path} is not a GPT checkpoint: {str(e).splitlines()[-1].strip()}") from None
+        for name, t in weights.items():
+            if not t.isfinite().all():
+                raise ValueError(f"{name_or_path}: {name} holds NaN or infinity")
         if not tied:
             raise ValueError(f"{name_or_path}: the head is not the embedding, and here they are one matrix")
         model.tokenizer = checkpoint.get("tokenizer", model.tokenizer)

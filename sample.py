@@ -7,7 +7,6 @@ python sample.py --ia3 a.npz b.npz c.npz --prompt "To be"              # three t
 """
 
 import argparse
-import math
 import sys
 import textwrap
 from pathlib import Path
@@ -25,7 +24,10 @@ def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tas
     dice = torch.Generator(device).manual_seed(seed)
     tasks = None if tasks is None else tasks.to(device)
     rows = model.generate(prompt.to(device), n_tokens, temperature, top_k, tasks, dice).tolist()
-    return [datasets.get_tokenizer(model.tokenizer).decode(row) if model.tokenizer else str(row) for row in rows]
+    if model.tokenizer is None:
+        return [str(row) for row in rows]
+    tokenizer = datasets.get_tokenizer(model.tokenizer)
+    return [tokenizer.decode([t for t in row if t < tokenizer.n_vocab]) for row in rows]  # 50304 is padded gpt2
 
 
 def short_names(paths):
@@ -63,8 +65,10 @@ def run(argv):
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     args = parser.parse_args(argv)
-    if args.tokens < 0 or args.top_k < 1 or args.seed < 0 or not 0 <= args.temperature < math.inf:
-        raise ValueError("tokens, seed and temperature must be at least 0 and top_k at least 1")
+    if args.tokens < 0 or args.top_k < 1 or args.seed < 0:
+        raise ValueError("tokens and seed must be at least 0 and top_k at least 1")
+    if args.temperature != 0 and not 1e-4 <= args.temperature <= 1e4:
+        raise ValueError(f"temperature must be 0 or from 1e-4 to 1e4, not {args.temperature}")
     device, dtype = pick_device(args.device)
     model = GPT.from_pretrained(args.base)
     if model.tokenizer is None:
@@ -93,6 +97,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -212,8 +212,7 @@ def train(model, data, config, loss_fn=lm_loss):
             if interrupts:
                 save_run(step, history, losses, config, trained, optimizer)
                 raise KeyboardInterrupt(f"stopped at step {step}")
-
-            model.train()
+            model.train()  # and now the step, with dropout
             loss = backward(wrapped, parts, loss_fn, autocast(model, config))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
             n_tokens += sum(part[0].numel() for part, _ in parts) * world
@@ -238,8 +237,8 @@ def save_run(step, history, losses, config, trained, optimizer):
     rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     state = {"step": step, "history": history, "losses": losses, "config": asdict(config), "rng": rng}
     state |= {"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict()}
-    torch.save(state, f"{config.out}/last.pt.tmp")
-    with open(f"{config.out}/metrics.csv.tmp", "w", newline="") as f:
+    with open(f"{config.out}/last.pt.tmp", "wb") as last, open(f"{config.out}/metrics.csv.tmp", "w", newline="") as f:
+        torch.save(state, last)
         writer = csv.DictWriter(f, history[0])
         writer.writeheader()
         writer.writerows(history)
@@ -311,17 +310,13 @@ def run(config):
     config.out = config.out or f"out/{os.path.basename(os.path.normpath(config.data))}"
     made = f"{config.out}/{'ia3.npz' if config.method == 'ia3' else 'ckpt.pt'}"
     files = [f"{config.out}/{name}" for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")]
-    if any(map(os.path.exists, files)) and not (config.resume or config.overwrite):
-        raise FileExistsError(f"{config.out} holds a run: --resume goes on with it, --overwrite replaces it")
+    if any(map(os.path.exists, files)) and not (config.overwrite or (config.resume and os.path.exists(files[0]))):
+        raise FileExistsError(f"{config.out} holds a run: --resume goes on from its last.pt, --overwrite replaces it")
     if "RANK" in os.environ:  # torchrun's
         dist.init_process_group()
     model, data = build(config)
     first = ranks()[0] == 0  # of torchrun's processes: the one that prints and writes
     if first:
-        kept = [os.path.realpath(path) for path in (config.init, config.ia3 or "")]  # what this run starts from
-        for file in [] if config.resume else files:
-            if os.path.exists(file) and os.path.realpath(file) not in kept:
-                os.remove(file)
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{n:,} values of {config.init} learn {config.data} ({model.lm_head.weight.device}, {config.dtype})")
     if config.compile:
@@ -329,6 +324,11 @@ def run(config):
     val = data["val"]
     prompt = val.prompt(64)
     before = complete(model, prompt, temperature=0.5)
+    if first and not config.resume:
+        kept = [os.path.realpath(path) for path in (config.init, config.ia3 or "")]  # what this run starts from
+        for file in filter(os.path.exists, files):
+            if os.path.realpath(file) not in kept:
+                os.remove(file)
     train(model, data, config)
     loss = evaluate(model, val, config)
     if first:
@@ -348,11 +348,11 @@ def run(config):
 def main(argv=None):
     try:
         return run(parse(argv))
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"train.py: {e or 'stopped'}; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"train.py: {str(e) or 'stopped'}; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 

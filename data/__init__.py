@@ -114,8 +114,8 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
     tokenizer: 'bytes', 'gpt2', or None for a model that has none and so can read .bin only.
     Raises OSError where a file is missing and ValueError where it holds something else, or too little.
     """
-    names = sorted({path.parent.name for path in HERE.glob("*/train.*")})
-    folder = HERE / name_or_path if str(Path(name_or_path)) in names else Path(name_or_path)
+    names = sorted(path.parent.name for path in HERE.glob("*/train.txt"))
+    folder = HERE / name_or_path if name_or_path in names else Path(name_or_path)
     kinds = [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{splits[0]}.{kind}").is_file()]
     if not folder.is_dir():
         raise FileNotFoundError(f"no data called {name_or_path!r}: there are {', '.join(names)}, or a folder's path")

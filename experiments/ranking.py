@@ -201,7 +201,8 @@ def run(argv):
     settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
     config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
     loss_fn = make_loss(args.losses.split(","))
-    if os.path.exists(f"{args.out}/ia3.npz") and not args.overwrite:
+    files = [f"{args.out}/{name}" for name in ("ia3.npz", "ckpt.pt", "last.pt", "metrics.csv")]
+    if any(map(os.path.exists, files)) and not args.overwrite:
         raise FileExistsError(f"{args.out} holds a run: --overwrite replaces it")
     device, config.dtype = pick_device(args.device, "float32")
     model = GPT.from_pretrained(args.base).to(device)

@@ -350,8 +350,8 @@ WRONG = [
     (
         "save_and_load",
         "ia3.py",
-        ", EOFError, zipfile.BadZipFile) as e:",
-        ") as e:",
+        "except Exception as e:",
+        "except ValueError as e:",
         "must be refused with a ValueError, not",
     ),
     ("save_and_load", "ia3.py", '        os.replace(f"{path}.tmp", path)', "        # the file", "one file"),

@@ -53,6 +53,16 @@ def test_loss_is_the_mean_over_targets_that_are_not_minus_one(device):
     assert torch.allclose(loss, sum(terms) / len(terms), rtol=1e-12)
 
 
+def test_a_loss_is_not_rounded_to_the_logits_bfloat16():
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        model = make_gpt().to(dtype)
+        idx = make_idx(model)
+        logits, loss = model(idx, idx)
+        assert logits.dtype == dtype and loss.dtype == wanted
+        true = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), idx.flatten())
+        assert abs(loss.item() - true.item()) <= 4 * torch.finfo(wanted).eps * true.item()
+
+
 def test_generate_greedy_is_the_argmax_and_seeds_repeat():
     model = make_gpt()
     idx = make_idx(model, rows=2)[:, :3]

@@ -53,6 +53,15 @@ def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder):
     assert len(set(together)) == 3
 
 
+def test_ids_that_pad_a_vocabulary_are_left_out_of_the_text():
+    model = make_gpt(vocab_size=300)  # as nanoGPT pads gpt2's 50257 to 50304
+    model.tokenizer = "bytes"
+    ids = model.generate(torch.tensor([[65]]), 50, 1.0, 300, None, torch.Generator().manual_seed(0))[0].tolist()
+    assert max(ids) > 256
+    text = sample.complete(model, torch.tensor([[65]]), 50, 1.0, 300)[0]
+    assert text == sample.datasets.get_tokenizer("bytes").decode([t for t in ids if t < 257])
+
+
 def test_side_by_side_prints_columns_under_their_names(folder, capsys):
     assert sample.side_by_side(["a", "bb"], ["one\ntwo three", "four"], width=7).split("\n") == [
         "a        bb",

@@ -418,6 +418,23 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tiny_run):
     assert f"step {step};" in err and step >= 50
 
 
+@pytest.mark.parametrize(
+    "trouble, status, message",
+    [
+        (KeyboardInterrupt(), 130, "train.py: stopped; --resume"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "train.py: CUDA out of memory."),
+    ],
+)
+def test_what_ends_a_run_from_without_is_one_line(tiny_run, monkeypatch, capsys, trouble, status, message):
+    def stop(*_, **__):
+        raise trouble
+
+    monkeypatch.setattr("train.complete", stop)
+    assert main([*tiny_run[1], "--out", f"{tiny_run[0]}/run"]) == status
+    err = capsys.readouterr().err
+    assert err.startswith(message) and err.count("\n") == 1
+
+
 def test_a_run_is_not_overwritten_or_resumed_by_mistake(tiny_run, capsys):
     folder, flags = tiny_run
     flags += ["--out", f"{folder}/run"]
@@ -427,6 +444,11 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(tiny_run, capsys):
     assert "holds a run" in capsys.readouterr().err
     assert main([*flags, "--seed", "1", "--resume"]) == 2
     assert "has seed 0, not 1" in capsys.readouterr().err
+    assert same(before, load_vectors(folder / "run/ia3.npz"))
+    assert main([*flags, "--block-size", "17", "--overwrite"]) == 2  # what is refused has replaced nothing
+    (folder / "run/last.pt").unlink()
+    assert main([*flags, "--resume"]) == 2
+    assert "holds a run" in capsys.readouterr().err
     assert same(before, load_vectors(folder / "run/ia3.npz"))
     assert main([*flags, "--seed", "1", "--overwrite"]) == 0
     assert not same(before, load_vectors(folder / "run/ia3.npz"))
