@@ -264,7 +264,8 @@ def save_hf(model, folder):
         "eos_token_id": end,
     }
     os.makedirs(folder, exist_ok=True)
-    torch.save(weights, f"{folder}/pytorch_model.bin.tmp")
+    with open(f"{folder}/pytorch_model.bin.tmp", "wb") as file:
+        torch.save(weights, file)
     write_json(about, f"{folder}/config.json.tmp")
     for name in ("pytorch_model.bin", "config.json"):
         os.replace(f"{folder}/{name}.tmp", f"{folder}/{name}")

@@ -24,16 +24,16 @@ from model import GPT
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=ROOT / "data/base.pt", help="a byte-level checkpoint")
-    parser.add_argument("--ia3", default=ROOT / "out/demo/ia3.npz", help="trained vectors")
+    parser.add_argument("--base", default=ROOT / "data/base.pt", help="a checkpoint (default: data/base.pt)")
+    parser.add_argument("--ia3", default=ROOT / "out/demo/ia3.npz", help="vectors for it (default: out/demo/ia3.npz)")
     args = parser.parse_args(argv)
     try:
         base = GPT.from_pretrained(args.base)
         trained = IA3.load(args.ia3, base)
+        val = data.load("folio", base.tokenizer, base.config.vocab_size, base.config.block_size, ["val"])["val"]
     except (ValueError, OSError) as e:
         print(f"exactness.py: {e}", file=sys.stderr)
         return 2
-    val = data.load("folio", "bytes", base.config.vocab_size, base.config.block_size, ["val"])["val"]
     idx, _ = val.windows(range(0, len(val), len(val) // 32))
     torch.manual_seed(0)
     powers, random = IA3(base.config), IA3(base.config)

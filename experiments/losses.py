@@ -51,12 +51,14 @@ def works(name, split):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=ROOT / "data/base.pt", help="a byte-level checkpoint")
+    parser.add_argument("--base", default=ROOT / "data/base.pt", help="a byte-level checkpoint (default: data/base.pt)")
     parser.add_argument("--ia3", help="vectors for it")
     args = parser.parse_args(argv)
     try:
         model = GPT.from_pretrained(args.base)
         model.ia3 = IA3.load(args.ia3, model) if args.ia3 else None
+        if model.tokenizer != "bytes":
+            raise ValueError(f"{args.base} does not read bytes")
     except (ValueError, OSError) as e:
         print(f"losses.py: {e}", file=sys.stderr)
         return 2
