@@ -79,6 +79,9 @@ class TrainConfig:
         for name in ("steps", "batch_size", "grad_accum", "block_size", "eval_interval", "eval_windows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+        if self.batch_size < world * self.grad_accum:
+            raise ValueError(f"batch_size must be at least {world} processes × grad_accum {self.grad_accum}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be above 0 and finite, not {self.lr}")
         if not (0 <= self.warmup <= 1 and 0 <= self.weight_decay < math.inf and self.grad_clip > 0 and self.seed >= 0):
@@ -159,14 +162,11 @@ def train(model, data, config, loss_fn=lm_loss):
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
     target tokens. With config.out, every evaluation writes last.pt and metrics.csv there. Returns the history, a dict
-    an evaluation, with train_loss the mean over the steps since the one before. The model ends in eval
-    mode. Raises FloatingPointError for a loss that is not finite, and KeyboardInterrupt after Ctrl-C, once the step is
-    done and saved.
+    an evaluation, with train_loss the mean over the steps since the one before. The model ends in eval mode. Raises
+    FloatingPointError for a loss that is not finite, KeyboardInterrupt after Ctrl-C, the step being done and saved.
     """
     rank, world = ranks()
     device = model.lm_head.weight.device
-    if config.batch_size < world * config.grad_accum:
-        raise ValueError(f"batch_size must be at least {world} processes × grad_accum {config.grad_accum}")
     torch.manual_seed(config.seed + rank)  # dropout
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay pulls to 0, and a vector starts at 1: base matrices only

@@ -446,6 +446,7 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(tiny_run, capsys):
     assert "has seed 0, not 1" in capsys.readouterr().err
     assert same(before, load_vectors(folder / "run/ia3.npz"))
     assert main([*flags, "--block-size", "17", "--overwrite"]) == 2  # what is refused has replaced nothing
+    assert main([*flags, "--grad-accum", "1000", "--overwrite"]) == 2
     (folder / "run/last.pt").unlink()
     assert main([*flags, "--resume"]) == 2
     assert "holds a run" in capsys.readouterr().err
