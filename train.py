@@ -176,9 +176,10 @@ def train(model, data, config, loss_fn=lm_loss):
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
     wrapped = DistributedDataParallel(model) if world > 1 else model
 
+    about = asdict(config) | {"base": model.ia3 and model.ia3.base}  # what a run and its resumption have in common
     step, history, losses = 0, [], []
     if config.resume and os.path.exists(f"{config.out}/last.pt"):
-        step, history, losses = load_run(config, trained, optimizer)
+        step, history, losses = load_run(about, trained, optimizer)
     interrupts = []  # Ctrl-C lets the step finish, so that what is saved is whole; a second one stops at once
     handler = signal.getsignal(signal.SIGINT)
     if world == 1:
@@ -199,7 +200,7 @@ def train(model, data, config, loss_fn=lm_loss):
                 history.append(row | {"lr": learning_rate(step, config), "tokens_per_second": rate})
                 losses = []
                 if rank == 0:
-                    save_run(step, history, losses, config, trained, optimizer)
+                    save_run(step, history, losses, about, trained, optimizer)
                 clock, n_steps, n_tokens = time.time(), 0, 0
             if rank == 0 and (due or sys.stdout.isatty()):
                 line = f"step {step:5d}/{config.steps}  val {history[-1]['val_loss']:.4f}"
@@ -210,7 +211,7 @@ def train(model, data, config, loss_fn=lm_loss):
             if step == config.steps:
                 return history
             if interrupts:
-                save_run(step, history, losses, config, trained, optimizer)
+                save_run(step, history, losses, about, trained, optimizer)
                 raise KeyboardInterrupt(f"stopped at step {step}")
             model.train()  # and now the step, with dropout
             loss = backward(wrapped, parts, loss_fn, autocast(model, config))
@@ -229,34 +230,34 @@ def train(model, data, config, loss_fn=lm_loss):
         signal.signal(signal.SIGINT, handler)
 
 
-def save_run(step, history, losses, config, trained, optimizer):
+def save_run(step, history, losses, about, trained, optimizer):
     """Write metrics.csv and all that a resumed run needs, each under a temporary name and then renamed."""
-    if not config.out:
+    out = about["out"]
+    if not out:
         return
-    os.makedirs(config.out, exist_ok=True)
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    state = {"step": step, "history": history, "losses": losses, "config": asdict(config), "rng": rng}
-    state |= {"trained": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer.state_dict()}
-    with open(f"{config.out}/last.pt.tmp", "wb") as last, open(f"{config.out}/metrics.csv.tmp", "w", newline="") as f:
+    os.makedirs(out, exist_ok=True)
+    state = {"step": step, "history": history, "losses": losses, "config": about, "optimizer": optimizer.state_dict()}
+    state |= {"trained": trained, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+    with open(f"{out}/last.pt.tmp", "wb") as last, open(f"{out}/metrics.csv.tmp", "w", newline="") as f:
         torch.save(state, last)
         writer = csv.DictWriter(f, history[0])
         writer.writeheader()
         writer.writerows(history)
     for name in ("last.pt", "metrics.csv"):
-        os.replace(f"{config.out}/{name}.tmp", f"{config.out}/{name}")
+        os.replace(f"{out}/{name}.tmp", f"{out}/{name}")
 
 
-def load_run(config, trained, optimizer):
-    """Put the run in config.out back. Returns its step, history, latest losses; ValueError if other flags made it."""
-    state = load_file(f"{config.out}/last.pt")
+def load_run(about, trained, optimizer):
+    """Put back the run in about["out"]. Returns its step, history, latest losses; ValueError if it is another run's."""
+    state = load_file(f"{about['out']}/last.pt")
     for name, value in state["config"].items():
-        if name not in ("resume", "overwrite", "device", "compile", "out") and value != getattr(config, name):
-            raise ValueError(f"the run in {config.out} has {name} {value}, not {getattr(config, name)}")
+        if name not in ("resume", "overwrite", "device", "compile", "out") and value != about[name]:
+            raise ValueError(f"the run in {about['out']} has {name} {value}, not {about[name]}")
     for name, p in trained.items():
         p.data.copy_(state["trained"][name])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+    torch.set_rng_state(state["rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["step"], state["history"], state["losses"]
 
 
@@ -322,8 +323,7 @@ def run(config):
     if config.compile:
         model.compile()
     val = data["val"]
-    prompt = val.prompt(64)
-    before = complete(model, prompt, temperature=0.5)
+    before = complete(model, val.prompt(64), temperature=0.5)
     if first and not config.resume:
         kept = [os.path.realpath(path) for path in (config.init, config.ia3 or "")]  # what this run starts from
         for file in filter(os.path.exists, files):
@@ -334,7 +334,7 @@ def run(config):
     if first:
         (model.ia3 if config.method == "ia3" else model).save(made)
         bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits a byte" if val.n_bytes else ""
-        print(f"\nbefore:\n{before[0]}\n\nafter:\n{complete(model, prompt, temperature=0.5)[0]}\n")
+        print(f"\nbefore:\n{before[0]}\n\nafter:\n{complete(model, val.prompt(64), temperature=0.5)[0]}\n")
         print(f"val, all of it: {loss:.4f} nats a token{bits}\nnext: python plot.py {config.out}")
         if config.method == "ia3":
             print(f"      python sample.py --base {config.init} --ia3 {made}")

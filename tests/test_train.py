@@ -455,6 +455,18 @@ def test_a_run_is_not_overwritten_or_resumed_by_mistake(tiny_run, capsys):
     assert not same(before, load_vectors(folder / "run/ia3.npz"))
 
 
+def test_vectors_are_not_resumed_on_another_base_at_the_same_path(tiny_run, capsys):
+    folder, flags = tiny_run
+    flags += ["--out", f"{folder}/run", "--resume"]
+    assert main(flags) == 0
+    before = (folder / "run/ia3.npz").read_bytes()
+    make_gpt(seed=1).save(folder / "base.pt")
+    assert main(flags) == 2
+    err = capsys.readouterr().err
+    assert "has base" in err and err.count("\n") == 1
+    assert (folder / "run/ia3.npz").read_bytes() == before
+
+
 def test_overwriting_a_run_keeps_the_base_that_lies_in_it(tiny_run):
     folder, flags = tiny_run
     flags += ["--out", f"{folder}/run"]
