@@ -437,6 +437,8 @@ def run(argv):
         save_peft(vectors, args.out, args.base)
         print(f"{args.ia3} → {args.out}: {vectors.count():,} values, and ones for the queries")
     else:
+        if os.path.isdir(args.out):
+            raise ValueError(f"--out {args.out} is a folder")
         vectors, l_q = load_peft(args.adapter, model)
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         vectors.save(args.out)

@@ -415,6 +415,8 @@ def run(argv):
         cut(data["train"], job["data_size"])
         if not 0 <= job["noise"] < math.inf:
             raise ValueError(f"noise must be at least 0 and finite, not {job['noise']}")
+    if all(set(values) == {reference[axis]} for axis, values in axes.items()):
+        raise ValueError("nothing to compare: the axes named have the reference's own values only")
     digest = hashlib.sha256(content(data["train"]))
     digest.update(content(data["val"]))
     about = {"base": fingerprint(model), "data": f"{Path(args.data).name} {digest.hexdigest()[:16]}"}

@@ -330,6 +330,7 @@ def test_quick_is_the_same_in_small(base, tmp_path, monkeypatch, capsys):
         ("--noise -0.1", "noise must be at least 0"),
         ("--noise inf", "noise must be at least 0 and finite"),
         ("--ref-noise nan", "noise must be at least 0"),
+        ("--subsets ff,v,k", "nothing to compare"),
         ("--seeds 0", "seeds must be at least 1"),
         ("--workers 0", "workers must be at least 1"),
         ("--cross --lr", "cross wants two axes"),

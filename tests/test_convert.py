@@ -255,6 +255,11 @@ def test_the_base_is_not_overwritten(folder, capsys):
     check(folder, capsys, "to-hf --base base.pt --out hf".split(), "which would be opened instead")
 
 
+def test_vectors_do_not_go_where_a_folder_is(folder, capsys):
+    check(folder, capsys, "from-peft --base base.pt --adapter adapter --out hf".split(), "--out hf is a folder")
+    assert not os.path.exists("hf.tmp")
+
+
 def test_commands_there_and_back(folder, capsys):
     assert convert.main("to-peft --base base.pt --ia3 ia3.npz --out a".split()) == 0
     assert (
