@@ -55,7 +55,7 @@ SHAPES = {  # n_layer, n_head, n_embd, vocab_size
     "1.5B": (48, 25, 1600, 50257),
 }
 WORK = {  # rows and tokens a step, and rounds
-    "cpu": {"base": (16, 128, 25), "6x384": (8, 256, 13), "124M": (2, 256, 5)},
+    "cpu": {"base": (16, 128, 25), "6x384": (8, 256, 13), "124M": (2, 256, 15)},
     "cuda": {
         "base": (16, 128, 51),
         "6x384": (8, 256, 51),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import ablate, bench, claims, compare
+from experiments.runs import read_csv
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,7 +64,21 @@ def test_the_tables_are_those_of_the_committed_results(folder, text):
         assert piece in README, piece
 
 
-@pytest.mark.parametrize("name", ["ablation", "ablation-rates"])
-def test_the_ablations_other_tables_are_those_of_their_results(name):
+@pytest.mark.parametrize(
+    "name, tables",
+    [("ablation", ablate.tables), ("ablation-rates", ablate.tables), ("bench-epyc", bench.tables)],
+)
+def test_the_tables_beside_the_readme_are_those_of_their_results(name, tables):
     folder = ROOT / "experiments/results" / name
-    assert (folder / "table.md").read_text(encoding="utf-8") == ablate.tables(folder) + "\n"
+    assert (folder / "table.md").read_text(encoding="utf-8") == tables(folder) + "\n"
+
+
+def test_two_processors_agree_as_far_as_the_readme_says():
+    """All that is counted is the same, and the time of our step over a rival's differs by up to 0.1."""
+    here, there = (read_csv(ROOT / "experiments/results" / name / "results.csv") for name in ("bench", "bench-epyc"))
+    apart = 0
+    for a, b in zip(here, there, strict=True):
+        for key in ("shape", "contestant", "trained", "linear_flops", "attention_flops", "saved_bytes"):
+            assert a[key] == b[key]
+        apart = max(apart, abs(a["ours_over"] - b["ours_over"]))
+    assert 0.05 < apart <= 0.1
