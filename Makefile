@@ -1,6 +1,7 @@
-# make demo    train the vectors, merge them, verify, sample, plot: into out/demo
-# make test    the test suite
-# make lint    ruff: check and format
+# make demo      train the vectors, merge them, verify, sample, plot: into out/demo
+# make test      the proof, within a minute
+# make test-all  everything that can be tested here
+# make lint      ruff: check and format
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,16 +9,20 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 export MPLCONFIGDIR := $(CURDIR)/out/.matplotlib
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/run
-	$(BIN)/python train.py --data folio --out out/demo --overwrite
+	rm -rf out/demo
+	$(BIN)/python train.py --data folio --out out/demo
 	$(BIN)/python merge.py --ia3 out/demo/ia3.npz --out out/demo/merged.pt
 	$(BIN)/python sample.py --base out/demo/merged.pt --prompt "To be, or not to be"
-	$(BIN)/python plot.py out/demo
+	$(BIN)/python -m tools.plot out/demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check --no-cache .

@@ -1,130 +1,179 @@
 """(IA)³'s vectors as a value: make them, freeze the base under them, count, save, load, stack tasks.
 
-A task is three small matrices, a row a layer, all ones at the start, so that step 0 is the base, bit for bit:
+A task is three small matrices, one row a layer, all ones at the start, so that step 0 is the base, bit for bit:
 
-    l_k  (n_layer, n_embd)      l_v  (n_layer, n_embd)      l_ff  (n_layer, 4·n_embd)
+    l_k  (n_layer, width of the keys)   l_v  (n_layer, width of the values)   l_ff  (n_layer, width of the MLP)
 
-    attach(model)                       # freeze the model, set model.ia3 to vectors of ones
+The widths are the model's (config.widths); in GPT-2 they are n_embd, n_embd and 4·n_embd.
+
+    attach(model)                       # to train: freeze the model, set model.ia3 to vectors of ones
     model.ia3 = None                    # the base again
-    model.ia3 = IA3.load(path, model)   # another task
-    attach(model, stack([a, b, None]))  # three tasks at once, the third is the base: model(idx, tasks=(B,) long)
+    model.ia3 = IA3.load(path, model)   # to switch: another task
+    attach(model, stack([a, b, None]))  # three tasks at once, the third is the base: model(idx, task_ids=(B,) long)
 """
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import nn
 
-TARGETS = ("k", "v", "ff")  # what can be scaled: keys, values, the MLP's hidden activations
+from common import replace_file
+
+SITES = ("k", "v", "ff")  # what can be scaled: keys, values, the MLP's hidden activations
 
 
 class IA3(nn.Module):
-    """The vectors of one task, or of several with a leading task axis (stack). A target left out is None.
+    """The vectors of one task, or of several with a leading task axis (stack). A site left out is None.
 
-    config: the base's GPTConfig. targets: any of 'k', 'v', 'ff'; ValueError for others, or for none.
+    config: the base's. sites: a list or tuple of 'k', 'v', 'ff'; ValueError for others, or for none.
     """
 
-    def __init__(self, config, targets=TARGETS):
+    def __init__(self, config, sites=SITES):
         super().__init__()
-        if not targets or not set(targets) <= set(TARGETS):
-            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, not {','.join(targets) or 'none'}")
+        if isinstance(sites, str) or not sites or not set(sites) <= set(SITES):
+            raise ValueError(f"sites must be a list of some of {', '.join(SITES)}, not {sites!r}")
 
-        def ones(target, width):
-            return nn.Parameter(torch.ones(config.n_layer, width)) if target in targets else None
+        def ones(site, width):
+            if site not in sites:
+                return None
+            return nn.Parameter(torch.ones(config.n_layer, width))
 
-        self.l_k = ones("k", config.n_embd)
-        self.l_v = ones("v", config.n_embd)
-        self.l_ff = ones("ff", 4 * config.n_embd)
+        k_width, v_width, ff_width = config.widths
+        self.l_k = ones("k", k_width)
+        self.l_v = ones("v", v_width)
+        self.l_ff = ones("ff", ff_width)
         self.config = config
-        self.base = None  # the fingerprint of the base they were attached to
+        self.fingerprint = None  # of the base that they were attached to
 
     def matrices(self):
-        """Return {'l_k': l_k, ...}, without the targets left out."""
+        """Return {'l_k': l_k, ...}, without the sites left out."""
         return dict(self.named_parameters())
 
     def count(self):
-        """The number of values: with all targets 6·n_layer·n_embd a task (section 3.3 on GPT-2's shapes)."""
+        """The number of values: on GPT-2 with all sites 6·n_layer·n_embd a task (section 3.3 on its shapes)."""
         return sum(p.numel() for p in self.parameters())
 
     def is_stacked(self):
         return next(self.parameters()).dim() == 3  # (n_tasks, n_layer, width)
 
-    def rows(self, tasks=None):
-        """Return each layer's (l_k, l_v, l_ff), (width,) or None; gathered by tasks (B,) long, (B, 1, width) or None.
+    def per_layer(self, task_ids=None):
+        """Return each layer's (l_k, l_v, l_ff), each (width,), or (B, 1, width) gathered by task_ids, or None.
 
-        Raises ValueError when stacked vectors and tasks do not come together, or when an id is out of range.
+        task_ids: (B,) long, wanted where the vectors are stacked and only there. Raises ValueError where it does not
+        fit. The ids themselves are read only on a CPU: on a GPU that would make every forward pass wait, and an id
+        out of range ends in CUDA's own assertion. So check_task_ids before they go there.
         """
-        if self.is_stacked() != (tasks is not None):
-            raise ValueError("stacked vectors want tasks, one id a row, and vectors of one task want none")
+        if self.is_stacked() != (task_ids is not None):
+            raise ValueError("stacked vectors want task_ids, one a row, and vectors of one task want none")
+        on_gpu = isinstance(task_ids, torch.Tensor) and task_ids.device.type != "cpu"
+        if task_ids is not None and not on_gpu:
+            self.check_task_ids(task_ids)
+
+        def of_layer(matrix, layer):
+            if matrix is None:
+                return None
+            if task_ids is not None:
+                return matrix[task_ids, layer].unsqueeze(1)  # (B, 1, width): each row of the batch its own task's
+            return matrix[layer]  # (width,)
+
+        layers = range(self.config.n_layer)
+        return [(of_layer(self.l_k, i), of_layer(self.l_v, i), of_layer(self.l_ff, i)) for i in layers]
+
+    def check_task_ids(self, task_ids):
+        """Raise ValueError unless task_ids is (B,) long and names tasks that are here."""
         n_tasks = next(self.parameters()).size(0)
-        if tasks is not None and (tasks.dtype != torch.long or tasks.min() < 0 or tasks.max() >= n_tasks):
-            raise ValueError(f"tasks must be long, each id from 0 to {n_tasks - 1}")
-
-        def row(matrix, layer):
-            if matrix is not None and tasks is not None:
-                return matrix[tasks, layer].unsqueeze(1)  # (B, 1, width)
-            return None if matrix is None else matrix[layer]
-
-        return [(row(self.l_k, i), row(self.l_v, i), row(self.l_ff, i)) for i in range(self.config.n_layer)]
+        if not isinstance(task_ids, torch.Tensor) or task_ids.dtype != torch.long or task_ids.dim() != 1:
+            raise ValueError("task_ids must be a tensor (B,) of dtype long, one id a row")
+        if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < n_tasks:
+            raise ValueError(f"task_ids must be from 0 to {n_tasks - 1}")
 
     def save(self, path):
-        """Write one .npz: matrices, config, the base's fingerprint. ValueError for unattached or stacked vectors."""
-        if self.base is None or self.is_stacked():
+        """Write one .npz: the matrices, and the config, names and fingerprint of the base as JSON.
+
+        Raises ValueError for vectors that were never attached, and for stacked ones (unstack them first).
+        """
+        if self.fingerprint is None or self.is_stacked():
             raise ValueError("only one task's vectors, attached to a base (ia3.attach), can be saved")
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}
-        about = {"config": asdict(self.config), "vectors": list(arrays), "base": self.base}
-        with open(f"{path}.tmp", "wb") as f:
+        about = {"config": asdict(self.config), "vectors": list(arrays), "fingerprint": self.fingerprint}
+        with replace_file(path) as f:
             np.savez(f, about=np.bytes_(json.dumps(about)), **arrays)
-        os.replace(f"{path}.tmp", path)  # a crash leaves the old file or the new one, never half of one
 
     @classmethod
     def load(cls, path, model):
         """Read vectors that were made for model's base; no code of the file's is run. Returns IA3, not yet attached.
 
-        Raises OSError where there is no such file and ValueError where it is damaged or made for another base.
+        Assign them to model.ia3 to switch tasks; attach them to train on. Raises OSError where there is no such file
+        and ValueError where it is damaged or made for another base.
         """
         with open(path, "rb") as f:
             try:
                 file = np.load(f, allow_pickle=False)
+                shapes = read_shapes(file)
                 about = json.loads(file["about"].item())
-                arrays = {name: file[name].astype(np.float32) for name in file.files if name != "about"}
                 vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
-                base = about["base"]
+                wanted = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
+                arrays = {}
+                if shapes == wanted:
+                    arrays = {name: file[name].astype(np.float32, casting="same_kind") for name in wanted}
             except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
                 raise ValueError(f"{path} is truncated, or no file of (IA)³ vectors ({type(e).__name__})") from None
-        found = {name: a.shape for name, a in arrays.items()}
-        wanted = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
-        if found != wanted:
-            raise ValueError(f"{path} holds {found}, but this base takes {wanted}")
+        if shapes != wanted:
+            raise ValueError(f"{path} holds {shapes}, but this base takes {wanted}")
         for name, p in vectors.matrices().items():
             if not np.isfinite(arrays[name]).all():
                 raise ValueError(f"{path}: {name} holds NaN or infinity")
             p.data = torch.from_numpy(arrays[name])
-        vectors.base = fingerprint(model)
-        if base != vectors.base:
-            raise ValueError(f"{path} was made for another base of this shape ({base[:8]}, not {vectors.base[:8]})")
+        theirs, ours = about.get("fingerprint"), fingerprint(model)
+        if not isinstance(theirs, str):
+            raise ValueError(f"{path} has no fingerprint, or an older version's: train these vectors again")
+        if theirs != ours:
+            raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
+        vectors.fingerprint = ours
         return vectors.to(next(model.parameters()).device)
 
     def extra_repr(self):
         lines = [f"{name} {tuple(p.shape)}, {p.min():.3f} to {p.max():.3f}" for name, p in self.matrices().items()]
-        return "\n".join([*lines, f"{self.count():,} values for base {self.base[:8] if self.base else 'unknown'}"])
+        return "\n".join([*lines, f"{self.count():,} values for base {(self.fingerprint or 'unknown')[:8]}"])
 
 
-def attach(model, vectors=None, targets=TARGETS):
-    """Freeze model, set model.ia3 to vectors (by default ones for targets), remember the base's fingerprint.
+def read_shapes(file):
+    """Return {name: shape} of an .npz's arrays but 'about', from their headers: a small file can unfold to gigabytes.
 
-    Call it before torch.compile and before DDP. Returns the vectors. Raises ValueError for those of another base.
+    file: what np.load returns. Raises ValueError for an 'about' of more than 64 KiB, and where a header is damaged.
     """
-    vectors = IA3(model.config, targets) if vectors is None else vectors
-    theirs, ours = ((c.n_layer, c.n_embd) for c in (vectors.config, model.config))
-    base = fingerprint(model)
-    if theirs != ours or vectors.base not in (None, base):
-        raise ValueError(f"vectors of another base: n_layer, n_embd {theirs} of {vectors.base}, not {ours} of {base}")
-    vectors.base = base
+    shapes = {}
+    for name in file.files:
+        with file.zip.open(f"{name}.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        if name != "about":
+            shapes[name] = shape
+        elif shape != () or dtype.itemsize > 2**16:
+            raise ValueError("'about' is too long")
+    return shapes
+
+
+def attach(model, vectors=None, sites=SITES):
+    """Freeze model, set model.ia3 to vectors (by default ones at sites), remember the base's fingerprint.
+
+    Attach to train or to have vectors checked; to switch tasks, assigning to model.ia3 is enough. Cast or move the
+    model first: what follows would take the vectors along. Call it before torch.compile and before DDP. Returns the
+    vectors, float32 and on the model's device. Raises ValueError for those of another base.
+    """
+    if vectors is None:
+        vectors = IA3(model.config, sites)
+    if not isinstance(vectors, IA3):
+        raise ValueError(f"attach wants an IA3, not {type(vectors).__name__}: IA3.load(path, model) reads a file")
+    theirs, ours = vectors.fingerprint, fingerprint(model)
+    if (vectors.config.n_layer, vectors.config.widths) != (model.config.n_layer, model.config.widths):
+        raise ValueError("these vectors are for another base: another number of layers, or other widths")
+    if theirs not in (None, ours):
+        raise ValueError(f"these vectors are for another base of this shape ({theirs[:8]}, not {ours[:8]})")
+    vectors.fingerprint = ours
     model.ia3 = None  # vectors that were there belong to their holder: only the base is frozen
     model.requires_grad_(False)
     model.ia3 = vectors.requires_grad_().to(next(model.parameters()).device)  # float32, whatever the base is held in
@@ -137,23 +186,49 @@ def stack(tasks):
     What a task does not scale is ones in its row. Raises ValueError for vectors of different shapes or bases.
     """
     given = [task for task in tasks if task is not None]
-    shapes = {(task.config.n_layer, task.config.n_embd) for task in given}
-    bases = {task.base for task in given if task.base}
-    if len(shapes) != 1 or len(bases) > 1 or any(task.is_stacked() for task in given):
+    shapes = {(task.config.n_layer, task.config.widths) for task in given}
+    fingerprints = {task.fingerprint for task in given if task.fingerprint}
+    if len(shapes) != 1 or len(fingerprints) > 1 or any(task.is_stacked() for task in given):
         raise ValueError("stack wants one or more tasks' vectors, all for one base")
-    stacked = IA3(given[0].config, [t for t in TARGETS if any(f"l_{t}" in task.matrices() for task in given)])
-    stacked.base = bases.pop() if bases else None
+    sites = [site for site in SITES if any(f"l_{site}" in task.matrices() for task in given)]
+    stacked = IA3(given[0].config, sites)
+    stacked.fingerprint = fingerprints.pop() if fingerprints else None
     for name, ones in stacked.matrices().items():
-        rows = [ones if task is None else task.matrices().get(name, ones) for task in tasks]
-        setattr(stacked, name, nn.Parameter(torch.stack([row.detach().to(rows[0].device) for row in rows])))
+        matrices = [ones if task is None else task.matrices().get(name, ones) for task in tasks]
+        matrices = [matrix.detach().to(matrices[0].device) for matrix in matrices]
+        setattr(stacked, name, nn.Parameter(torch.stack(matrices)))  # (n_tasks, n_layer, width)
     return stacked
 
 
+def unstack(stacked):
+    """The way back: return a list of IA3, copies of one task's vectors each, so that each can be saved or merged.
+
+    The sites are the stack's: what a task did not scale is ones. Raises ValueError for vectors of one task.
+    """
+    if not stacked.is_stacked():
+        raise ValueError("unstack wants stacked vectors, and these are one task's")
+    n_tasks = next(stacked.parameters()).size(0)
+    tasks = []
+    for task_id in range(n_tasks):
+        task = IA3(stacked.config, [name.removeprefix("l_") for name in stacked.matrices()])
+        task.fingerprint = stacked.fingerprint
+        for name, matrix in stacked.matrices().items():
+            setattr(task, name, nn.Parameter(matrix[task_id].detach().clone()))  # (n_layer, width)
+        tasks.append(task)
+    return tasks
+
+
 def fingerprint(model):
-    """SHA-256 of the base's keys, shapes and values rounded to bfloat16, without the vectors and the tied head."""
-    digest = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        if not name.startswith("ia3.") and name != "lm_head.weight":
-            digest.update(f"{name} {tuple(t.shape)}".encode())
-            digest.update(t.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    """SHA-256, in hexadecimal, of what makes the base the function that it is; the vectors are not in it.
+
+    That is the config without dropout and block_size (n_head, say, changes the function and no shape), and every
+    weight's name, shape and values, a tied head once. Values are rounded to bfloat16, so that a base may be held in
+    float32 or in bfloat16; what this lets pass is a base whose every weight differs by less than that rounding.
+    """
+    config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, config]).encode())
+    for name, p in sorted(model.named_parameters()):
+        if not name.startswith("ia3."):
+            digest.update(f"{name} {tuple(p.shape)}".encode())
+            digest.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -7,27 +7,112 @@ python sample.py --ia3 a.npz b.npz c.npz --prompt "To be"              # three t
 """
 
 import argparse
+import math
 import sys
 import textwrap
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
-import data as datasets
+import common
 from ia3 import IA3, attach, stack
-from model import GPT, pick_device
 
 
-def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tasks=None):
+class Cache:
+    """What a model has read so far, so that only new tokens are read: keys and values, allocated once.
+
+    They are kept scaled: a cached key holds l_k already, a cached value l_v. So a cache belongs to the vectors and
+    task_ids that it was made with, and is refused for others.
+    """
+
+    def __init__(self, model, batch_size, max_tokens, task_ids=None):
+        config, weight = model.config, model.lm_head.weight
+        d_head = config.n_embd // config.n_head
+        n_kv_head = config.widths[0] // d_head  # heads of keys and values: in GPT-2 as many as of queries
+        shape = (batch_size, n_kv_head, max_tokens, d_head)
+        self.ia3 = model.ia3
+        self.task_ids = task_ids
+        self.layers = [LayerCache(shape, weight.device, weight.dtype) for _ in range(config.n_layer)]
+
+    def start(self, ia3, task_ids):
+        """The number of tokens read so far. Raises ValueError for other vectors or task_ids than the cache's own."""
+        if ia3 is not self.ia3 or task_ids is not self.task_ids:
+            raise ValueError("this cache holds keys and values of other vectors or task_ids: make a new one")
+        return self.layers[0].length
+
+
+class LayerCache:
+    """One layer's part of a Cache, k and v (B, n_kv_head, max_tokens, d_head), of which length tokens are filled."""
+
+    def __init__(self, shape, device, dtype):
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k, v):
+        """Add T tokens' k and v, (B, n_kv_head, T, d_head).
+
+        Returns k and v of all tokens so far, and which of them each new one sees: (T, length) bool, None for all.
+        """
+        T = k.size(2)
+        end = self.length + T
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        seen = None
+        if T > 1:  # the new tokens are the last: each sees what was there, and the new ones up to itself
+            seen = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
+        return self.k[:, :, :end], self.v[:, :, :end], seen
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=None, generator=None):
+    """Continue idx (B, T) long by max_new_tokens, each drawn from the prediction of the last block_size tokens.
+
+    temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: each row's
+    task, where the vectors are stacked. The prompt is read once, then a token a step; past block_size every step moves
+    the window, so all of it is read again. Returns (B, T + max_new_tokens). Raises ValueError for an empty idx, and for
+    numbers that make no sense.
+    """
+    if idx.numel() == 0:
+        raise ValueError("idx is empty: there is nothing to go on from")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if task_ids is not None and model.ia3 is not None:
+        model.ia3.check_task_ids(task_ids)  # once, also on a GPU
+    block_size = model.config.block_size
+    cache = Cache(model, idx.size(0), min(idx.size(1) + max_new_tokens, block_size), task_ids)
+    for _ in range(max_new_tokens):
+        if idx.size(1) <= block_size:
+            n_read = cache.start(model.ia3, task_ids)
+            hidden = model.hidden(idx[:, n_read:], task_ids, cache)  # (B, new tokens, n_embd)
+        else:
+            hidden = model.hidden(idx[:, -block_size:], task_ids)  # (B, block_size, n_embd)
+        logits = model.lm_head(hidden[:, -1]).float()  # (B, vocab_size), of the last position only
+        if top_k is not None:
+            top = torch.topk(logits, min(top_k, logits.size(-1)))  # k of them, also where some are equal
+            logits = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values)
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)  # (B, 1)
+        else:
+            new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        idx = torch.cat((idx, new), dim=1)
+    return idx
+
+
+def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, task_ids=None):
     """Return prompt (B, T) long and what model writes after it, as B strings; token ids where it has no tokenizer."""
     device = model.lm_head.weight.device
     dice = torch.Generator(device).manual_seed(seed)
-    tasks = None if tasks is None else tasks.to(device)
-    rows = model.generate(prompt.to(device), n_tokens, temperature, top_k, tasks, dice).tolist()
+    if task_ids is not None:
+        task_ids = task_ids.to(device)
+    rows = generate(model, prompt.to(device), n_tokens, temperature, top_k, task_ids, dice).tolist()
     if model.tokenizer is None:
         return [str(row) for row in rows]
-    tokenizer = datasets.get_tokenizer(model.tokenizer)
-    return [tokenizer.decode([t for t in row if t < tokenizer.n_vocab]) for row in rows]  # 50304 is padded gpt2
+    return [model.tokenizer.decode(row) for row in rows]
 
 
 def short_names(paths):
@@ -43,19 +128,17 @@ def side_by_side(names, texts, width=38):
     """Return the texts as columns under their names, each line folded to width."""
     columns = []
     for name, text in zip(names, texts, strict=True):
-        lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, width) or [""]]
-        columns.append([name[:width], "-" * len(name[:width]), *lines])
+        column = [name[:width], "-" * len(name[:width])]
+        for line in text.splitlines():
+            column += textwrap.wrap(line, width) or [""]
+        columns.append(column)
     height = max(map(len, columns))
     padded = [column + [""] * (height - len(column)) for column in columns]
     return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in zip(*padded, strict=True))
 
 
 def run(argv):
-    def fail(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
     parser.add_argument("--base", default="data/base.pt", help="a checkpoint, merged or not (default: %(default)s)")
     parser.add_argument("--ia3", nargs="+", default=[], metavar="NPZ", help="vectors; several are sampled side by side")
     parser.add_argument("--prompt", default="\n", help="the text to go on from (default: an empty line)")
@@ -65,40 +148,36 @@ def run(argv):
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     args = parser.parse_args(argv)
-    if args.tokens < 0 or args.top_k < 1 or args.seed < 0:
-        raise ValueError("tokens and seed must be at least 0 and top_k at least 1")
+    if not 0 <= args.tokens <= 10**6:
+        raise ValueError(f"tokens must be from 0 to a million, not {args.tokens}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {args.seed}")
     if args.temperature != 0 and not 1e-4 <= args.temperature <= 1e4:
         raise ValueError(f"temperature must be 0 or from 1e-4 to 1e4, not {args.temperature}")
-    device, dtype = pick_device(args.device)
-    model = GPT.from_pretrained(args.base)
+    device, dtype = common.pick_device(args.device)
+    model = common.load(args.base, getattr(torch, dtype)).to(device)
     if model.tokenizer is None:
-        raise ValueError(
-            f"{args.base} names no tokenizer, and its vocabulary of {model.config.vocab_size} tells of none"
-        )
-    prompt = datasets.get_tokenizer(model.tokenizer).encode_ordinary(args.prompt)
+        vocab_size = model.config.vocab_size
+        raise ValueError(f"{args.base} names no tokenizer, and its vocabulary of {vocab_size} tells of none")
+    prompt = model.tokenizer.encode_ordinary(args.prompt)
     if not prompt:
         raise ValueError("the prompt is empty")
-    model.to(device, getattr(torch, dtype))
+
     tasks = [IA3.load(path, model) for path in args.ia3]
+    prompts = torch.tensor([prompt] * max(len(tasks), 1))
+    task_ids = None
     if len(tasks) == 1:
         model.ia3 = tasks[0]
     elif tasks:
         attach(model, stack(tasks))
-    ids = torch.tensor([prompt] * max(len(tasks), 1))
-    which = torch.arange(len(tasks)) if len(tasks) > 1 else None
-    texts = complete(model, ids, args.tokens, args.temperature, args.top_k, args.seed, which)
+        task_ids = torch.arange(len(tasks))  # a row a task
+    texts = complete(model, prompts, args.tokens, args.temperature, args.top_k, args.seed, task_ids)
     print(texts[0] if len(texts) == 1 else side_by_side(short_names(args.ia3), texts))
     return 0
 
 
 def main(argv=None):
-    try:
-        return run(argv)
-    except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return common.exit_status("sample.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,35 @@
 """The training loop: one for (IA)³, for full fine-tuning and for pretraining; on a laptop, a GPU, or many.
 
     python train.py                                            # (IA)³: data/base.pt learns 1623 spelling
-    python train.py --data path/to/folder --init my.pt         # your own text, your own base
+    python train.py --data path/to/folder --base my.pt         # your own text, your own base
     python train.py --method full --out out/full               # every weight instead
-    python train.py --init scratch --data plays --steps 5000   # a new base
+    python train.py --base scratch --data plays --steps 5000   # a new base
     torchrun --nproc-per-node 8 train.py ...                   # any of these on eight GPUs
 
-train() optimizes whatever requires a gradient and knows no method; build() makes what the flags ask for. Batches are
-a function of (seed, step), so a resumed run sees what an uninterrupted one would have.
+train() optimizes whatever requires a gradient and knows no method; build() makes what the flags ask for. Batches and
+dropout are functions of (seed, step), so a resumed run sees what an uninterrupted one would have.
 """
 
 import argparse
 import csv
 import math
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
-from typing import get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 import data as datasets
-from ia3 import IA3, attach
-from model import GPT, GPTConfig, load_file, pick_device
+from ia3 import IA3, attach, fingerprint
+from model import GPT, GPTConfig
 from sample import complete
 
 
@@ -36,61 +39,51 @@ def flag(default, help, choices=None):
 
 @dataclass
 class TrainConfig:
-    """What a run is. Every field is a flag of the command line. Raises ValueError for values out of range."""
+    """What train() does. Every field is a flag of the command line, too. Raises ValueError for values out of range."""
 
-    data: str = flag("folio", "a name under data/ (plays, folio, sonnets, kjv), or the path of a folder of your own")
-    init: str = flag("data/base.pt", "the base: a checkpoint, or 'scratch' for a new model (implies --method full)")
-    method: str = flag("ia3", "train the vectors, or every weight", ("ia3", "full"))
-    ia3: str | None = flag(None, "a .npz of vectors to start from, instead of ones")
-    targets: str = flag("k,v,ff", "which activations get a vector; with --ia3, those that it has")
     steps: int = flag(200, "optimizer steps")
-    lr: float | None = flag(None, "peak learning rate (default: 0.1 for ia3, 0.001 for full)")
+    lr: float = flag(0.1, "peak learning rate")
     schedule: str = flag("cosine", "the decay to zero after the warmup", ("cosine", "linear"))
     warmup: float = flag(0.06, "share of the steps in which the learning rate rises")
     batch_size: int = flag(16, "windows or examples a step, over all parts and processes")
     grad_accum: int = flag(1, "parts that a process cuts its batch into, one in memory at a time")
-    block_size: int | None = flag(None, "training window in tokens (default: the model's; scratch: 128)")
     weight_decay: float = flag(0.1, "AdamW's, on matrices of the base only, never on vectors")
     grad_clip: float = flag(1.0, "largest gradient norm")
     eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint")
     eval_windows: int = flag(64, "windows of val in an evaluation during the run; at its end all of val is read")
     seed: int = flag(0, "draws the batches, the dropout and a new model's weights")
-    device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto: cuda or cpu")
-    dtype: str = flag("auto", "auto: bfloat16 where CUDA has it, else float32", ("auto", "float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile the model")
-    out: str | None = flag(None, "folder of the run (default: out/ and the data's name)")
+    dtype: str = flag("float32", "bfloat16: autocast what is held in float32", ("float32", "bfloat16"))
+    out: str | None = flag(None, "folder of the run")
     resume: bool = flag(False, "go on with the run in --out from its last checkpoint, if it has one")
-    overwrite: bool = flag(False, "replace the run in --out")
-    n_layer: int | None = flag(None, "scratch: layers (default: 6)")
-    n_head: int | None = flag(None, "scratch: heads (default: 6)")
-    n_embd: int | None = flag(None, "scratch: width (default: 192)")
-    dropout: float | None = flag(None, "scratch: dropout (default: 0)")
-    tokenizer: str | None = flag(None, "scratch: bytes or gpt2 (default: bytes)", ("bytes", "gpt2"))
 
     def __post_init__(self):
-        self.method = "full" if self.init == "scratch" else self.method
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if choices and value not in (*choices, f.default):
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
-        if self.ia3 and self.method == "full":
-            raise ValueError("ia3, vectors to start from, goes with method ia3: full trains the weights")
-        self.lr = {"ia3": 0.1, "full": 0.001}[self.method] if self.lr is None else self.lr
-        for name in ("steps", "batch_size", "grad_accum", "block_size", "eval_interval", "eval_windows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)}")
+        for name, most in (
+            ("steps", 10**9),
+            ("batch_size", 10**5),
+            ("grad_accum", 10**5),
+            ("eval_interval", 10**9),
+            ("eval_windows", 10**9),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
+        if not 0 < self.lr <= 1000:
+            raise ValueError(f"lr must be above 0 and at most 1000, not {self.lr}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, from 0 to 1, not {self.warmup}")
+        if not 0 <= self.weight_decay <= 1000:
+            raise ValueError(f"weight_decay must be from 0 to 1000, not {self.weight_decay}")
+        if not self.grad_clip > 0:
+            raise ValueError(f"grad_clip must be above 0, not {self.grad_clip}")
         world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
         if self.batch_size < world * self.grad_accum:
             raise ValueError(f"batch_size must be at least {world} processes × grad_accum {self.grad_accum}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be above 0 and finite, not {self.lr}")
-        if not (0 <= self.warmup <= 1 and 0 <= self.weight_decay < math.inf and self.grad_clip > 0 and self.seed >= 0):
-            raise ValueError("warmup must be from 0 to 1, weight_decay and seed at least 0, grad_clip above 0")
-
-
-def lm_loss(model, x, y):
-    """Mean cross-entropy in nats a target token."""
-    return model(x, y)[1]
 
 
 def learning_rate(step, config):
@@ -99,7 +92,144 @@ def learning_rate(step, config):
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(config.steps - warmup, 1)
-    return config.lr * (1 - done if config.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done))
+    if config.schedule == "linear":
+        return config.lr * (1 - done)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def lm_loss(model, x, y):
+    """Mean cross-entropy in nats a target token."""
+    return model(x, y)[1]
+
+
+def train(model, data, config, loss_fn=None, should_stop=None):
+    """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
+
+    data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
+    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved. With
+    config.out, every evaluation writes last.pt and metrics.csv there.
+
+    Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
+    ends in eval mode. Draws from torch's random generator, so it leaves it changed. Raises FloatingPointError for a
+    loss that is not finite, and ValueError for vectors on a base that is not frozen, or in less than float32.
+    """
+    if loss_fn is None:
+        loss_fn = lm_loss
+    check_vectors(model)
+    rank, world = ranks()
+    device = model.lm_head.weight.device
+
+    # AdamW. Weight decay pulls to 0, and a vector starts at 1: it is for the base's matrices only
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
+    others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+
+    # where an earlier run of this folder was stopped
+    step = 0
+    history = []  # a dict an evaluation
+    losses = []  # of the steps since the last one
+    about = {}
+    if config.out is not None:
+        about = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
+    if config.resume and os.path.exists(f"{config.out}/last.pt"):
+        step, history, losses = load_run(about, trained, optimizer)
+
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    parts = get_batch(data["train"], step, config, device)
+    n_tokens = 0
+    started = time.time()
+    while True:
+        # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
+        due = step % config.eval_interval == 0 or step == config.steps
+        if due and step not in [row["step"] for row in history]:
+            seconds = max(time.time() - started, 1e-9)
+            tokens_per_second = n_tokens / seconds
+            left = (config.steps - step) * seconds / max(len(losses), 1)
+            train_loss = sum(losses) / len(losses) if losses else math.nan
+            val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"val loss {val_loss} at step {step}: try a smaller lr")
+            row = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
+            history.append(row | {"lr": learning_rate(step, config), "tokens_per_second": tokens_per_second})
+            losses = []
+            if rank == 0:
+                line = f"step {step:5d}/{config.steps}  val {val_loss:.4f}"
+                if step > 0:
+                    line += f"  loss {train_loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+                    line += f"  {left // 60:.0f}:{left % 60:02.0f} left"
+                print(line, flush=True)
+                save_run(step, history, losses, about, trained, optimizer)
+            n_tokens = 0
+            started = time.time()
+        if step == config.steps:
+            return history
+        if should_stop is not None and should_stop():
+            save_run(step, history, losses, about, trained, optimizer)
+            return history
+
+        # forward and backward, one part of the batch in memory at a time
+        model.train()
+        torch.manual_seed(int(np.random.default_rng((config.seed, step, rank)).integers(2**63)))  # for dropout
+        loss = torch.zeros((), device=device)
+        for i, (part, share) in enumerate(parts):
+            wrapped.require_backward_grad_sync = i == len(parts) - 1  # DDP's: reduce once a step
+            with autocast(model, config):
+                part_loss = loss_fn(wrapped, *part) * share
+            (part_loss * world).backward()  # DDP takes the mean over processes, but the shares sum to one already
+            loss += part_loss.detach()
+            n_tokens += part[0].numel() * world
+        if world > 1:
+            dist.all_reduce(loss)
+
+        # clip the gradient
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
+
+        # the next batch, while a GPU is still busy with this one
+        parts = get_batch(data["train"], step + 1, config, device)
+
+        # the step
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise FloatingPointError(f"loss {loss:g}, gradient {norm:g} at step {step}: try a smaller lr")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        step += 1
+
+
+def check_vectors(model):
+    """Raise ValueError where training would not be what its vectors' file says it was."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing in this model requires a gradient: ia3.attach gives it vectors to train")
+    if model.ia3 is None:
+        return
+    if any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("ia3.")):
+        raise ValueError("these vectors stand on a base that is not frozen: ia3.attach(model, vectors) freezes it")
+    for name, p in model.ia3.matrices().items():
+        if torch.finfo(p.dtype).bits < 32:
+            raise ValueError(f"{name} is {p.dtype}, too coarse to train: cast the base first, then ia3.attach")
+
+
+def ranks():
+    """Return this process's rank and the number of processes: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def get_batch(split, step, config, device):
+    """This process's rows of a step's global batch: grad_accum parts, each with its share of the batch's targets."""
+    rank, world = ranks()
+    batch = split.batch(config.seed, step, config.batch_size)
+    n_targets = (batch[1] >= 0).sum().item()
+    rows = torch.arange(config.batch_size)[rank::world].tensor_split(config.grad_accum)
+    parts = []
+    for r in rows:
+        part = [t[r] for t in batch]
+        share = (part[1] >= 0).sum().item() / n_targets
+        parts.append((datasets.to_device(part, device), share))
+    return parts
 
 
 def autocast(model, config):
@@ -107,11 +237,6 @@ def autocast(model, config):
     weight = model.lm_head.weight
     on = config.dtype == "bfloat16" and weight.dtype == torch.float32
     return torch.autocast(weight.device.type, torch.bfloat16, enabled=on)
-
-
-def ranks():
-    """Return this process's rank and the number of processes: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @torch.no_grad()
@@ -123,237 +248,210 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     total = torch.zeros(2, dtype=torch.float64)  # nats, target tokens
     model.eval()  # and left so: without dropout
     for i in range(0, len(ids), config.batch_size):
-        batch = datasets.to_device(split.windows(ids[i : i + config.batch_size]), model.lm_head.weight.device)
+        batch = split.windows(ids[i : i + config.batch_size])
         n_targets = (batch[1] >= 0).sum().item()
         with autocast(model, config):
-            total += torch.tensor([loss_fn(model, *batch).item() * n_targets, n_targets])
+            loss = loss_fn(model, *datasets.to_device(batch, model.lm_head.weight.device))
+        total += torch.tensor([loss.item() * n_targets, n_targets])
     if world > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
 
-def get_batch(split, step, config, device):
-    """This process's rows of a step's global batch: grad_accum parts, each with its share of the batch's targets."""
-    rank, world = ranks()
-    batch = split.batch(config.seed, step, config.batch_size)
-    n_targets = (batch[1] >= 0).sum().item()
-    rows = torch.arange(config.batch_size)[rank::world].tensor_split(config.grad_accum)
-    parts = [[t[r] for t in batch] for r in rows]
-    return [(datasets.to_device(part, device), (part[1] >= 0).sum().item() / n_targets) for part in parts]
-
-
-def backward(model, parts, loss_fn, amp):
-    """Leave the gradient of the whole batch's mean loss in .grad. Returns that loss, a scalar tensor."""
-    _, world = ranks()
-    loss = 0.0
-    for i, (part, share) in enumerate(parts):
-        model.require_backward_grad_sync = i == len(parts) - 1  # DDP's: reduce once a step
-        with amp:
-            part_loss = loss_fn(model, *part) * share
-        (part_loss * world).backward()  # DDP takes the mean over processes, but the shares sum to one already
-        loss += part_loss.detach()
-    if world > 1:
-        dist.all_reduce(loss)
-    return loss
-
-
-def train(model, data, config, loss_fn=lm_loss):
-    """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
-
-    data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens. With config.out, every evaluation writes last.pt and metrics.csv there. Returns the history, a dict
-    an evaluation, with train_loss the mean over the steps since the one before. The model ends in eval mode. Raises
-    FloatingPointError for a loss that is not finite, KeyboardInterrupt after Ctrl-C, the step being done and saved.
-    """
-    rank, world = ranks()
-    device = model.lm_head.weight.device
-    torch.manual_seed(config.seed + rank)  # dropout
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # weight decay pulls to 0, and a vector starts at 1: base matrices only
-    decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
-    others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
-    wrapped = DistributedDataParallel(model) if world > 1 else model
-
-    about = asdict(config) | {"base": model.ia3 and model.ia3.base}  # what a run and its resumption have in common
-    step, history, losses = 0, [], []
-    if config.resume and os.path.exists(f"{config.out}/last.pt"):
-        step, history, losses = load_run(about, trained, optimizer)
-    interrupts = []  # Ctrl-C lets the step finish, so that what is saved is whole; a second one stops at once
-    handler = signal.getsignal(signal.SIGINT)
-    if world == 1:
-        signal.signal(signal.SIGINT, lambda *_: (interrupts.append(1), signal.signal(signal.SIGINT, handler)))
-    try:
-        parts, clock, n_steps, n_tokens = get_batch(data["train"], step, config, device), time.time(), 0, 0
-        while True:
-            seconds = max(time.time() - clock, 1e-9)
-            rate, left = n_tokens / seconds, (config.steps - step) * seconds / max(n_steps, 1)
-            train_loss = sum(losses) / len(losses) if losses else math.nan
-            evaluated = {row["step"] for row in history}  # a resumed run starts at a step that may be
-            due = (step % config.eval_interval == 0 or step == config.steps) and step not in evaluated
-            if due:
-                val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
-                if not math.isfinite(val_loss):
-                    raise FloatingPointError(f"val loss {val_loss} at step {step}: try a smaller lr")
-                row = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-                history.append(row | {"lr": learning_rate(step, config), "tokens_per_second": rate})
-                losses = []
-                if rank == 0:
-                    save_run(step, history, losses, about, trained, optimizer)
-                clock, n_steps, n_tokens = time.time(), 0, 0
-            if rank == 0 and (due or sys.stdout.isatty()):
-                line = f"step {step:5d}/{config.steps}  val {history[-1]['val_loss']:.4f}"
-                if step > 0:
-                    line += f"  loss {train_loss:.4f}  {rate:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-                tty = sys.stdout.isatty()
-                print("\r" * tty + line.ljust(79 * tty), end="\n" if due else "", flush=True)
-            if step == config.steps:
-                return history
-            if interrupts:
-                save_run(step, history, losses, about, trained, optimizer)
-                raise KeyboardInterrupt(f"stopped at step {step}")
-            model.train()  # and now the step, with dropout
-            loss = backward(wrapped, parts, loss_fn, autocast(model, config))
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
-            n_tokens += sum(part[0].numel() for part, _ in parts) * world
-            parts = get_batch(data["train"], step + 1, config, device)  # while a GPU is still busy with this one
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                raise FloatingPointError(f"loss {loss:g}, gradient {norm:g} at step {step}: try a smaller lr")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            step, n_steps = step + 1, n_steps + 1
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 def save_run(step, history, losses, about, trained, optimizer):
-    """Write metrics.csv and all that a resumed run needs, each under a temporary name and then renamed."""
-    out = about["out"]
-    if not out:
+    """Write last.pt, all that a resumed run needs, and metrics.csv, the history; nothing for a run without a folder."""
+    if not about:
         return
-    os.makedirs(out, exist_ok=True)
-    state = {"step": step, "history": history, "losses": losses, "config": about, "optimizer": optimizer.state_dict()}
-    state |= {"trained": trained, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-    with open(f"{out}/last.pt.tmp", "wb") as last, open(f"{out}/metrics.csv.tmp", "w", newline="") as f:
-        torch.save(state, last)
+    state = {"step": step, "history": history, "losses": losses, "about": about}
+    state |= {"trained": trained, "optimizer": optimizer.state_dict()}
+    with common.replace_file(f"{about['out']}/last.pt") as f:
+        torch.save(state, f)
+    write_metrics(history, about["out"])
+
+
+def write_metrics(history, out):
+    with common.replace_file(f"{out}/metrics.csv", text=True) as f:
         writer = csv.DictWriter(f, history[0])
         writer.writeheader()
         writer.writerows(history)
-    for name in ("last.pt", "metrics.csv"):
-        os.replace(f"{out}/{name}.tmp", f"{out}/{name}")
 
 
 def load_run(about, trained, optimizer):
-    """Put back the run in about["out"]. Returns its step, history, latest losses; ValueError if it is another run's."""
-    state = load_file(f"{about['out']}/last.pt")
-    for name, value in state["config"].items():
-        if name not in ("resume", "overwrite", "device", "compile", "out") and value != about[name]:
-            raise ValueError(f"the run in {about['out']} has {name} {value}, not {about[name]}")
-    for name, p in trained.items():
-        p.data.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return state["step"], state["history"], state["losses"]
+    """Put back the run in about["out"], and write its metrics.csv anew. Returns step, history, losses.
+
+    Raises ValueError where last.pt is damaged, or another run's: another config, base, data, or other weights.
+    """
+    path = f"{about['out']}/last.pt"
+    state = common.load_file(path)
+    try:
+        for name, value in state["about"].items():
+            if name not in ("resume", "out") and value != about[name]:
+                raise ValueError(f"it is another run's: its {name} is {value}, not {about[name]}")
+        if state["trained"].keys() != trained.keys():
+            raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(trained)}")
+        for name, p in trained.items():
+            if state["trained"][name].shape != p.shape:
+                raise ValueError(f"its {name} is {tuple(state['trained'][name].shape)}, not {tuple(p.shape)}")
+            common.check_weight(state["trained"][name].detach(), name)
+            p.data.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        write_metrics(state["history"], about["out"])  # a kill may have come before the last row was written
+        return int(state["step"]), list(state["history"]), list(state["losses"])
+    except Exception as e:  # a damaged or older file may lack anything
+        why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"{path} cannot be resumed: {why}; remove the folder to start anew") from None
 
 
-def build(config):
-    """Return the model and the data that config asks for; fills in what config left to the model and the machine."""
-    device, config.dtype = pick_device(config.device, config.dtype)
-    names = ("n_layer", "n_head", "n_embd", "dropout")
-    sizes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if config.init == "scratch":
-        torch.manual_seed(config.seed)
-        vocab_size = datasets.get_tokenizer(config.tokenizer or "bytes").n_vocab
-        defaults = {"block_size": config.block_size or 128, "n_layer": 6, "n_head": 6, "n_embd": 192}
-        model = GPT(GPTConfig(vocab_size=vocab_size, **(defaults | sizes)))
-    elif sizes or config.tokenizer:
-        raise ValueError(f"{next(iter(sizes), 'tokenizer')} goes with --init scratch: {config.init} has its own")
+# --- the command line ---
+
+
+def build(args):
+    """Return the model and the data that the flags ask for; fills in what they leave to the model and the machine."""
+    device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
+    sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd") if getattr(args, name) is not None}
+    if args.base == "scratch":
+        args.method = "full"
+        torch.manual_seed(args.seed)
+        vocab_size = datasets.N_IDS[args.tokenizer or "bytes"]
+        defaults = {"n_layer": 6, "n_head": 6, "n_embd": 192}
+        model = GPT(GPTConfig(args.block_size or 128, vocab_size, **(defaults | sizes)))
+        model.tokenizer = datasets.Tokenizer(args.tokenizer or "bytes", vocab_size)
+    elif sizes or args.tokenizer:
+        raise ValueError(f"--{next(iter(sizes), 'tokenizer')} goes with --base scratch: {args.base} has its own")
     else:
-        model = GPT.from_pretrained(config.init)
-    config.block_size = config.block_size or model.config.block_size
-    if config.block_size > model.config.block_size:
-        raise ValueError(f"block_size {config.block_size} is beyond the model's {model.config.block_size}")
-    data = datasets.load(config.data, model.tokenizer, model.config.vocab_size, config.block_size)
-    if config.method == "full":
+        model = common.load(args.base)
+    if args.block_size is None:
+        args.block_size = min(model.config.block_size, 256)
+    if not 1 <= args.block_size <= model.config.block_size:
+        raise ValueError(f"block_size must be from 1 to the model's {model.config.block_size}, not {args.block_size}")
+    data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
+    if args.lr is None:
+        args.lr = 0.1 if args.method == "ia3" else 0.001
+    if args.method == "full":
+        if args.ia3:
+            raise ValueError("--ia3, vectors to start from, goes with --method ia3: full trains the weights")
         return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
-    vectors = IA3.load(config.ia3, model) if config.ia3 else IA3(model.config, config.targets.split(","))
-    model.to(device, getattr(torch, config.dtype))  # frozen, so it is stored in the dtype in which it computes
+    vectors = IA3.load(args.ia3, model) if args.ia3 else IA3(model.config, args.sites.split(","))
+    model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
     attach(model, vectors)  # float32
     return model, data
 
 
 def parse(argv):
-    """Return the TrainConfig of a command line. Raises ValueError for one that makes no sense."""
-
-    def fail(message):
-        raise ValueError(message)
-
+    """Return the command line's flags: those below, and every field of TrainConfig."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    add = parser.add_argument
+    add("--base", default="data/base.pt", help="a checkpoint, or 'scratch' for a new GPT (default: %(default)s)")
+    add("--data", default="folio", help="plays, folio, sonnets, kjv, or a folder of your own (default: %(default)s)")
+    add("--method", default="ia3", choices=("ia3", "full"), help="train the vectors, or every weight (default: ia3)")
+    add("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
+    add("--sites", default="k,v,ff", help="what gets a vector; with --ia3, what has one (default: %(default)s)")
+    add("--block-size", type=int, help="training window in tokens (default: the model's, at most 256; scratch: 128)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--n-layer", type=int, help="scratch: layers (default: 6)")
+    add("--n-head", type=int, help="scratch: heads (default: 6)")
+    add("--n-embd", type=int, help="scratch: width (default: 192)")
+    add("--tokenizer", choices=("bytes", "gpt2"), help="scratch: what a token is (default: bytes)")
+    told = {
+        "lr": "0.1 for vectors, 0.001 for all weights",
+        "dtype": "bfloat16 where CUDA has it, else float32",
+        "out": "out/ and the data's name",
+    }
     for f in fields(TrainConfig):
-        name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        kind = (get_args(f.type) or [f.type])[0]  # float of float | None
-        if kind is bool:
-            parser.add_argument(name, action="store_true", help=help)
+        name = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            add(name, action="store_true", help=f.metadata["help"])
         else:
-            help += "" if f.default is None else " (default: %(default)s)"
-            parser.add_argument(name, type=kind, default=f.default, choices=f.metadata["choices"], help=help)
-    return TrainConfig(**vars(parser.parse_args(argv)))
+            default = None if f.name in told else f.default
+            help = f"{f.metadata['help']} (default: {told.get(f.name, f.default)})"
+            kind = f.type if f.type in (int, float) else str
+            add(name, type=kind, default=default, choices=f.metadata["choices"], help=help)
+    return parser.parse_args(argv)
 
 
-def run(config):
+def prepare_folder(args):
+    """Settle on args.out. Raises ValueError where a run is there already, or where we would write over an input."""
+    if args.out is None:
+        args.out = f"out/{os.path.basename(os.path.normpath(args.data))}"
+    if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
+        raise ValueError(f"--out {args.out!r} names no folder of its own")
+    there = [name for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt") if os.path.exists(f"{args.out}/{name}")]
+    if there and not (args.resume and "last.pt" in there):
+        raise ValueError(f"{args.out} holds a run: --resume goes on from its last.pt; else remove it or name another")
+    inputs = [args.base, *datasets.find(args.data).values(), *([args.ia3] if args.ia3 else [])]
+    for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt"):
+        common.check_output(f"{args.out}/{name}", inputs)
+
+
+def run(argv):
     """One run: from flags to a folder of files."""
-    config.out = config.out or f"out/{os.path.basename(os.path.normpath(config.data))}"
-    made = f"{config.out}/{'ia3.npz' if config.method == 'ia3' else 'ckpt.pt'}"
-    files = [f"{config.out}/{name}" for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")]
-    if any(map(os.path.exists, files)) and not (config.overwrite or (config.resume and os.path.exists(files[0]))):
-        raise FileExistsError(f"{config.out} holds a run: --resume goes on from its last.pt, --overwrite replaces it")
+    args = parse(argv)
+    prepare_folder(args)
+    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError("--compile wants a C++ compiler: g++, or the one that CXX names")
     if "RANK" in os.environ:  # torchrun's
         dist.init_process_group()
-    model, data = build(config)
-    first = ranks()[0] == 0  # of torchrun's processes: the one that prints and writes
-    if first:
+    model, data = build(args)
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    rank, world = ranks()
+    if rank == 0:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{n:,} values of {config.init} learn {config.data} ({model.lm_head.weight.device}, {config.dtype})")
-    if config.compile:
+        print(f"{n:,} values of {args.base} learn {args.data} ({model.lm_head.weight.device}, {args.dtype})")
+    if args.compile:
         model.compile()
-    val = data["val"]
-    before = complete(model, val.prompt(64), temperature=0.5)
-    if first and not config.resume:
-        kept = [os.path.realpath(path) for path in (config.init, config.ia3 or "")]  # what this run starts from
-        for file in filter(os.path.exists, files):
-            if os.path.realpath(file) not in kept:
-                os.remove(file)
-    train(model, data, config)
-    loss = evaluate(model, val, config)
-    if first:
-        (model.ia3 if config.method == "ia3" else model).save(made)
-        bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits a byte" if val.n_bytes else ""
-        print(f"\nbefore:\n{before[0]}\n\nafter:\n{complete(model, val.prompt(64), temperature=0.5)[0]}\n")
-        print(f"val, all of it: {loss:.4f} nats a token{bits}\nnext: python plot.py {config.out}")
-        if config.method == "ia3":
-            print(f"      python sample.py --base {config.init} --ia3 {made}")
-            print(f"      python merge.py --base {config.init} --ia3 {made} --out {config.out}/merged.pt")
+
+    # Ctrl-C lets the step finish, so that what is saved is whole; a second one stops at once
+    stop = threading.Event()
+    handler = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, handler)
+
+    prompt = data["val"].prompt(64)
+    before = complete(model, prompt, temperature=0.5)
+    if world == 1:
+        signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        history = train(model, data, config, should_stop=stop.is_set)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if history[-1]["step"] < config.steps:
+        raise KeyboardInterrupt
+
+    loss = evaluate(model, data["val"], config)
+    after = complete(model, prompt, temperature=0.5)
+    if rank == 0:
+        report(args, model, data["val"], loss, before, after)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return 0
 
 
+def report(args, model, val, loss, before, after):
+    """Save what was trained, show the texts before and after, and say what to do next."""
+    if args.method == "ia3":
+        made = f"{args.out}/ia3.npz"
+        model.ia3.save(made)
+    else:
+        made = f"{args.out}/ckpt.pt"
+        common.save(model, made)
+    bits = ""
+    if val.n_bytes:
+        bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits a byte"
+    print(f"\nbefore:\n{before[0]}\n\nafter:\n{after[0]}\n")
+    print(f"val, all of it: {loss:.4f} nats a token{bits}")
+    print(f"next: python -m tools.plot {args.out}")
+    if args.method == "ia3":
+        print(f"      python sample.py --base {args.base} --ia3 {made}")
+        print(f"      python merge.py --base {args.base} --ia3 {made} --out {args.out}/merged.pt")
+
+
 def main(argv=None):
-    try:
-        return run(parse(argv))
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        print(f"train.py: {str(e) or 'stopped'}; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    stopped = "stopped; --resume goes on from the last checkpoint"
+    return common.exit_status("train.py", run, argv, stopped)
 
 
 if __name__ == "__main__":

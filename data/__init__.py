@@ -10,26 +10,55 @@ A split is a Stream of tokens or a set of Examples, and both answer the same: le
 split.windows(ids) of them, split.batch(seed, step, batch_size), and split.prompt(n) to go on from.
 """
 
+import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 
 HERE = Path(__file__).parent
 
 
-def get_tokenizer(name):
-    """Return the tiktoken.Encoding called 'bytes' (257 ids: a byte's id is its value, 256 ends a text) or 'gpt2'."""
-    if name == "bytes":
+# how many ids a tokenizer has; bytes: a byte's id is its value, and 256 ends a text
+N_IDS = {"bytes": 257, "gpt2": 50257}
+
+
+class Tokenizer:
+    """Text to token ids and back, by tiktoken, which is imported where the first text is read.
+
+    about: what a checkpoint holds of it, 'bytes' or 'gpt2'. vocab_size: the model's; ids beyond the tokenizer's own are
+    padding, and stand for no text. Raises ValueError for a name that is not known, or a vocabulary too small.
+    """
+
+    def __init__(self, about, vocab_size):
+        if not isinstance(about, str) or about not in N_IDS:
+            raise ValueError(f"unknown tokenizer {str(about)[:40]!r}: there are {', '.join(N_IDS)}")
+        if N_IDS[about] > vocab_size:
+            raise ValueError(f"tokenizer {about} has {N_IDS[about]} ids, but the vocabulary only {vocab_size}")
+        self.about = about
+        self.n_ids = N_IDS[about]
+
+    @cached_property
+    def encoding(self):
+        import tiktoken  # not at the top: merging and training on .bin files need none
+
+        if self.about == "gpt2":
+            return tiktoken.get_encoding("gpt2")
         ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
-        )
-    if name == "gpt2":
-        return tiktoken.get_encoding("gpt2")
-    raise ValueError(f"unknown tokenizer {name!r}: there are 'bytes' and 'gpt2'")
+        special = {"<|endoftext|>": 256}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
+
+    def encode_ordinary(self, text):
+        """The ids of text; what looks like a special token in it is text, too."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.encoding.decode([i for i in ids if i < self.n_ids])
+
+    def __deepcopy__(self, memo):
+        return self  # it never changes, so a copied model shares it
 
 
 class Stream:
@@ -51,6 +80,12 @@ class Stream:
         """The batch of a step: windows that start anywhere, drawn from (seed, step) and nothing else."""
         rng = np.random.default_rng((seed, step))
         return self._cut(rng.integers(0, len(self.tokens) - self.block_size, batch_size))
+
+    def data_hash(self):
+        """Tells these windows from others, so that no run is resumed on changed data."""
+        digest = hashlib.sha256(f"{self.tokens.dtype} {self.block_size}".encode())
+        digest.update(self.tokens)
+        return digest.hexdigest()
 
     def prompt(self, n):
         """The first n tokens, (1, n) long."""
@@ -97,6 +132,9 @@ class Examples:
         orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in {p // n for p in places}}
         return self.windows([orders[p // n][p % n] for p in places])
 
+    def data_hash(self):
+        return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
+
     def prompt(self, n):
         """The last n tokens of the first example's prompt, (1, ≤ n) long; its completion's first if it has none."""
         prompt, completion = self.examples[0]
@@ -108,31 +146,36 @@ def to_device(batch, device):
     return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
 
 
+def find(name_or_path, splits=("train", "val")):
+    """Return {split: Path} of a data folder, by its name under data/ or by its path. OSError where one is missing."""
+    names = sorted(path.parent.name for path in HERE.glob("*/train.txt"))
+    folder = HERE / name_or_path if name_or_path in names else Path(name_or_path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data called {name_or_path!r}: there are {', '.join(names)}, or a folder's path")
+    kinds = [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{splits[0]}.{kind}").is_file()]
+    if not kinds:
+        raise FileNotFoundError(f"{folder} holds no {splits[0]}.jsonl, {splits[0]}.bin or {splits[0]}.txt")
+    paths = {split: folder / f"{split}.{kinds[0]}" for split in splits}
+    for path in paths.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing")
+    return paths
+
+
 def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val")):
     """Read a data folder, by its name under data/ or by its path. Returns {split: Stream or Examples}.
 
-    tokenizer: 'bytes', 'gpt2', or None for a model that has none and so can read .bin only.
+    tokenizer, vocab_size: the model's; without a tokenizer it can read .bin only. block_size: of a window.
     Raises OSError where a file is missing and ValueError where it holds something else, or too little.
     """
-    names = sorted(path.parent.name for path in HERE.glob("*/train.txt"))
-    folder = HERE / name_or_path if name_or_path in names else Path(name_or_path)
-    kinds = [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{splits[0]}.{kind}").is_file()]
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no data called {name_or_path!r}: there are {', '.join(names)}, or a folder's path")
-    if not kinds:
-        raise FileNotFoundError(f"{folder} holds no {splits[0]}.jsonl, {splits[0]}.bin or {splits[0]}.txt")
-    if kinds[0] != "bin" and tokenizer is None:
-        raise ValueError(f"{folder} holds text, but this model's tokenizer is unknown: it can read .bin files only")
-    encoding = get_tokenizer(tokenizer) if tokenizer else None
     data = {}
-    for split in splits:
-        path = folder / f"{split}.{kinds[0]}"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing")
-        if kinds[0] == "jsonl":
-            data[split] = read_jsonl(path, encoding, block_size)
+    for split, path in find(name_or_path, splits).items():
+        if path.suffix != ".bin" and tokenizer is None:
+            raise ValueError(f"{path} holds text, but this model's tokenizer is unknown: it can read .bin files only")
+        if path.suffix == ".jsonl":
+            data[split] = read_jsonl(path, tokenizer, block_size)
             continue
-        tokens, n_bytes = read_bin(path, vocab_size) if kinds[0] == "bin" else read_text(path, encoding)
+        tokens, n_bytes = read_bin(path, vocab_size) if path.suffix == ".bin" else read_text(path, tokenizer)
         if len(tokens) <= block_size:
             raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of block_size {block_size}")
         data[split] = Stream(tokens, block_size, n_bytes)
@@ -142,7 +185,7 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
 def read_text(path, tokenizer):
     """Return the file's tokens as an array, and its length in bytes."""
     raw = path.read_bytes()
-    if tokenizer.name == "bytes":
+    if tokenizer.about == "bytes":
         return np.frombuffer(raw, dtype=np.uint8), len(raw)  # a byte's id is its value
     try:
         return np.array(tokenizer.encode_ordinary(raw.decode("utf-8")), dtype=np.int32), len(raw)
@@ -169,10 +212,10 @@ def read_jsonl(path, tokenizer, block_size):
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{where}: not JSON ({e})") from None
         if isinstance(row, dict) and "choices" in row:
-            raise ValueError(f"{where}: choices to rank: python experiments/ranking.py --data {path.parent}")
+            raise ValueError(f"{where}: choices to rank: python -m experiments.ranking --data {path.parent}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
         prompt, completion = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["completion"])

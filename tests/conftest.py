@@ -1,23 +1,22 @@
 """What the tests share: small random models, tiny runs, and devices, of which CPU always runs.
 
-`make test` runs everything but what is marked slow, which .ci/run adds; `pytest tests/test_merge.py` one room. Tests
-that need a GPU are marked `cuda` and are skipped, with the reason, where there is none: their CPU twins run the same
-code.
+`make test` runs the proof: what is not marked slow. `make test-all` runs everything; `pytest tests/test_merge.py` one
+room. Tests that take a device run on the CPU, and on CUDA too where there is one.
 """
 
 import pytest
 import torch
 
+import common
+from data import Tokenizer
 from ia3 import attach
 from model import GPT, GPTConfig
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
-    ),
-]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_report_header():
+    return f"devices: {', '.join(DEVICES)}" + ("" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)")
 
 
 @pytest.fixture(params=DEVICES)
@@ -30,6 +29,8 @@ def make_gpt(seed=0, **sizes):
     config = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16} | sizes
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**config))
+    if config["vocab_size"] == 257:
+        model.tokenizer = Tokenizer("bytes", 257)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(std=0.3)
@@ -38,9 +39,9 @@ def make_gpt(seed=0, **sizes):
     return model.eval()
 
 
-def make_ia3(model, seed=0, targets=("k", "v", "ff"), powers_of_two=False):
+def make_ia3(model, seed=0, sites=("k", "v", "ff"), powers_of_two=False):
     """Attach random vectors to model: powers of two from 1/4 to 4 with signs, or N(1, 0.5)."""
-    vectors = attach(model, targets=targets)
+    vectors = attach(model, sites=sites)
     dice = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in vectors.parameters():
@@ -60,9 +61,9 @@ def make_idx(model, rows=3, seed=0):
 @pytest.fixture
 def tiny_run(tmp_path):
     """A folder with base.pt (a random tiny GPT) and text/{train,val}.txt, and the flags of a run on them."""
-    make_gpt().save(tmp_path / "base.pt")
+    common.save(make_gpt(), tmp_path / "base.pt")
     (tmp_path / "text").mkdir()
     (tmp_path / "text/train.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
     (tmp_path / "text/val.txt").write_text("And God saw the light, that it was good. " * 5)
-    flags = f"--init {tmp_path}/base.pt --data {tmp_path}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
+    flags = f"--base {tmp_path}/base.pt --data {tmp_path}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
     return tmp_path, flags.split()
