@@ -106,8 +106,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved. With
-    config.out, every evaluation writes last.pt and metrics.csv there.
+    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved (under
+    torchrun all processes must hear the same). With config.out, every evaluation writes last.pt and metrics.csv there.
 
     Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
     ends in eval mode. Draws from torch's random generator, so it leaves it changed. Raises FloatingPointError for a
@@ -166,7 +166,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         if step == config.steps:
             return history
         if should_stop is not None and should_stop():
-            save_run(step, history, losses, about, trained, optimizer)
+            if rank == 0:
+                save_run(step, history, losses, about, trained, optimizer)
             return history
 
         # forward and backward, one part of the batch in memory at a time
