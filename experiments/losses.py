@@ -21,32 +21,33 @@ from ia3 import IA3
 from model import GPT, pick_device
 from train import TrainConfig, evaluate
 
-# the line with which the second work of a split begins; the first begins at the top
-SECOND = {
-    ("plays", "val"): "TWELFTH NIGHT; OR, WHAT YOU WILL",
-    ("plays", "test"): "THE MERCHANT OF VENICE",
-    ("folio", "val"): "Twelfe Night, Or what you will",
-    ("folio", "test"): "The Merchant of Venice",
-}
+# the works of each split, in order, and the line with which each begins; the first begins at the top
 WORKS = {
-    ("plays", "val"): ("Macbeth", "Twelfth Night"),
-    ("plays", "test"): ("Julius Caesar", "The Merchant of Venice"),
-    ("folio", "val"): ("Macbeth, 1623", "Twelfth Night, 1623"),
-    ("folio", "test"): ("Julius Caesar, 1623", "The Merchant of Venice, 1623"),
-    ("sonnets", "val"): ("Sonnets 97-126",),
-    ("sonnets", "test"): ("Sonnets 127-154, A Lover's Complaint",),
-    ("kjv", "val"): ("Isaiah",),
-    ("kjv", "test"): ("Luke, John",),
+    ("plays", "val"): {"Macbeth": None, "Twelfth Night": "TWELFTH NIGHT; OR, WHAT YOU WILL"},
+    ("plays", "test"): {"Julius Caesar": None, "The Merchant of Venice": "THE MERCHANT OF VENICE"},
+    ("folio", "val"): {"Macbeth, 1623": None, "Twelfth Night, 1623": "Twelfe Night, Or what you will"},
+    ("folio", "test"): {
+        "Julius Caesar, 1623": None,
+        "The Merchant of Venice, 1623": "The Merchant of Venice",
+        "As You Like It, 1623": "As you Like it",
+        "Richard II, 1623": "The life and death of King Richard the Second",
+        "The Two Gentlemen of Verona, 1623": "The Two Gentlemen of Verona",
+    },
+    ("sonnets", "val"): {"Sonnets 97-126": None},
+    ("sonnets", "test"): {"Sonnets 127-154, A Lover's Complaint": None},
+    ("kjv", "val"): {"Isaiah": None},
+    ("kjv", "test"): {"Luke, John": None},
 }
 
 
 def works(name, split):
-    """Yield (title, bytes) of each work in data/NAME/SPLIT.txt."""
+    """Return [(title, bytes)] of the works in data/NAME/SPLIT.txt."""
     raw = (ROOT / "data" / name / f"{split}.txt").read_bytes()
-    if (name, split) not in SECOND:
-        return [(WORKS[name, split][0], raw)]
-    start = raw.index(b"\n" + SECOND[name, split].encode() + b"\n") + 1
-    return list(zip(WORKS[name, split], (raw[:start], raw[start:]), strict=True))
+    starts = []
+    for line in WORKS[name, split].values():
+        starts.append(0 if line is None else raw.index(b"\n" + line.encode() + b"\n") + 1)
+    ends = [*starts[1:], len(raw)]
+    return [(title, raw[a:b]) for title, a, b in zip(WORKS[name, split], starts, ends, strict=True)]
 
 
 def main(argv=None):

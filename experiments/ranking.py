@@ -1,8 +1,7 @@
 """Learn to choose: labelled choices, the paper's three losses, rank classification (section 3.2 and T-Few's recipe).
 
-    python experiments/ranking.py                            # data/fewshot: which line did the printers of 1623 set?
-    python experiments/ranking.py --k 32 --losses lm         # 32 training examples, the language model's loss alone
-    python experiments/ranking.py --data FOLDER --out DIR    # your own choices
+    python experiments/ranking.py --data FOLDER --out DIR
+    python experiments/ranking.py --data FOLDER --k 32 --losses lm    # 32 examples, the language model's loss alone
 
 FOLDER holds train.jsonl and val.jsonl, one {"prompt": text, "choices": [text, text, ...], "label": n} a line, n being
 the right choice, counted from 0. The model scores every choice by its log-likelihood after the prompt, divided by its
@@ -185,7 +184,7 @@ def run(argv):
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--data", type=Path, default=ROOT / "data/fewshot", help="folder of train.jsonl, val.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl and val.jsonl")
     parser.add_argument("--base", default=str(ROOT / "data/base.pt"), help="a checkpoint (default: %(default)s)")
     parser.add_argument("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
     parser.add_argument("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")

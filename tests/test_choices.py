@@ -1,4 +1,4 @@
-"""Choices: their file, the paper's three losses, rank classification, the pairs that they are measured on."""
+"""Choices: their file, the paper's losses, rank classification; and how many tasks' vectors look, what mixing costs."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from conftest import make_gpt, make_ia3
 
 import train
 from data import get_tokenizer
-from experiments import fewshot, mix, pairs, ranking, tasks_picture
+from experiments import mix, ranking, tasks_picture
 
 ROWS = [
     {"prompt": "Q: ", "choices": ["yes", "no, never", "so"], "label": 1},
@@ -154,8 +154,6 @@ def test_choices_that_are_none_are_refused_with_their_line(tmp_path, capsys, lin
         (ranking, "--data {folder}/nowhere", "nowhere"),
         (ranking, "--ia3 {folder}/nowhere.npz", "nowhere.npz"),
         (ranking, "--base {folder}/nowhere.pt", "nowhere.pt"),
-        (fewshot, "--workers 0", "workers must be at least 1"),
-        (fewshot, "--base {folder}/nowhere.pt", "nowhere.pt"),
         (mix, "--repeats 0", "repeats must be at least 1"),
         (mix, "--device tpu9", "tpu9"),
         (mix, "--tokens 17", "tokens must be from 1 to the model's 16"),
@@ -184,133 +182,6 @@ def test_train_sends_choices_to_the_command_that_ranks_them(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"python experiments/ranking.py --data {folder}" in err
     assert not (tmp_path / "run").exists()
-
-
-def test_an_edit_is_what_differs_and_where():
-    assert pairs.edits("again", "againe") == [(5, 5, "e")]
-    assert pairs.edits("poor", "poore") == [(4, 4, "e")]
-    assert pairs.edits("many", "manie") == [(3, 4, "ie")]
-    for modern, folio in (("sovereign", "soueraigne"), ("kiss", "kisse"), ("been", "beene"), ("stolen", "stolne")):
-        assert pairs.apply(modern, pairs.edits(modern, folio)) == folio
-    assert pairs.exchanges("have", (2, 3, "u")) and not pairs.exchanges("many", (3, 4, "ie"))
-    # removed, inserted, at the start, at the end, after a vowel, before a vowel, doubling
-    assert pairs.kind_of("again", (5, 5, "e")) == ("", "e", False, True, False, "", False)
-    assert pairs.kind_of("be", (2, 2, "e")) == ("", "e", False, True, True, "", True)
-    assert pairs.kind_of("joy", (0, 1, "i")) == ("j", "i", True, False, "", True, False)
-    assert pairs.kind_of("keeps", (4, 4, "e")) == ("", "e", False, False, False, False, False)
-
-
-def test_words_are_aligned_across_spellings():
-    modern = "He is a villain and I have seen it again".split()
-    folio = "Hee is a villaine O and I haue seene it againe".split()
-    assert pairs.align(modern, folio) == [0, 1, 2, 3, None, 4, 5, 6, 7, 8, 9]
-    assert pairs.align("my grief is here".split(), "my table is heere".split()) == [0, None, 2, 3]
-
-
-def test_a_line_counts_if_every_word_has_its_modern_one_and_none_is_missing():
-    modern = "Hal. I have seen the great white king again. I know not what he may do to us here, good friend."
-    folio = "Hal. I haue seene the white King againe.\nI know not what hee may\ndoe to vs heere, good friend."
-    wanted = [("doe to vs heere, good friend.", "do to us here good friend".split())]
-    assert list(pairs.aligned_lines(modern, folio)) == wanted  # a word is missing in the first, the second is short
-
-
-def make_printers(folio="", modern=""):
-    """Printers of a few common words; without context every place is as likely as any other, so the first is taken."""
-    return pairs.Printers("thus it with them and but " * pairs.COMMON + folio, modern, pairs.NGrams("abc", 1))
-
-
-@pytest.mark.parametrize(
-    "folio, modern, decoy",
-    [
-        ("", "", "I thank ite, with Them;"),
-        ("ite", "", "I thank it, withe Them;"),  # printers did put it there
-        ("ite", "Withe", "I thank it, with Theme;"),  # there is such a modern word
-        ("ite withe theme", "", None),
-    ],
-)
-def test_a_decoy_has_the_edit_where_printers_never_put_it(folio, modern, decoy):
-    line, words = "I thanke it, with Them;", "I thank it with them".split()
-    assert pairs.make_decoy(line, words, make_printers(folio, modern)) == decoy
-
-
-def test_a_decoy_puts_one_edit_in_a_common_word_and_none_back_in_its_own():
-    printers = make_printers("thank " * pairs.COMMON)
-    assert pairs.make_decoy("I thanke him it", "I thank him it".split(), printers) == "I thank him ite"
-    assert pairs.make_decoy("I thanke it, aske", "I thank it ask".split(), printers) == "I thank ite, aske"
-
-
-def test_a_decoy_keeps_what_has_no_wrong_place():
-    printers = make_printers("ever " * pairs.COMMON)
-    assert pairs.make_decoy("I haue it, thanke", "I have it thank".split(), printers) == "I haue ite, thank"
-    for line, modern in [
-        ("I haue it", "I have it"),  # u for v, wherever they could
-        ("I thank it", "I thank it"),  # no edit
-        ("thanke so", "thank so"),  # after a vowel is another kind of place
-        ("I haue ever", "I have ever"),  # nor where one was left over
-        ("hir'd them", "hired them"),  # words with an apostrophe stay as they are
-    ]:
-        assert pairs.make_decoy(line, modern.split(), printers) is None, line
-
-
-def test_a_decoy_far_from_the_true_line_is_left_out():
-    """An n-gram model of one sentence is sure of everything in it, so no other place is as likely as the true one."""
-    printers = make_printers()
-    printers.ngrams = pairs.NGrams("i thanke it\n" * 50, 4)
-    assert pairs.make_decoy("I thanke it", "I thank it".split(), printers) is None
-
-
-def test_the_pairs_give_nothing_away_but_the_place_of_their_edits():
-    seen, labels = set(), []
-    for split in ("train", "val", "test"):
-        rows = [json.loads(line) for line in (fewshot.DATA / f"{split}.jsonl").read_text().splitlines()]
-        assert len(rows) >= 300
-        labels += [row["label"] for row in rows]
-        for row in rows:
-            true, decoy = row["choices"][row["label"]], row["choices"][1 - row["label"]]
-            assert true != decoy and sorted(true.lower()) == sorted(decoy.lower())
-            for of in (true, decoy):
-                assert true not in seen and pairs.SHORT <= len(of) <= pairs.LONG
-            marks = [[c for c in line if not c.isalpha()] for line in (true, decoy)]
-            capitals = [[word[:1].isupper() for word in line.split()] for line in (true, decoy)]
-            assert marks[0] == marks[1] and capitals[0] == capitals[1]
-        seen |= {row["choices"][row["label"]] for row in rows}
-    assert 0.49 < sum(labels) / len(labels) < 0.51
-    base = (fewshot.ROOT / "data/plays/train.txt").read_text()
-    for split in ("val", "test"):  # a line that a held play shares with the folio's others would be known already
-        folio = set((fewshot.ROOT / "data/folio/train.txt").read_text().splitlines())
-        rows = [json.loads(line) for line in (fewshot.DATA / f"{split}.jsonl").read_text().splitlines()]
-        assert not any(row["choices"][row["label"]] in folio for row in rows)
-    assert not any(f"\n{title}\n" in base for title in ("MACBETH", "JULIUS CAESAR", "AS YOU LIKE IT"))
-
-
-def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """All of its runs are done already: it trains nothing, and reads what the file says; but not for another base."""
-    (tmp_path / "quick").mkdir()
-    done = 'split,losses,lr,k,seed,accuracy\ntest,"lm,ul,ln",0.03,8,0,0.75\ntest,"lm,ul,ln",0.03,8,1,0.25\n'
-    (tmp_path / "quick/results.csv").write_text(done)
-    make_gpt().save(tmp_path / "base.pt")
-    make_gpt(seed=1).save(tmp_path / "other.pt")
-    monkeypatch.setattr(fewshot, "baselines", lambda *_: {})
-    assert fewshot.main(["--quick", "--base", f"{tmp_path}/base.pt", "--out", str(tmp_path)]) == 0
-    assert "| (IA)³, L_LM + L_UL + L_LN | 8 | 50.0 | 37.5 to 62.5 | 50.0 | 2 |" in capsys.readouterr().out
-    assert (tmp_path / "quick/results.csv").read_text() == done
-    assert fewshot.main(["--quick", "--base", f"{tmp_path}/other.pt", "--out", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "holds runs with base" in err
-
-
-def test_the_benchmarks_table_and_picture(tmp_path):
-    measured = {
-        ("test", losses, 0.03, k, seed): 0.5 + seed / 10
-        for losses in ("lm", "lm,ul,ln")
-        for k in (8, 32)
-        for seed in range(5)
-    }
-    text = fewshot.table(measured, {"the untouched base": 0.587}, 0.03)
-    assert "| the untouched base | | 58.7 | | | |" in text
-    assert "| (IA)³, L_LM + L_UL + L_LN | 32 | 70.0 | 60.0 to 80.0 | 70.0 | 5 |" in text
-    fewshot.draw_picture(measured, {"the untouched base": 0.587}, tmp_path / "a.png")
-    assert fewshot.plt.imread(tmp_path / "a.png")[..., :3].std() > 0.05
 
 
 def test_scales_are_counted_and_compared():

@@ -53,7 +53,6 @@ def test_the_four_files_stay_short(name, most):
         ("compare", lambda folder: claims.claims(folder, ROOT / "data/base.pt")),
         ("bench", bench.tables),
         ("ablation", lambda folder: "\n\n".join(ablate.tables(folder).split("\n\n")[:4])),  # by vectors, by layers
-        ("fewshot", lambda folder: (folder / "table.md").read_text(encoding="utf-8").strip()),
     ],
 )
 def test_the_tables_are_those_of_the_committed_results(folder, text):

@@ -254,7 +254,7 @@ def test_training_on_instructions_lowers_the_completions_loss(tmp_path):
 
 
 def test_experiments_start_from_the_root():
-    names = ("mix", "ranking", "fewshot", "pairs", "tasks_picture", "compare", "claims", "ablate", "bench")
+    names = ("mix", "ranking", "tasks_picture", "compare", "claims", "ablate", "bench")
     commands = [[sys.executable, f"experiments/{name}.py", "--help"] for name in names]
     for process in [subprocess.Popen(command, stdout=subprocess.PIPE) for command in commands]:
         assert b"usage" in process.communicate()[0] and process.returncode == 0
