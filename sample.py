@@ -72,8 +72,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
 
     temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: each row's
     task, where the vectors are stacked. The prompt is read once, then a token a step; past block_size every step moves
-    the window, so all of it is read again. Returns (B, T + max_new_tokens). Raises ValueError for an empty idx, and for
-    numbers that make no sense.
+    the window, so all of it is read again. Returns (B, T + max_new_tokens). Raises ValueError for an empty idx and for
+    numbers that make no sense, and FloatingPointError for logits that are not finite.
     """
     if idx.numel() == 0:
         raise ValueError("idx is empty: there is nothing to go on from")
@@ -92,6 +92,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
         else:
             hidden = model.hidden(idx[:, -block_size:], task_ids)  # (B, block_size, n_embd)
         logits = model.lm_head(hidden[:, -1]).float()  # (B, vocab_size), of the last position only
+        if logits.device.type == "cpu" and not logits.isfinite().all():  # on a GPU to look would be to wait
+            raise FloatingPointError("the logits are not finite: weights or vectors are far too large")
         if top_k is not None:
             top = torch.topk(logits, min(top_k, logits.size(-1)))  # k of them, also where some are equal
             logits = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values)
