@@ -20,13 +20,12 @@ import torch
 from conftest import make_gpt, make_ia3
 
 import common
-import merge
 import sample
 import train
 
 pytestmark = pytest.mark.slow
-BYTES = 150  # damaged copies of each file
-MEANING = 150
+BYTES = 75  # damaged copies of each file
+MEANING = 75
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +60,6 @@ def read_vectors(folder):
     return sample.main(f"--base {folder}/base.pt --ia3 {folder}/ia3.npz --prompt A --tokens 1 --device cpu".split())
 
 
-def merge_vectors(folder):
-    flags = f"--base {folder}/base.pt --ia3 {folder}/ia3.npz --data {folder}/text --out {folder}/merged.pt"
-    return merge.main(flags.split())
-
-
 def resume(folder):
     return train.main([*train_flags(folder, "text", folder / "run"), "--resume"])
 
@@ -78,7 +72,6 @@ def train_on(data):
 READERS = [
     ("base.pt", read_base),
     ("ia3.npz", read_vectors),
-    ("ia3.npz", merge_vectors),
     ("run/last.pt", resume),
     ("text/train.txt", train_on("text")),
     ("jsonl/train.jsonl", train_on("jsonl")),
@@ -183,7 +176,6 @@ def check_read(folder, name, command, capsys):
         assert err.count("\n") == 1 and len(err) < 2000, (name, err)
     assert not list(folder.rglob("*.tmp")), name
     shutil.rmtree(folder / "new", ignore_errors=True)
-    (folder / "merged.pt").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name, command", READERS, ids=[f"{name}-{command.__name__}" for name, command in READERS])
