@@ -21,9 +21,9 @@ from merge import merge
 from sample import generate
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
-# d_head 8 has the speeds 1, 1/10, 1/100, 1/1000: this keeps the first, slows the third and fourth by 8, the second less
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 40.0}
-LLAMA3["original_max_position_embeddings"] = 1024
+# d_head 8 has the speeds 1, 1/10, 1/100, 1/1000: this keeps the first, slows the last two by 8, the second by less
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 0.25, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
 
 KINDS = {
     "gqa-1": {"num_key_value_heads": 4},
@@ -65,7 +65,7 @@ def make_both(kind, dtype=torch.float64):
 
 @pytest.fixture
 def float64(monkeypatch):
-    """transformers' RMSNorm and rotary table, in float64; the table after transformers' own formulas, not after ours."""
+    """transformers' RMSNorm and rotary table, in float64; the table by transformers' formulas, not by ours."""
 
     def norm(self, x):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
