@@ -210,6 +210,33 @@ def test_ones_are_the_base_bit_for_bit():
         assert torch.equal(model(idx)[0], base)
 
 
+@torch.no_grad()
+def test_a_product_is_taken_in_float32_and_rounded_once_to_bfloat16():
+    """Seen in the first layer, whose activations the vectors do not change: keys of token 0, where nothing is turned,
+    and values in the cache, and what the down-projection is given."""
+    model = make_llama().bfloat16()
+    idx = make_idx(model)
+    given = {}
+    down_proj = model.model.layers[0].mlp.down_proj
+    down_proj.register_forward_pre_hook(lambda module, args: given.update(h=args[0]))
+
+    def first_layer():
+        cache = sample.Cache(model, 3, 16)
+        model(idx, cache=cache)
+        k, v = cache.layers[0].k[:, :, 0], cache.layers[0].v[:, :, 0]  # (B, heads of keys, d_head)
+        return k.flatten(1), v.flatten(1), given["h"]
+
+    k, v, _ = first_layer()
+    vectors = make_ia3(model, sites=("k", "v"))
+    scaled_k, scaled_v, _ = first_layer()
+    assert torch.equal(scaled_k, (vectors.l_k[0] * k.float()).bfloat16())
+    assert torch.equal(scaled_v, (vectors.l_v[0] * v.float()).bfloat16())
+    model.ia3 = None
+    h = first_layer()[2]
+    vectors = make_ia3(model, sites=("ff",))
+    assert torch.equal(first_layer()[2], (vectors.l_ff[0] * h.float()).bfloat16())
+
+
 def test_a_batch_of_several_tasks_is_each_alone():
     model = make_llama().double()
     tasks = [make_ia3(model, seed).double() for seed in range(2)]
