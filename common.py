@@ -21,10 +21,10 @@ TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
 
 
 def load(path, dtype=torch.float32):
-    """Read a checkpoint file, ours or nanoGPT's. Returns a GPT, held in dtype, on the CPU, in eval mode.
+    """Read a checkpoint file, ours or nanoGPT's. Returns a GPT or a Llama, on the CPU, in eval mode.
 
-    Raises OSError where there is no such file and ValueError where it holds no such model. Everything foreign becomes
-    such a file by tools/convert.py.
+    dtype: what it is held in; None: as it is in the file. Raises OSError where there is no such file and ValueError
+    where it holds no such model. Everything foreign becomes such a file by tools/convert.py.
     """
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
@@ -35,14 +35,25 @@ def load(path, dtype=torch.float32):
             for name, t in checkpoint["model"].items()
             if not name.endswith(".attn.bias")  # the causal mask, which nanoGPT keeps without flash attention
         }
-        config = GPTConfig(**checkpoint["model_args"])
-        model = empty_model(GPT, config, weights)
+        if "n_kv_head" in checkpoint["model_args"]:  # a Llama's
+            from llama import Llama, LlamaConfig  # here, so that all else works without llama.py
+
+            config = LlamaConfig(**checkpoint["model_args"])
+            model = empty_model(Llama, config, weights)
+            embedding = model.model.embed_tokens
+            tied = config.tied
+        else:
+            config = GPTConfig(**checkpoint["model_args"])
+            model = empty_model(GPT, config, weights)
+            embedding = model.transformer.wte
+            tied = True
         for name, t in weights.items():
-            weights[name] = check_weight(t, name).to(dtype, copy=True)  # a copy: nothing stays on the disk
+            weights[name] = check_weight(t, name).to(dtype or t.dtype, copy=True)  # a copy: nothing stays on the disk
         model.load_state_dict(weights, assign=True)
-        if not torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]):
-            raise ValueError("the head is not the embedding, and here they are one matrix")
-        model.transformer.wte.weight = model.lm_head.weight  # tied again
+        if tied:
+            if not torch.equal(embedding.weight, model.lm_head.weight):
+                raise ValueError("the head is not the embedding, and here they are one matrix")
+            embedding.weight = model.lm_head.weight  # one matrix again
         tokenizer = checkpoint.get("tokenizer", TOKENIZERS.get(config.vocab_size))
         if tokenizer is not None:
             model.tokenizer = Tokenizer(tokenizer, config.vocab_size)

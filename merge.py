@@ -6,7 +6,8 @@
     W_v ← diag(l_v) W_v    b_v ← l_v ⊙ b_v       the rows after them
     W_2 ← W_2 diag(l_ff)   b_2 stays             columns of the MLP's c_proj
 
-(Liu et al. 2022, section 3.3: no cost at inference.) What comes out is a plain GPT: the base's keys, shapes and FLOPs.
+(Liu et al. 2022, section 3.3: no cost at inference.) That is GPT-2; in a Llama the three are k_proj, v_proj, down_proj.
+What comes out is a plain model of the same class: the base's keys, shapes and FLOPs.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from sample import generate
 
 @torch.no_grad()
 def merge(model):
-    """Return a plain GPT with model.ia3 folded in; model itself is left as it was, so there is nothing to unmerge.
+    """Return a plain model of model's class with model.ia3 folded in; model is left as it was: nothing to unmerge.
 
     Products are taken in float64 and rounded once to the weights' dtype. Raises ValueError where model has no vectors,
     stacked ones, or another base's, and where a weight, a vector or a product is NaN or infinite, with its name.
@@ -43,8 +44,11 @@ def merge(model):
 
 def fold(model):
     """Fold model.ia3 into model's own weights, and leave it without vectors."""
-    for block, (l_k, l_v, l_ff) in zip(model.transformer.h, model.ia3.per_layer(), strict=True):
-        fold_gpt2(block, l_k, l_v, l_ff)
+    is_gpt2 = hasattr(model, "transformer")  # else a Llama
+    blocks = model.transformer.h if is_gpt2 else model.model.layers
+    fold_block = fold_gpt2 if is_gpt2 else fold_llama
+    for block, (l_k, l_v, l_ff) in zip(blocks, model.ia3.per_layer(), strict=True):
+        fold_block(block, l_k, l_v, l_ff)
     model.ia3 = None
 
 
@@ -54,6 +58,13 @@ def fold_gpt2(block, l_k, l_v, l_ff):
     fold_rows(block.attn.c_attn, slice(n_embd, 2 * n_embd), l_k)
     fold_rows(block.attn.c_attn, slice(2 * n_embd, 3 * n_embd), l_v)
     fold_columns(block.mlp.c_proj, l_ff)
+
+
+def fold_llama(block, l_k, l_v, l_ff):
+    """A block of LLaMA: all rows of k_proj and v_proj, (n_kv_head·d_head, n_embd); l_ff would fit up_proj's, too."""
+    fold_rows(block.self_attn.k_proj, slice(None), l_k)
+    fold_rows(block.self_attn.v_proj, slice(None), l_v)
+    fold_columns(block.mlp.down_proj, l_ff)
 
 
 def fold_rows(linear, rows, l):

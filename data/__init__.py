@@ -1,4 +1,4 @@
-"""Text in, batches out: the two tokenizers, the three kinds of data folder, and batches as a function of (seed, step).
+"""Text in, batches out: the tokenizers, the three kinds of data folder, and batches as a function of (seed, step).
 
 A data folder holds one of, tried in this order:
 
@@ -23,22 +23,29 @@ HERE = Path(__file__).parent
 
 # how many ids a tokenizer has; bytes: a byte's id is its value, and 256 ends a text
 N_IDS = {"bytes": 257, "gpt2": 50257}
+BPE = ("pattern", "ranks", "special_tokens")  # what a byte-level BPE of a checkpoint's own consists of
 
 
 class Tokenizer:
     """Text to token ids and back, by tiktoken, which is imported where the first text is read.
 
-    about: what a checkpoint holds of it, 'bytes' or 'gpt2'. vocab_size: the model's; ids beyond the tokenizer's own are
-    padding, and stand for no text. Raises ValueError for a name that is not known, or a vocabulary too small.
+    about: what a checkpoint holds of it: 'bytes', 'gpt2', or a byte-level BPE as plain data: {'pattern': the regular
+    expression that cuts a text into pieces, 'ranks': {bytes: id}, 'special_tokens': {text: id}}; lower ids are merged
+    first. vocab_size: the model's; ids beyond the tokenizer's own are padding, and stand for no text. Raises ValueError
+    for a name that is not known, and for ids that do not fit the vocabulary.
     """
 
     def __init__(self, about, vocab_size):
-        if not isinstance(about, str) or about not in N_IDS:
+        if isinstance(about, dict):
+            check_bpe(about, vocab_size)
+            self.ids = {*about["ranks"].values(), *about["special_tokens"].values()}
+        elif isinstance(about, str) and about in N_IDS:
+            if N_IDS[about] > vocab_size:
+                raise ValueError(f"tokenizer {about} has {N_IDS[about]} ids, but the vocabulary only {vocab_size}")
+            self.ids = range(N_IDS[about])
+        else:
             raise ValueError(f"unknown tokenizer {str(about)[:40]!r}: there are {', '.join(N_IDS)}")
-        if N_IDS[about] > vocab_size:
-            raise ValueError(f"tokenizer {about} has {N_IDS[about]} ids, but the vocabulary only {vocab_size}")
         self.about = about
-        self.n_ids = N_IDS[about]
 
     @cached_property
     def encoding(self):
@@ -46,19 +53,58 @@ class Tokenizer:
 
         if self.about == "gpt2":
             return tiktoken.get_encoding("gpt2")
-        ranks = {bytes([i]): i for i in range(256)}
-        special = {"<|endoftext|>": 256}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
+        if self.about == "bytes":
+            pattern, ranks, special = r"(?s:.)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+        else:
+            pattern, ranks, special = [self.about[name] for name in BPE]
+        return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    @cached_property
+    def missing(self):
+        """The bytes that no token stands for alone."""
+        if isinstance(self.about, str):
+            return b""
+        return bytes(i for i in range(256) if bytes([i]) not in self.about["ranks"])
 
     def encode_ordinary(self, text):
-        """The ids of text; what looks like a special token in it is text, too."""
-        return self.encoding.encode_ordinary(text)
+        """The ids of text; what looks like a special token in it is text, too. A byte without a token is left out."""
+        raw = text.encode("utf-8", "replace")
+        if len(raw.translate(None, self.missing)) == len(raw):
+            return self.encoding.encode_ordinary(text)
+
+        # tiktoken panics on such a byte. It is left out after the text is cut into pieces: before, its neighbours could
+        # become one piece
+        import regex  # what tiktoken itself needs
+
+        ids = []
+        for piece in regex.finditer(self.about["pattern"], text):
+            known = piece[0].encode("utf-8", "replace").translate(None, self.missing)
+            if known:
+                ids += self.encoding._encode_single_piece(known)
+        return ids
 
     def decode(self, ids):
-        return self.encoding.decode([i for i in ids if i < self.n_ids])
+        return self.encoding.decode([i for i in ids if i in self.ids])
 
     def __deepcopy__(self, memo):
         return self  # it never changes, so a copied model shares it
+
+
+def check_bpe(about, vocab_size):
+    """Raise ValueError unless about is a byte-level BPE as Tokenizer has it, every id its own and below vocab_size."""
+    if about.keys() != set(BPE):
+        raise ValueError(f"a tokenizer of its own has {', '.join(BPE)}, not {', '.join(map(str, about))}")
+    pattern, ranks, special = [about[name] for name in BPE]
+    if not isinstance(pattern, str):
+        raise ValueError("a tokenizer's pattern must be text")
+    for name, tokens, kind in (("ranks", ranks, bytes), ("special_tokens", special, str)):
+        if not isinstance(tokens, dict) or not all(isinstance(token, kind) and token for token in tokens):
+            raise ValueError(f"a tokenizer's {name} must be a dict of {kind.__name__} and their ids")
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise ValueError(f"a tokenizer's ids must be whole numbers from 0 to the vocabulary's {vocab_size - 1}")
+    if len(set(ids)) < len(ids):
+        raise ValueError("two of a tokenizer's tokens have the same id")
 
 
 class Stream:

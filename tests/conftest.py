@@ -10,6 +10,7 @@ import torch
 import common
 from data import Tokenizer
 from ia3 import attach
+from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -35,6 +36,23 @@ def make_gpt(seed=0, **sizes):
         for name, p in model.named_parameters():
             p.normal_(std=0.3)
             if "ln_" in name and name.endswith("weight"):
+                p.add_(1)
+    return model.eval()
+
+
+def make_llama(seed=0, **sizes):
+    """A small Llama whose every weight is random, as make_gpt's: 2 heads of keys for 4 of queries, and all biases."""
+    config = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16}
+    config |= {"n_hidden": 40, "rope_base": 10000.0, "norm_eps": 1e-5, "tied": True}
+    config |= {"attention_bias": True, "mlp_bias": True} | sizes
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig(**config))
+    if config["vocab_size"] == 257:
+        model.tokenizer = Tokenizer("bytes", 257)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.3)
+            if "norm" in name:
                 p.add_(1)
     return model.eval()
 

@@ -1,0 +1,234 @@
+"""A LLaMA with (IA)³ in plain sight: model.py's shape, class by class, with today's block in it.
+
+(IA)³ (Liu et al. 2022, arXiv:2205.05638, section 3.3) rescales the same three activations; R is the rotation:
+
+    attention   softmax(R(Q) R(l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)                    CausalSelfAttention.forward
+    MLP         W_down (l_ff ⊙ silu(W_gate x) ⊙ W_up x)                            MLP.forward
+
+The vectors are a value that this file only reads: Llama.ia3 is None (the plain base) or an ia3.IA3.
+
+What differs from GPT-2 (Touvron et al. 2023, arXiv:2302.13971), with transformers' names: positions are turned into the
+queries and keys of every layer, not added to the embedding; several heads of queries share one of keys and values;
+RMSNorm, which subtracts no mean; a gated MLP; and as a rule no biases. No dropout. The head may be a matrix of its own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # its numbers
+
+
+@dataclass
+class LlamaConfig:
+    """The sizes of a Llama. Raises ValueError for sizes that no Llama can have."""
+
+    block_size: int  # the longest sequence, in tokens
+    vocab_size: int
+    n_layer: int
+    n_head: int  # of queries
+    n_kv_head: int  # of keys and values, each for n_head / n_kv_head neighbouring heads of queries
+    n_embd: int
+    n_hidden: int  # channels of the MLP
+    rope_base: float  # the slowest pair of channels turns by about 1/rope_base a token
+    norm_eps: float
+    tied: bool  # whether the head is the embedding
+    rope_scaling: dict | None = None  # {'rope_type': 'llama3', ...} with LLAMA3's numbers; None: the plain rotation
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} does not give n_head {self.n_head} an even number of channels each")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        for name in ("rope_base", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+            setattr(self, name, float(getattr(self, name)))  # 10000 and 10000.0 are one base, with one fingerprint
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            if kind != "llama3":
+                raise ValueError(f"rope_scaling of type {kind!r} is not known here: there is 'llama3', and None")
+            factor, low, high, length = [float(self.rope_scaling.get(name, math.nan)) for name in LLAMA3]
+            if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < length < math.inf):
+                raise ValueError(f"rope_scaling wants {', '.join(LLAMA3)}, not {self.rope_scaling}")
+            self.rope_scaling = {"rope_type": kind} | dict(zip(LLAMA3, (factor, low, high, length), strict=True))
+
+    @property
+    def widths(self):
+        """How many entries l_k, l_v and l_ff have in a layer."""
+        d_head = self.n_embd // self.n_head
+        return self.n_kv_head * d_head, self.n_kv_head * d_head, self.n_hidden
+
+
+def rotary_table(config, pos, dtype):
+    """The angle by which each pair of channels turns at positions pos (T,): cos and sin, both (T, d_head/2).
+
+    Pair i turns by rope_base^(-2i/d_head) a token (Su et al. 2021, arXiv:2104.09864, section 3.2.2). Computed in
+    float32 or, for a dtype of float64, in that: bfloat16 could not tell position 257 from 256.
+    """
+    d_head = config.n_embd // config.n_head
+    even = torch.arange(0, d_head, 2, device=pos.device, dtype=torch.promote_types(dtype, torch.float32))
+    speed = 1 / config.rope_base ** (even / d_head)  # (d_head/2,) radians a token
+    if config.rope_scaling is not None:
+        # Llama 3.1 was trained on to longer texts with the slow pairs slowed down: those that turn less than
+        # low_freq_factor times in the length first trained on by factor, those above high_freq_factor not at all
+        factor, low, high, length = [config.rope_scaling[name] for name in LLAMA3]
+        turns = length / (2 * math.pi / speed)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = (1 - kept) * speed / factor + kept * speed
+    angles = pos.unsqueeze(1) * speed  # (T, d_head/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn x (B, heads, T, d_head): channels i and i + d_head/2 of a head are a pair, a point in the plane."""
+    a, b = x.chunk(2, dim=-1)  # 2 × (B, heads, T, d_head/2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # in the wider dtype, rounded once
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        k_width, v_width, _ = config.widths
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.n_embd, k_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.n_embd, v_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.attention_bias)
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+
+    def forward(self, x, cos, sin, l_k=None, l_v=None, cache=None):
+        B, T, C = x.shape
+        q = self.q_proj(x)  # (B, T, C)
+        k = self.k_proj(x)  # (B, T, n_kv_head · d_head)
+        v = self.v_proj(x)
+
+        # (IA)³: queries stay as they are. The product is taken in the wider dtype and rounded once to the activation's.
+        # Before the rotation, which mixes channels: after it, l_k would be no scaling of W_k's rows
+        if l_k is not None:
+            k = (l_k * k).to(k.dtype)  # l_k ⊙ K
+        if l_v is not None:
+            v = (l_v * v).to(v.dtype)  # l_v ⊙ V
+
+        # a head is d_head neighbouring channels
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, d_head)
+        k = k.view(B, T, self.n_kv_head, C // self.n_head).transpose(1, 2)  # (B, n_kv_head, T, d_head)
+        v = v.view(B, T, self.n_kv_head, C // self.n_head).transpose(1, 2)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k, v, seen = cache.append(k, v)  # with the tokens before, scaled and turned when they were read
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.o_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=config.mlp_bias)
+
+    def forward(self, x, l_ff=None):
+        h = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, n_hidden)
+        if l_ff is not None:
+            h = (l_ff * h).to(h.dtype)  # (IA)³: l_ff ⊙ silu(W_gate x) ⊙ W_up x, before the down-projection
+        return self.down_proj(h)  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.self_attn = CausalSelfAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, l_k=None, l_v=None, l_ff=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, l_k, l_v, cache)
+        x = x + self.mlp(self.post_attention_layernorm(x), l_ff)
+        return x
+
+
+class Llama(nn.Module):
+    """A LLaMA. `ia3` holds the vectors of a task, or None; assigning it switches the task, assigning None undoes it.
+
+    To train vectors or to have them checked, use ia3.attach: it freezes the base, which an assignment does not.
+    `tokenizer` is an object with encode_ordinary and decode, or None; the model itself only carries it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokenizer = None
+        self.ia3 = None
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.n_embd),
+                "layers": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "norm": nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.model.embed_tokens.weight = self.lm_head.weight
+
+        # transformers' start: N(0, 0.02), also for what writes into the residual stream
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None, task_ids=None, cache=None):
+        """Predict the next token at every position.
+
+        idx (B, T) long, T ≤ block_size; targets (B, T) long, -1 where no loss is wanted; task_ids (B,) long, the task
+        of each row when self.ia3 is stacked (ia3.stack); cache: see hidden. Returns logits (B, T, vocab_size) and the
+        mean cross-entropy in nats a target token, or None without targets. Raises ValueError for a sequence too long,
+        for task_ids that do not fit the vectors, and for targets that are all -1 (on a GPU their loss is NaN instead:
+        to look would make it wait).
+        """
+        logits = self.lm_head(self.hidden(idx, task_ids, cache))  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        if targets.device.type == "cpu" and (targets < 0).all():
+            raise ValueError("every target is -1: there is nothing to take the mean of")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 has steps of 1/64 in a loss of 2
+        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def hidden(self, idx, task_ids=None, cache=None):
+        """What the head reads: (B, T, n_embd), for those who need logits at a few positions only.
+
+        cache: a sample.Cache that holds the tokens before idx, and gets these too; None where idx is all there is.
+        """
+        T = idx.size(1)
+        start = 0 if cache is None else cache.start(self.ia3, task_ids)  # tokens read before
+        if not 1 <= T <= self.config.block_size - start:
+            raise ValueError(f"a sequence of {start + T} tokens, and block_size is {self.config.block_size}")
+        if self.ia3 is not None:
+            layers = self.ia3.per_layer(task_ids)  # n_layer × (l_k, l_v, l_ff)
+        else:
+            layers = [(None, None, None)] * self.config.n_layer
+        if task_ids is not None and (self.ia3 is None or len(task_ids) != idx.size(0)):
+            raise ValueError("task_ids want stacked vectors, and as many ids as idx has rows")
+        caches = [None] * self.config.n_layer if cache is None else cache.layers
+
+        x = self.model.embed_tokens(idx)  # (B, T, C)
+        pos = torch.arange(start, start + T, device=idx.device)
+        cos, sin = rotary_table(self.config, pos, x.dtype)  # one table for all layers
+        for block, (l_k, l_v, l_ff), layer_cache in zip(self.model.layers, layers, caches, strict=True):
+            x = block(x, cos, sin, l_k, l_v, l_ff, layer_cache)
+        return self.model.norm(x)  # (B, T, C)

@@ -1,0 +1,111 @@
+"""data/smollm2.pt, the real base, against transformers' and tokenizers' reading of the same GGUF file.
+
+Only where `python -m tools.smollm2` has made it; the GGUF itself is fetched once more, for these tests.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaForCausalLM
+
+import common
+from sample import generate
+from tools import smollm2
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "data/smollm2.pt"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHECKPOINT.exists(), reason="no data/smollm2.pt: python -m tools.smollm2 makes it"),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return Path(smollm2.fetch(tmp_path_factory.mktemp("smollm2")))
+
+
+@pytest.fixture(scope="module")
+def theirs(path):
+    return LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return common.load(CHECKPOINT)
+
+
+def test_the_dequantized_weights_are_theirs_bit_for_bit_and_the_file_holds_them_rounded(path, theirs, ours):
+    read = smollm2.read_gguf(path)
+    expected = theirs.state_dict()
+    assert read.state_dict().keys() == expected.keys()
+    for name, t in read.state_dict().items():
+        assert t.dtype == torch.float32 and torch.equal(t, expected[name]), name
+        assert torch.equal(t.bfloat16().float(), ours.state_dict()[name]), name
+    assert read.config == ours.config
+    rope = theirs.config.rope_parameters
+    assert (ours.config.rope_base, ours.config.n_kv_head) == (rope["rope_theta"], theirs.config.num_key_value_heads)
+
+
+def test_the_config_is_smollm2s(ours):
+    config = ours.config
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_kv_head, config.n_hidden) == (30, 576, 9, 3, 1536)
+    assert (config.vocab_size, config.block_size, config.rope_base, config.norm_eps) == (49152, 8192, 1e5, 1e-5)
+    assert config.tied and config.rope_scaling is None
+
+
+@torch.no_grad()
+def test_greedy_text_is_theirs_token_for_token(theirs, ours):
+    for p in theirs.parameters():
+        p.copy_(p.bfloat16())  # the same weights, rounded; both run in float32
+    for text in ("The capital of France is", "Q: What is 17 + 25?\nA:", "def fibonacci(n):\n"):
+        prompt = torch.tensor([ours.tokenizer.encode_ordinary(text)])
+        expected = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert torch.equal(generate(ours, prompt, 40, temperature=0), expected), text
+
+
+def make_texts():
+    """Texts full of digits, odd spaces, marks, other scripts and control characters, and a play."""
+    dice = random.Random(0)
+    words = "a the King's don't WE'LL ½ ² ٣٤ 1623 7 0 x1y22 naïve 中文 🙂 é ?! -- … < > _".split()
+    spaces = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "\u200b", "", ""]
+    controls = [chr(i) for i in range(32)] + ["\x7f", "\x85", "\ufffd", "\U0010ffff"]
+    texts = []
+    for _ in range(5000):
+        parts = []
+        for _ in range(dice.randint(1, 12)):
+            parts += [dice.choice(words), dice.choice(spaces)]
+            if dice.random() < 0.2:
+                parts.append(dice.choice(controls))
+        texts.append("".join(parts))
+    return [*texts, (ROOT / "data/plays/val.txt").read_text()[:100_000]]
+
+
+def test_ids_are_those_of_the_tokenizers_library(path, ours):
+    """transformers' GGUF reader forgets the file's rule for digits, so the oracle is put together from its parts."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    theirs = Tokenizer(BPE(vocab, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert len(ours.tokenizer.missing) == 21
+    with_missing = 0
+    for text in make_texts():
+        ids = ours.tokenizer.encode_ordinary(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+        with_missing += any(byte in ours.tokenizer.missing for byte in text.encode())
+    assert with_missing > 100
+    assert ours.tokenizer.decode([1, *ours.tokenizer.encode_ordinary("In 1623, a book"), 2]) == (
+        "<|im_start|>In 1623, a book<|im_end|>"
+    )
