@@ -12,8 +12,8 @@ of val, which ablations may choose by; test stays unread. Every run is compared 
 seeds on the same windows: differences and their intervals are paired, by a bootstrap over windows and seeds. With one
 seed only, the interval knows nothing of how another would have come out.
 
-Writes into --out what lab.py says of a folder of runs (the base's own row has the sites 'none'), table.md, and a picture
-an axis.
+Writes into --out what lab.py says of a folder of runs (the base's own row has the sites 'none'), table.md, and a
+picture an axis.
 """
 
 import argparse

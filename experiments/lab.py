@@ -68,8 +68,8 @@ def read_about(folder):
 def read_csv(path, columns):
     """Return a CSV's rows as dicts; none where there is no such file.
 
-    columns: {name: int, float or str}, in the file's order. An empty cell is None. Raises ValueError, with the line, for
-    a file that is not so.
+    columns: {name: int, float or str}, in the file's order. An empty cell is None. Raises ValueError, with the line,
+    for a file that is not so.
     """
     if not os.path.exists(path):
         return []
@@ -136,7 +136,9 @@ def stack_runs(runs, name, targets):
     """Return the runs' nats of that name, (runs, windows). Raises ValueError unless targets, (windows,), fit them."""
     for run in runs:
         if name not in run or run[name].shape != targets.shape:
-            raise ValueError("windows.npz holds runs that were measured on different windows: remove it and results.csv")
+            raise ValueError(
+                "windows.npz holds runs that were measured on different windows: remove it"
+            )
     return np.stack([run[name] for run in runs])
 
 
