@@ -136,9 +136,7 @@ def stack_runs(runs, name, targets):
     """Return the runs' nats of that name, (runs, windows). Raises ValueError unless targets, (windows,), fit them."""
     for run in runs:
         if name not in run or run[name].shape != targets.shape:
-            raise ValueError(
-                "windows.npz holds runs that were measured on different windows: remove it"
-            )
+            raise ValueError("windows.npz holds runs that were measured on different windows: remove it")
     return np.stack([run[name] for run in runs])
 
 
