@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,7 +289,7 @@ def test_runs_go_on_where_they_were_stopped(tmp_path, capsys):
 )
 def test_a_csv_that_is_edited_empty_or_foreign_is_one_clear_line(tmp_path, text, message):
     (tmp_path / "results.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match="results.csv is not what this command wrote") as e:
+    with pytest.raises(ValueError, match=r"results\.csv is not what this command wrote") as e:
         lab.read_runs(tmp_path, COLUMNS)
     assert message in str(e.value) and "\n" not in str(e.value)
 
@@ -890,3 +891,32 @@ def test_without_peft_or_transformers(tiny, name, tmp_path, capsys, monkeypatch)
     assert bench.main(command(tmp_path / "new")) == 2
     err = capsys.readouterr().err
     assert f"no {name} here" in err and "requirements-dev.txt" in err and not (tmp_path / "new").exists()
+
+
+# --- experiments/README.md ---
+
+PAGE = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+
+
+def test_what_the_page_names_is_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", PAGE):
+        assert (ROOT / "experiments" / target).exists(), target
+    for name in re.findall(r"python -m ([\w.]+)", PAGE):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists(), name
+
+
+def test_the_pages_method_is_one():
+    """The two blocks as they stand there: the base at step 0, one that learns, and the merge that the page promises."""
+    method, line = re.findall(r"```python\n((?:class|METHODS).*?)```", PAGE, re.S)
+    names = {"nn": nn, "torch": torch, "METHODS": {}, "Method": rivals.Method}
+    exec(method + line, names)
+    base, model = make_gpt(), make_gpt().requires_grad_(False)
+    parameters = names["METHODS"]["shift"].add(model)
+    assert sum(p.numel() for p in parameters) == 4 * 2 * 16
+    idx = make_idx(base)
+    assert torch.equal(model(idx)[0], base(idx)[0])
+    with torch.no_grad():
+        for p, block in zip(parameters, base.transformer.h, strict=True):
+            p.normal_()
+            block.mlp.c_proj.bias += block.mlp.c_proj.weight @ p
+    assert (model.double()(idx)[0] - base.double()(idx)[0]).abs().max() <= 1e-4  # float32's sum, of numbers around 10
