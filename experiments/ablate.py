@@ -32,7 +32,7 @@ from experiments.lab import plt
 from ia3 import SITES, attach, fingerprint
 from train import TrainConfig, train
 
-SUBSETS = [",".join(some) for n in (1, 2, 3) for some in itertools.combinations(SITES, n)]
+SUBSETS = [",".join(some) for n in range(1, len(SITES) + 1) for some in itertools.combinations(SITES, n)]
 HALVES = ["all", "first-half", "second-half"]
 AXES = {"sites": "sites", "depth": "layers", "lr": "learning rate", "steps": "steps"}  # and their names in tables
 DEFAULTS = {"lr": [0.01, 0.03, 0.1, 0.3, 1.0], "steps": [25, 50, 100, 200, 400]}
