@@ -15,7 +15,7 @@ from experiments import ranking
 pytestmark = pytest.mark.slow
 
 ROWS = [
-    {"prompt": "Q: ", "choices": ["yes", "no, never", "so"], "label": 1},
+    {"prompt": "Q: ", "choices": ["yes", "no, \0ever", "\0o"], "label": 1},  # token 0 is a token like any other
     {"prompt": "And: ", "choices": ["up", "vp"], "label": 0},
 ]
 
