@@ -1,8 +1,6 @@
 """Many tasks on one frozen base: stacked vectors, batches that mix tasks, their gradients and texts, and choices."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
