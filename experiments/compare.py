@@ -384,6 +384,8 @@ def run(argv):
     base = common.load(args.base)
     names = args.data[:1] if args.quick else args.data
     folders = {Path(name).name: name for name in [*names, args.forget]}
+    if len(folders) < len({*names, args.forget}):
+        raise ValueError("two of these folders have the same name, and runs go by it: rename one")
     datas = [Path(name).name for name in names]
     forget = Path(args.forget).name
     about = {"fingerprint": fingerprint(base), "forget": forget, "dtype": dtype, "quick": args.quick}

@@ -857,6 +857,7 @@ def test_works_are_split_by_their_titles():
     [
         (compare, "--base nothing.pt", "nothing.pt"),
         (compare, "--data nothing", "no data called 'nothing'"),
+        (compare, "--data x/a y/a", "have the same name"),
         (compare, "--workers 0", "workers must be at least 1, not 0"),
         (ablate, "--depth 6", "depth must be all, first-half, second-half, or a layer from 0 to 5, not 6"),
         (ablate, "--depth top", "not top"),
