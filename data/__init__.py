@@ -249,17 +249,22 @@ def read_bin(path, vocab_size):
     return tokens, None
 
 
-def read_jsonl(path, tokenizer, block_size):
-    """Read one {"prompt": ..., "completion": ...} a line. Raises ValueError with the file and line of what is wrong."""
-    examples = []
+def json_lines(path):
+    """Yield where a line stands and what its JSON says, for every line that is not blank. ValueError for no JSON."""
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         try:
-            row = json.loads(line)
+            yield where, json.loads(line)
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{where}: not JSON ({e})") from None
+
+
+def read_jsonl(path, tokenizer, block_size):
+    """Read one {"prompt": ..., "completion": ...} a line. Raises ValueError with the file and line of what is wrong."""
+    examples = []
+    for where, row in json_lines(path):
         if isinstance(row, dict) and "choices" in row:
             raise ValueError(f"{where}: choices to rank: python -m experiments.ranking --data {path.parent}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):

@@ -1,19 +1,20 @@
-"""How fast and how heavy: a training step and a forward pass, beside PEFT's on the same shapes.
+"""How fast and how heavy: a training step, a forward pass, a mixed batch, beside PEFT's on the same shapes.
 
-    python experiments/bench.py                         # the three shapes for a CPU, all five on a GPU; into out/bench
-    python experiments/bench.py --shape base --repeats 9
-    python experiments/bench.py --quick                 # three rounds of the smallest shape, to see that it works
+    python -m experiments.bench                         # the three shapes for a CPU, all five on a GPU; into out/bench
+    python -m experiments.bench --shape base --repeats 9
+    python -m experiments.bench --quick                 # three rounds of the smallest shape, to see that it works
 
 A training step is forward, backward, AdamW. Its contestants: full fine-tuning and (IA)³ here; PEFT's (IA)³ around this
 GPT, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its default
 GELU (gelu_new, written out in elementary operations) and once with the fused one that we use (gelu_pytorch_tanh).
 transformers runs without dropout, without a key-value cache and with PyTorch's fused attention, as this GPT does.
-A forward pass is the base's, the base's with vectors, and the merged model's. Ours run eagerly and compiled. A CPU
-computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and full fine-tuning has float32 weights
-and autocast.
+A forward pass is the base's, the base's with vectors, and the merged model's. Ours run eagerly and compiled. A mixed
+batch is 16 short rows of 8 tokens: under one task, of several tasks at once (ia3.stack), and each task's rows by
+themselves, one after another. A CPU computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and
+full fine-tuning has float32 weights and autocast.
 
-Clock. The contestants take turns, and every round gives a ratio: over what has no vectors (full fine-tuning; the base's
-forward), and of our (IA)³ over the contestant, so that below 1 means that ours is faster. Medians and quartiles.
+Clock. The contestants take turns, and every round gives a ratio: over the first of them (full fine-tuning; the base's
+forward; one task), and of our (IA)³ over the contestant, so that below 1 means that ours is faster. Medians, quartiles.
 
 Floor. The FLOPs of linear maps and of attention over those of full fine-tuning (torch's counter: an elementwise
 operation counts nothing, attention counts the whole square that causality halves). Clock over floor is the median ratio
@@ -32,20 +33,18 @@ import os
 import shutil
 import statistics
 import sys
-import time
 import warnings
 from functools import partial
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.clock import count_flops, count_saved, device_name, interleave, ratio
-from experiments.runs import open_folder, read_csv, write_csv
-from ia3 import attach
+import common
+from experiments import lab
+from ia3 import IA3, attach, stack
 from merge import merge
-from model import GPT, GPTConfig, pick_device
-from train import TrainConfig, autocast, lm_loss
+from model import GPT, GPTConfig
+from train import TrainConfig, lm_loss
 
 SHAPES = {  # n_layer, n_head, n_embd, vocab_size
     "base": (6, 6, 192, 257),
@@ -77,6 +76,16 @@ TRAINING = (
     "PEFT LoRA, gelu_new",
 )
 INFERENCE = (BASE, UNMERGED, MERGED)
+ONE_TASK = "one task"
+MIXED_ROWS = 16
+MIXED_TOKENS = 8
+FLOORS = ("FLOPs: linear maps", "and attention", "clock over floor")  # columns
+RESULTS = {"shape": str, "what": str, "contestant": str, "values": int, "linear_flops": int, "attention_flops": int}
+RESULTS |= {"saved_bytes": int, "peak_bytes": int, "over_plain": float, "over_plain_low": float}
+RESULTS |= {"over_plain_high": float, "ours_over": float, "ours_over_low": float, "ours_over_high": float}
+RESULTS |= {"seconds": float, "tokens_per_second": float, "n_layer": int, "n_head": int, "n_embd": int}
+RESULTS |= {"vocab_size": int, "rows": int, "tokens": int, "repeats": int, "hardware": str, "dtype": str}
+RESULTS |= {"torch": str, "transformers": str, "peft": str, "date": str}
 
 
 def rivals():
@@ -142,68 +151,37 @@ def make_batch(config, rows, device):
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
 
-def allocated(device):
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def peak_memory(step, device, own):
-    """Bytes of GPU memory that a contestant takes at most in a step; own: bytes that it holds between steps."""
-    if device.type != "cuda":
-        return ""
-    torch.cuda.reset_peak_memory_stats(device)
-    held = torch.cuda.memory_allocated(device)
-    step()
-    return own + torch.cuda.max_memory_allocated(device) - held
-
-
-def flops_a_token(call, tokens):
-    linear, attention = count_flops(call)
-    return {"linear_flops": linear // tokens, "attention_flops": attention // tokens}
-
-
 def variants(name, model, compiled):
     """Return {name: model}, and beside it the same model compiled, where that is wanted."""
-    return {name: model} | ({f"{name}, compiled": torch.compile(model)} if compiled else {})
+    found = {name: model}
+    if compiled:
+        found[f"{name}, compiled"] = torch.compile(model)
+    return found
 
 
 def trainer(name, config, batch, dtype, compiled):
-    """Return {contestant: (a training step, its counts)}: one of TRAINING, if it is ours also compiled.
-
-    The counts: values trained, FLOPs a token of linear maps and of attention, bytes saved for backward, and bytes of
-    GPU memory at most.
-    """
+    """Return {contestant: (a training step, its counts)}: one of TRAINING, if it is ours also compiled."""
     device = batch[0].device
-    before = allocated(device)
+    before = lab.allocated(device)
     model, loss_fn = build(name, config, device, dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.99), fused=device.type == "cuda")
-    amp = autocast(model, TrainConfig(dtype=str(dtype).removeprefix("torch.")))
-
-    def loss(called, batch):
-        with amp:
-            return loss_fn(called, *batch)
-
-    def step(called):
-        loss(called, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    # of one row: FLOPs grow with the rows, and counting attention wants memory for its square
-    flops = flops_a_token(lambda: loss(model, [t[:1] for t in batch]).backward(), config.block_size)
+    settings = TrainConfig(dtype=str(dtype).removeprefix("torch."))
+    counts = lab.count_step(model, batch, loss_fn, settings)
     found = {}
     for variant, called in variants(name, model, compiled and name in (FULL, OURS)).items():
-        step(called)  # compiles; makes AdamW's averages
-        counts = {"trained": sum(p.numel() for p in trained)} | flops
-        counts["saved_bytes"] = count_saved(partial(loss, called, batch), model)
-        counts["peak_bytes"] = peak_memory(partial(step, called), device, allocated(device) - before)
-        found[variant] = partial(step, called), counts
+        step = lab.training_step(called, batch, loss_fn, settings)
+        step()  # compiles; makes AdamW's averages
+        saved = counts["saved_bytes"]
+        if called is not model:
+            saved = lab.count_saved(partial(loss_fn, called, *batch), called)
+        peak = lab.peak_bytes(step, device, before)
+        found[variant] = step, counts | {"saved_bytes": saved, "peak_bytes": peak}
     return found
 
 
 def reader(name, config, batch, dtype, compiled):
     """Return {contestant: (a forward pass without gradients, its counts)}: one of INFERENCE, also compiled."""
     idx = batch[0]
-    before = allocated(idx.device)
+    before = lab.allocated(idx.device)
     with torch.device(idx.device):
         model = GPT(config).to(dtype).eval()
         if name != BASE:
@@ -217,109 +195,141 @@ def reader(name, config, batch, dtype, compiled):
         with torch.no_grad():
             return called(idx)[0]
 
-    flops = flops_a_token(lambda: forward(model, idx[:1]), config.block_size)
+    linear, attention = lab.count_flops(lambda: forward(model, idx[:1]))
+    counts = {"values": 0, "linear_flops": linear // idx.size(1), "attention_flops": attention // idx.size(1)}
     found = {}
     for variant, called in variants(name, model, compiled).items():
-        forward(called, idx)  # compiles
-        counts = {"trained": 0} | flops | {"saved_bytes": 0}
-        counts["peak_bytes"] = peak_memory(partial(forward, called, idx), idx.device, allocated(idx.device) - before)
-        found[variant] = partial(forward, called, idx), counts
+        read = partial(forward, called, idx)
+        read()  # compiles
+        peak = lab.peak_bytes(read, idx.device, before)
+        found[variant] = read, counts | {"saved_bytes": 0, "peak_bytes": peak}
     return found
 
 
-def take_turns(steps, rounds, device, title):
-    """Time the contestants round by round, with a progress line every ten seconds. Returns {contestant: seconds}."""
-    times = {name: [] for name in steps}
-    start = said = time.time()
-    for done in range(1, rounds + 1):
-        for name, took in interleave(steps, 1, device, warmup=2 if done == 1 else 0).items():
-            times[name] += took
-        if done == rounds or time.time() - said > 10:
-            said = time.time()
-            left = (said - start) / (done + 2) * (rounds - done)
-            print(f"{title}: round {done}/{rounds}, {left:.0f} s left", flush=True)
-    return times
+def mixers(config, device, dtype):
+    """Return {contestant: (forward passes of MIXED_ROWS rows, its counts)}: one task, several at once or in turn.
+
+    Nothing is counted: the linear maps are the same for all.
+    """
+    with torch.device(device):
+        model = GPT(config).to(dtype).eval()
+    idx = make_batch(config, MIXED_ROWS, device)[0][:, :MIXED_TOKENS]
+    tasks = []
+    for _ in range(MIXED_ROWS):
+        vectors = attach(model, IA3(config))
+        for l in vectors.parameters():
+            torch.nn.init.normal_(l, mean=1.0, std=0.1)
+        tasks.append(vectors)
+
+    @torch.no_grad()
+    def forward(vectors, idx, task_ids=None):
+        model.ia3 = vectors
+        return model(idx, task_ids=task_ids)[0]
+
+    def in_turn(n, task_ids):
+        return [forward(tasks[i], idx[task_ids == i]) for i in range(n)]
+
+    calls = {ONE_TASK: partial(forward, tasks[0], idx)}
+    for n in (4, MIXED_ROWS):
+        task_ids = (torch.arange(MIXED_ROWS) % n).to(device)
+        calls[f"{n} tasks, mixed"] = partial(forward, stack(tasks[:n]), idx, task_ids)
+        calls[f"{n} tasks, one after another"] = partial(in_turn, n, task_ids)
+    counts = dict.fromkeys(("values", "linear_flops", "attention_flops", "saved_bytes", "peak_bytes"))
+    return {name: (call, counts) for name, call in calls.items()}
 
 
 def measure(shape, rounds, device, dtype, compiled):
-    """Return the rows of a shape, dicts: training's contestants, then inference's."""
+    """Return the rows of a shape, dicts: training's contestants, then inference's, then a mixed batch's."""
     n_layer, n_head, n_embd, vocab_size = SHAPES[shape]
     n_rows, tokens, _ = WORK[device.type][shape]
     config = GPTConfig(tokens, vocab_size, n_layer, n_head, n_embd)
     batch = make_batch(config, n_rows, device)
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size}
-    sizes |= {"rows": n_rows, "tokens": tokens, "repeats": rounds}
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size, "repeats": rounds}
     found = []
-    for what, names, make in (("training", TRAINING, trainer), ("inference", INFERENCE, reader)):
+    for what in ("training", "inference", "mixed"):
         torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
+        work = {"rows": n_rows, "tokens": tokens}
+        ours = {"training": OURS, "inference": UNMERGED, "mixed": ONE_TASK}[what]
         contestants = {}
-        for name in names:
-            print(f"{shape}, {what}: {name}", flush=True)
-            contestants |= make(name, config, batch, dtype, compiled)
-        steps = {name: step for name, (step, _) in contestants.items()}
-        times = take_turns(steps, rounds, device, f"{shape}, {what}")
-        plain, ours = names[:2]
+        print(f"{shape}, {what}: {rounds} rounds", flush=True)
+        if what == "training":
+            for name in TRAINING:
+                contestants |= trainer(name, config, batch, dtype, compiled)
+        elif what == "inference":
+            for name in INFERENCE:
+                contestants |= reader(name, config, batch, dtype, compiled)
+        else:
+            contestants = mixers(config, device, dtype)
+            work = {"rows": MIXED_ROWS, "tokens": min(tokens, MIXED_TOKENS)}
+        times = lab.interleave({name: call for name, (call, _) in contestants.items()}, rounds, device)
+        plain = next(iter(contestants))
         for name, (_, counts) in contestants.items():
             row = {"shape": shape, "what": what, "contestant": name} | counts
-            for column, over in (("over_plain", (name, plain)), ("ours_over", (ours, name))):
-                middle, low, high = ratio(*(times[who] for who in over))
+            for column, one, other in (("over_plain", name, plain), ("ours_over", ours, name)):
+                middle, low, high = lab.ratio(times[one], times[other])
                 row |= {column: middle, f"{column}_low": low, f"{column}_high": high}
             row["seconds"] = statistics.median(times[name])
-            row["tokens_per_second"] = n_rows * tokens / row["seconds"]
-            found.append(row | sizes)
-        del contestants, steps
+            row["tokens_per_second"] = work["rows"] * work["tokens"] / row["seconds"]
+            found.append(row | sizes | work)
+        del contestants
         gc.collect()  # the models, before the next ones are made: PEFT's hold themselves in circles
     return found
 
 
-def spread(row, column):
-    return f"{row[column]:.2f} ({row[f'{column}_low']:.2f} to {row[f'{column}_high']:.2f})"
-
-
 def table(rows):
-    """Markdown of one kind of contest, training's or inference's, all shapes. rows: results.csv's, of that kind."""
-    training, gpu = rows[0]["what"] == "training", rows[0]["peak_bytes"] != ""
-    head = ["", "time over full's" if training else "time over the base's", "FLOPs: linear maps", "and attention"]
-    head += ["clock over floor"] + ["saved", "ours over it"] * training + ["tokens/s", "peak GiB"] * gpu
+    """Markdown of one kind of contest, all shapes. rows: results.csv's, of that kind."""
+    what = rows[0]["what"]
+    gpu = rows[0]["peak_bytes"] is not None
+    head = {
+        "training": ["", "time over full's", *FLOORS, "saved", "ours over it"],
+        "inference": ["", "time over the base's", *FLOORS],
+        "mixed": ["", "time over one task's", "milliseconds"],
+    }[what]
+    head += ["tokens/s", "peak GiB"] * gpu
     lines = []
     for row in rows:
-        if row["contestant"] in (FULL, BASE):  # the first of its shape
+        if row["contestant"] in (FULL, BASE, ONE_TASK):  # the first of its shape
             plain = row
             about = f"{row['n_layer']} layers × {row['n_embd']}, {row['rows']} × {row['tokens']} tokens"
             lines.append([f"**{row['shape']}**: {about}", *[""] * (len(head) - 1)])
-        linear = row["linear_flops"] / plain["linear_flops"]
-        floor = (row["linear_flops"] + row["attention_flops"]) / (plain["linear_flops"] + plain["attention_flops"])
-        cells = [row["contestant"], spread(row, "over_plain"), f"{linear:.3f}", f"{floor:.3f}"]
-        cells.append(f"{row['over_plain'] / floor:.2f}")
-        if training:
+        cells = [row["contestant"], lab.spread(row["over_plain"], row["over_plain_low"], row["over_plain_high"])]
+        if what == "mixed":
+            cells.append(f"{1000 * row['seconds']:.2f}")
+        else:
+            linear = row["linear_flops"] / plain["linear_flops"]
+            floor = (row["linear_flops"] + row["attention_flops"]) / (plain["linear_flops"] + plain["attention_flops"])
+            cells += [f"{linear:.3f}", f"{floor:.3f}", f"{row['over_plain'] / floor:.2f}"]
+        if what == "training":
             unit = 4 * row["rows"] * row["tokens"] * row["n_layer"] * row["n_embd"]
-            cells += [f"{row['saved_bytes'] / unit:.1f}", spread(row, "ours_over")]
+            ours = lab.spread(row["ours_over"], row["ours_over_low"], row["ours_over_high"])
+            cells += [f"{row['saved_bytes'] / unit:.1f}", ours]
         if gpu:
             cells += [f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.2f}"]
         lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+    return lab.markdown(head, lines)
 
 
 def tables(folder):
-    """Return the README's Markdown, made of results.csv in folder alone."""
-    rows = read_csv(Path(folder) / "results.csv")
+    """The tables, in Markdown, from results.csv in folder, a Path, alone."""
+    rows = lab.read_csv(folder / "results.csv", RESULTS)
+    if not rows:
+        raise ValueError(f"{folder}/results.csv holds no results yet")
     first = rows[0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "peft"))
     dates = " and ".join(sorted({row["date"] for row in rows}))
     rounds = ", ".join(str(n) for n in dict.fromkeys(row["repeats"] for row in rows))
-    about = (
+    pieces = [
         f"{first['hardware']}, {first['dtype']}, {versions}, {dates}; medians (quartiles) of {rounds} rounds' ratios"
-    )
-    contests = [[row for row in rows if row["what"] == what] for what in ("training", "inference")]
-    return "\n\n".join([about, *map(table, contests)])
+    ]
+    for what in ("training", "inference", "mixed"):
+        contest = [row for row in rows if row["what"] == what]
+        if contest:
+            pieces.append(table(contest))
+    return "\n\n".join(pieces)
 
 
 def run(argv):
-    def fail(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: those for the device")
     parser.add_argument("--repeats", type=int, help="rounds of a shape (default: fewer, the larger it is)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
@@ -327,11 +337,13 @@ def run(argv):
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds of the smallest shape, into OUT/quick")
     args = parser.parse_args(argv)
-    device, dtype = pick_device(args.device)
+    device, dtype = common.pick_device(args.device)
     work = WORK[device.type]
     shapes = args.shape or list(work)
     if args.quick:
-        shapes, args.repeats, args.out = ["base"], 3, args.out / "quick"
+        shapes = ["base"]
+        args.repeats = 3
+        args.out = args.out / "quick"
     for shape in shapes:
         if shape not in work:
             raise ValueError(f"shape {shape} is for a GPU; for a CPU there are {', '.join(work)}")
@@ -339,34 +351,30 @@ def run(argv):
         raise ValueError(f"repeats must be at least 2, for quartiles, not {args.repeats}")
     if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile wants a C++ compiler (g++, or CXX): --no-compile leaves it out")
-    about = {"hardware": device_name(device), "dtype": dtype, "torch": torch.__version__}
-    about |= {module.__name__: module.__version__ for module in rivals()[::-1]}
-    open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
+    peft, transformers = rivals()
+    about = {"hardware": lab.device_name(device), "dtype": dtype, "torch": torch.__version__}
+    about |= {"transformers": transformers.__version__, "peft": peft.__version__}
+    lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     path = args.out / "results.csv"
     for shape in shapes:
-        rows = read_csv(path)
+        rows = lab.read_csv(path, RESULTS)
         if any(row["shape"] == shape for row in rows):
             continue
         today = {"date": datetime.date.today().isoformat()}
         rounds = args.repeats or work[shape][2]
         found = measure(shape, rounds, device, getattr(torch, dtype), not args.no_compile)
-        rows += [row | about | today for row in found]
-        write_csv(path, sorted(rows, key=lambda row: list(SHAPES).index(row["shape"])))
+        for row in found:
+            row |= about | today
+            rows.append({name: row[name] for name in RESULTS})
+        lab.write_csv(path, sorted(rows, key=lambda row: list(SHAPES).index(row["shape"])))
     text = tables(args.out)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    lab.save_text(text, args.out / "table.md")
     print(text)
     return 0
 
 
 def main(argv=None):
-    try:
-        return run(argv)
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        print(f"bench.py: {str(e).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench.py: stopped; the same command goes on with the shape that it was at", file=sys.stderr)
-        return 130
+    return common.exit_status("bench.py", run, argv, "stopped; the same command goes on with the shape that it was at")
 
 
 if __name__ == "__main__":

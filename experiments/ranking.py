@@ -1,7 +1,7 @@
-"""Learn to choose: labelled choices, the paper's three losses, rank classification (section 3.2 and T-Few's recipe).
+"""Learn to choose: labelled choices, the paper's three losses (section 3.2), rank classification (section 3.1).
 
-    python experiments/ranking.py --data FOLDER --out DIR
-    python experiments/ranking.py --data FOLDER --k 32 --losses lm    # 32 examples, the language model's loss alone
+    python -m experiments.ranking --data FOLDER --out DIR
+    python -m experiments.ranking --data FOLDER --k 32 --losses lm    # 32 training examples, the first loss alone
 
 FOLDER holds train.jsonl and val.jsonl, one {"prompt": text, "choices": [text, text, ...], "label": n} a line, n being
 the right choice, counted from 0. The model scores every choice by its log-likelihood after the prompt, divided by its
@@ -9,8 +9,6 @@ length in tokens, and answers with the best. DIR gets ia3.npz, metrics.csv and l
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,24 +16,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 import data as datasets
+from experiments import lab
 from ia3 import IA3, attach
-from model import GPT, pick_device
 from train import TrainConfig, train
 
-ROOT = Path(__file__).parent.parent
 LOSSES = ("lm", "ul", "ln")
 
 
-class Choices:
+class Choices(datasets.Examples):
     """Examples to choose in, as train() takes them. examples: [(prompt ids, [choice ids, ...], label)]."""
 
     def __init__(self, examples):
         self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
 
     def windows(self, ids):
         """The examples ids: inputs and targets (B, N, T) long for up to N choices, and the labels (B,) long.
@@ -54,37 +48,30 @@ class Choices:
                 y[row, i, len(prompt) - 1 : len(both) - 1] = both[len(prompt) :]
         return x, y, torch.tensor([label for _, _, label in rows])
 
-    batch = datasets.Examples.batch  # every example once an epoch, in an order drawn from (seed, epoch)
-
 
 def load_choices(path, tokenizer, block_size):
     """Read a .jsonl of choices. Returns Choices.
 
-    tokenizer: a tiktoken.Encoding. Raises OSError where the file is missing, and ValueError with the file and line of
-    what is wrong: not JSON, other fields, one choice only, an empty choice or prompt, a label beyond the choices, or
-    more tokens than block_size.
+    tokenizer: the model's. Raises OSError where the file is missing, and ValueError with the file and line of what is
+    wrong: not JSON, other fields, one choice only, an empty choice or prompt, a label beyond the choices, or more
+    tokens than block_size.
     """
     examples = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-            prompt, choices, label = row["prompt"], row["choices"], row["label"]
-            texts = [prompt, *choices] if isinstance(choices, list) else [None]
-        except (ValueError, KeyError, TypeError):
-            texts = [None]
-        if not all(isinstance(text, str) for text in texts):
+    for where, row in datasets.json_lines(Path(path)):
+        if not isinstance(row, dict) or not isinstance(row.get("choices"), list):
             raise ValueError(f'{where}: wants {{"prompt": text, "choices": [text, text], "label": n}}')
-        if len(choices) < 2:
-            raise ValueError(f"{where}: a choice takes at least two, not {len(choices)}")
-        if type(label) is not int or not 0 <= label < len(choices):
-            raise ValueError(f"{where}: label {label} is not one of 0 to {len(choices) - 1}")
+        texts = [row.get("prompt"), *row["choices"]]
+        label = row.get("label")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: the prompt and the choices must be texts")
+        if len(row["choices"]) < 2:
+            raise ValueError(f"{where}: a choice takes at least two, not {len(row['choices'])}")
+        if type(label) is not int or not 0 <= label < len(row["choices"]):
+            raise ValueError(f"{where}: label {label!r} is not one of 0 to {len(row['choices']) - 1}")
         prompt, *choices = [tokenizer.encode_ordinary(text) for text in texts]
         if not prompt or not all(choices):
             raise ValueError(f"{where}: the prompt or a choice is empty")
-        longest = len(prompt) + max(map(len, choices))
+        longest = len(prompt) + max(len(choice) for choice in choices)
         if longest - 1 > block_size:
             raise ValueError(f"{where}: {longest} tokens do not fit block_size {block_size}")
         examples.append((prompt, choices, label))
@@ -102,9 +89,12 @@ def draw(split, k, seed):
 
 def token_log_likelihoods(model, x, y):
     """log p(y_t | x, y_<t) in nats, (B, N, T), and where there is a token, (B, N, T) bool; 0 where there is none."""
-    logits, _ = model(x.flatten(0, 1))  # (B·N, T, vocab_size)
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
-    return -nats.view_as(y), y >= 0
+    there = y >= 0
+    hidden = model.hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, N, T, n_embd)
+    logits = model.lm_head(hidden[there])  # (tokens, vocab_size): the head only where it is read
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = -F.cross_entropy(wide, y[there], reduction="none")  # (tokens,)
+    return torch.zeros(y.shape, dtype=log_p.dtype, device=y.device).masked_scatter(there, log_p), there
 
 
 def normalized(log_p, there):
@@ -163,7 +153,8 @@ def make_loss(losses=LOSSES):
 @torch.no_grad()
 def scores(model, split, batch_size=32):
     """β of every choice of every example, (len(split), most choices), and the labels: rank classification's scores."""
-    found, most = [], max(len(choices) for _, choices, _ in split.examples)
+    most = max(len(choices) for _, choices, _ in split.examples)
+    found = []
     for i in range(0, len(split), batch_size):
         batch = split.windows(range(i, min(i + batch_size, len(split))))
         x, y, _ = datasets.to_device(batch, model.lm_head.weight.device)
@@ -179,13 +170,9 @@ def accuracy(model, split):
 
 
 def run(argv):
-    def fail(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl and val.jsonl")
-    parser.add_argument("--base", default=str(ROOT / "data/base.pt"), help="a checkpoint (default: %(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl, val.jsonl")
+    parser.add_argument("--base", default=lab.BASE, help="a checkpoint (default: data/base.pt)")
     parser.add_argument("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
     parser.add_argument("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")
     parser.add_argument("--k", type=int, help="train on so many examples, drawn from the seed (default: all)")
@@ -195,24 +182,22 @@ def run(argv):
     parser.add_argument("--seed", type=int, default=0, help="draws the examples and their order (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     parser.add_argument("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
-    settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
+    device, dtype = common.pick_device(args.device, "float32")
+    settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed, "dtype": dtype}
     config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
     loss_fn = make_loss(args.losses.split(","))
-    files = [f"{args.out}/{name}" for name in ("ia3.npz", "ckpt.pt", "last.pt", "metrics.csv")]
-    if any(map(os.path.exists, files)) and not args.overwrite:
-        raise FileExistsError(f"{args.out} holds a run: --overwrite replaces it")
-    device, config.dtype = pick_device(args.device, "float32")
-    model = GPT.from_pretrained(args.base).to(device)
+    if (Path(args.out) / "last.pt").exists() or (Path(args.out) / "ia3.npz").exists():
+        raise ValueError(f"{args.out} holds a run: remove it or name another")
+    model = common.load(args.base).to(device)
     if model.tokenizer is None:
         raise ValueError(f"{args.base} names no tokenizer")
-    tokenizer = datasets.get_tokenizer(model.tokenizer)
-    splits = {s: load_choices(args.data / f"{s}.jsonl", tokenizer, model.config.block_size) for s in ("train", "val")}
+    splits = {}
+    for name in ("train", "val"):
+        splits[name] = load_choices(args.data / f"{name}.jsonl", model.tokenizer, model.config.block_size)
     if args.k is not None:
         splits["train"] = draw(splits["train"], args.k, args.seed)
-    vectors = IA3.load(args.ia3, model) if args.ia3 else None
-    attach(model, vectors)
+    attach(model, IA3.load(args.ia3, model) if args.ia3 else None)
     before = accuracy(model, splits["val"])
     train(model, splits, config, loss_fn)
     model.ia3.save(f"{args.out}/ia3.npz")
@@ -221,14 +206,7 @@ def run(argv):
 
 
 def main(argv=None):
-    try:
-        return run(argv)
-    except (ValueError, OSError, FloatingPointError) as e:
-        print(f"ranking.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ranking.py: stopped", file=sys.stderr)
-        return 130
+    return common.exit_status("ranking.py", run, argv)
 
 
 if __name__ == "__main__":

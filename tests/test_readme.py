@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablate, bench, claims, compare
-from experiments.runs import read_csv
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -39,45 +36,3 @@ def test_every_file_that_is_named_exists(name):
         assert ((ROOT / name).parent / path).exists(), path
     for path in run:
         assert (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize("name, most", [("model.py", 300), ("ia3.py", 160), ("merge.py", 160), ("train.py", 360)])
-def test_the_four_files_stay_short(name, most):
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most
-
-
-@pytest.mark.parametrize(
-    "folder, text",
-    [
-        ("compare", compare.tables),
-        ("compare", lambda folder: claims.claims(folder, ROOT / "data/base.pt")),
-        ("bench", bench.tables),
-        ("ablation", lambda folder: "\n\n".join(ablate.tables(folder).split("\n\n")[:4])),  # by vectors, by layers
-    ],
-)
-def test_the_tables_are_those_of_the_committed_results(folder, text):
-    """Every paragraph and table that the experiment makes of its CSVs stands in the README, letter by letter."""
-    pieces = text(ROOT / "experiments/results" / folder).split("\n\n")
-    assert sum("| --- |" in piece for piece in pieces) >= 1
-    for piece in pieces:
-        assert piece in README, piece
-
-
-@pytest.mark.parametrize(
-    "name, tables",
-    [("ablation", ablate.tables), ("ablation-rates", ablate.tables), ("bench-epyc", bench.tables)],
-)
-def test_the_tables_beside_the_readme_are_those_of_their_results(name, tables):
-    folder = ROOT / "experiments/results" / name
-    assert (folder / "table.md").read_text(encoding="utf-8") == tables(folder) + "\n"
-
-
-def test_two_processors_agree_as_far_as_the_readme_says():
-    """All that is counted is the same, and the time of our step over a rival's differs by up to 0.1."""
-    here, there = (read_csv(ROOT / "experiments/results" / name / "results.csv") for name in ("bench", "bench-epyc"))
-    apart = 0
-    for a, b in zip(here, there, strict=True):
-        for key in ("shape", "contestant", "trained", "linear_flops", "attention_flops", "saved_bytes"):
-            assert a[key] == b[key]
-        apart = max(apart, abs(a["ours_over"] - b["ours_over"]))
-    assert 0.05 < apart <= 0.1

@@ -1,0 +1,403 @@
+"""What the experiments share: runs that go on where they were stopped, losses window by window and how sure one may be
+of their means, tables and pictures, clocks and counters.
+
+A folder of runs holds about.json, what all of them share; results.csv, a row a run; and windows.npz, each run's arrays
+under the run's name, which is what was known of it in advance: its row's cells up to the seed.
+"""
+
+import csv
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import data as datasets
+from common import replace_file
+from train import autocast, evaluate
+
+matplotlib.use("agg")  # files only, no screen needed
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+BASE = str(ROOT / "data/base.pt")
+RESULTS = ROOT / "experiments/results"  # what is committed
+STOPPED = "stopped; the same command goes on from here"
+
+
+# --- what a folder of runs holds ---
+
+
+def open_folder(folder, about):
+    """Make folder for the runs that about, a dict for JSON, describes. Raises ValueError where others' runs are."""
+    path = folder / "about.json"
+    if not path.exists():
+        with replace_file(path, text=True) as f:
+            f.write(json.dumps(about, indent=1) + "\n")
+    found = read_about(folder)
+    for name in about | found:
+        if found.get(name) != about.get(name):
+            raise ValueError(f"{folder} holds runs with {name} {found.get(name)}, not {about.get(name)}: another --out")
+
+
+def read_about(folder):
+    """Return about.json's dict. Raises OSError where there is none and ValueError where it is something else."""
+    path = folder / "about.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is not what this command wrote: remove it with the runs beside it")
+    return about
+
+
+def read_csv(path, columns):
+    """Return a CSV's rows as dicts; none where there is no such file.
+
+    columns: {name: int, float or str}, in the file's order. An empty cell is None. Raises ValueError, with the line,
+    for a file that is not so.
+    """
+    if not os.path.exists(path):
+        return []
+    rows = []
+    with open(path, newline="", encoding="utf-8") as f:
+        reader = csv.DictReader(f)
+        try:
+            if reader.fieldnames != list(columns):
+                raise ValueError("other columns")
+            for cells in reader:
+                if None in cells:
+                    raise ValueError("too many cells")
+                row = {}
+                for name, kind in columns.items():
+                    row[name] = None if cells[name] == "" else kind(cells[name])
+                rows.append(row)
+        except (csv.Error, TypeError, ValueError) as e:  # TypeError: too few cells
+            why = f"line {max(reader.line_num, 1)}: {e}"
+            raise ValueError(f"{path} is not what this command wrote ({why}): remove it to measure again") from None
+    return rows
+
+
+def write_csv(path, rows):
+    """Write rows, dicts of the same keys."""
+    with replace_file(path, text=True) as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def run_name(row):
+    """What a run is called: what was known of it in advance, the last of which is its seed. row: a dict."""
+    names = list(row)
+    return "_".join(str(row[name]) for name in names[: names.index("seed") + 1])
+
+
+def read_runs(folder, columns):
+    """Return results.csv's rows, and windows.npz's arrays as {run's name: {array's name: array}}.
+
+    Raises ValueError for files that measure_all did not write.
+    """
+    rows = read_csv(folder / "results.csv", columns)
+    arrays = {}
+    path = folder / "windows.npz"
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                for key in file.files:
+                    run, _, name = key.partition("/")
+                    arrays.setdefault(run, {})[name] = file[key].astype(np.float64)
+        except Exception as e:  # a damaged file makes zipfile and numpy raise nearly anything
+            raise ValueError(f"{path} is damaged, or not what this command wrote ({type(e).__name__})") from None
+    return rows, arrays
+
+
+def arrays_of(row, arrays, folder):
+    """Return the arrays of a row's run. Raises ValueError where windows.npz lacks them."""
+    if run_name(row) not in arrays:
+        raise ValueError(f"{folder}/windows.npz lacks {run_name(row)}: remove its line in results.csv to measure again")
+    return arrays[run_name(row)]
+
+
+def stack_runs(runs, name, targets):
+    """Return the runs' nats of that name, (runs, windows). Raises ValueError unless targets, (windows,), fit them."""
+    for run in runs:
+        if name not in run or run[name].shape != targets.shape:
+            raise ValueError("windows.npz holds runs that were measured on different windows: remove it")
+    return np.stack([run[name] for run in runs])
+
+
+# --- making the runs ---
+
+
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the parent says so, in one line
+    torch.set_num_threads(1)  # a process a core is faster than a thread a core, and the same bits on any machine
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - train()'s progress, of several processes at once
+
+
+def measure_all(jobs, measure, columns, folder, workers):
+    """Call measure(**job) for every job that folder lacks, in so many processes, and write each run down at once.
+
+    jobs: dicts of the same keys, the last of which is the seed; measure: a function of a module's top level, which
+    returns a dict of results and a dict of arrays. columns: results.csv's, the job's and the results'. Returns the
+    jobs' rows. A call again goes on where one was stopped. Raises OSError where a worker was killed.
+    """
+    rows, arrays = read_runs(folder, columns)
+    done = {run_name(row): row for row in rows}
+    left = [job for job in jobs if run_name(job) not in done]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    try:
+        running = {pool.submit(measure, **job): job for job in left}
+        start = time.time()
+        for n, future in enumerate(as_completed(running), 1):
+            results, arrays[run_name(running[future])] = future.result()
+            row = running[future] | results
+            done[run_name(row)] = row
+            with replace_file(folder / "windows.npz") as f:  # before the row, which says that they are there
+                packed = {f"{run}/{name}": a.astype(np.float32) for run in arrays for name, a in arrays[run].items()}
+                np.savez_compressed(f, **packed)
+            write_csv(folder / "results.csv", list(done.values()))
+            minutes = (time.time() - start) / n * (len(left) - n) / 60
+            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            print(f"{n}/{len(left)}  {text}  {minutes:.0f} min left", flush=True)
+    except BrokenProcessPool:
+        raise OSError("a worker was killed, perhaps for want of memory; the same command goes on from here") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+    return [done[run_name(job)] for job in jobs]
+
+
+def load_data(name, model, splits):
+    """data.load for this model, in windows of at most 256 tokens, as train.py has them."""
+    config = model.config
+    return datasets.load(name, model.tokenizer, config.vocab_size, min(config.block_size, 256), splits)
+
+
+def tokens_a_byte(split):
+    """A loss in nats a token times this is in nats a byte; 1 where the length of the text is unknown."""
+    return split.n_tokens / split.n_bytes if split.n_bytes else 1.0
+
+
+# --- losses, and how sure one may be of their mean ---
+
+
+def window_losses(model, split, config, n_windows=None):
+    """Return the nats of n_windows evenly spaced windows of a split, or of all, and each one's number of targets.
+
+    Two float64 arrays (windows,): nats.sum() / targets.sum() is train.evaluate's loss, since evaluate reads them here.
+    """
+    nats = []
+    targets = []
+
+    def write_down(model, x, y):
+        logits = model(x)[0]  # (B, T, vocab_size)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
+        nats.append(losses.double().view_as(y).sum(1).cpu())
+        targets.append((y >= 0).sum(1).cpu())
+        return losses.sum() / (y >= 0).sum()
+
+    evaluate(model, split, config, write_down, n_windows)
+    return torch.cat(nats).numpy(), torch.cat(targets).double().numpy()
+
+
+def estimates(nats, targets, formulas):
+    """What follows from the methods' mean losses, and how sure that is: the one place that knows a bootstrap.
+
+    nats: {name: (seeds, windows)}; targets (windows,); formulas: {key: a function of {name: mean loss in nats a
+    target}}. Returns {key: (value, low, high)}, the value of all windows and seeds, and the middle 95 % of the
+    bootstrap's.
+    """
+    means = {name: matrix.mean(0).sum() / targets.sum() for name, matrix in nats.items()}
+    draws = bootstrap(nats, targets)
+    found = {}
+    for key, formula in formulas.items():
+        low, high = np.quantile(formula(draws), (0.025, 0.975)).tolist()
+        found[key] = (float(formula(means)), low, high)
+    return found
+
+
+def bootstrap(nats, targets, n=2000):
+    """Resample windows and seeds n times, the same windows and the same seeds for everyone: differences are paired.
+
+    nats: {name: (seeds, windows)}, the base's with one row; targets (windows,). Returns {name: n means, nats a target}.
+    """
+    dice = np.random.default_rng(0)
+    windows = dice.multinomial(len(targets), np.full(len(targets), 1 / len(targets)), n)  # (n, windows): how often each
+    seeds = {s: dice.multinomial(s, np.full(s, 1 / s), n) / s for s in sorted({len(m) for m in nats.values()})}
+    means = {}
+    for name, matrix in nats.items():
+        per_seed = windows @ matrix.T / (windows @ targets)[:, None]  # (n, seeds)
+        means[name] = (seeds[len(matrix)] * per_seed).sum(1)
+    return means
+
+
+# --- tables and pictures ---
+
+
+def markdown(head, rows):
+    """A Markdown table. head: the columns' names; rows: lists of texts."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(value, low, high, form=".2f"):
+    """A value and its interval or quartiles as a table has them."""
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def save_text(text, path):
+    with replace_file(path, text=True) as f:
+        f.write(text + "\n")
+
+
+def save_picture(figure, path):
+    with replace_file(path) as f:
+        figure.savefig(f, format="png", dpi=130)
+    plt.close(figure)
+
+
+# --- clocks ---
+
+
+def seconds(call, device):
+    """Wall clock of one call, the GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(contestants, repeats, device, warmup=2):
+    """Return {name: [seconds of each repeat]}. contestants, {name: call}, take turns, so that whatever else the machine
+    does falls on all of them alike.
+    """
+    times = {name: [] for name in contestants}
+    for repeat in range(warmup + repeats):
+        for name, call in contestants.items():
+            took = seconds(call, device)
+            if repeat >= warmup:
+                times[name].append(took)
+    return times
+
+
+def ratio(times, others):
+    """Median and quartiles of times over others, repeat by repeat: a slow moment of the machine cancels out."""
+    ratios = [t / other for t, other in zip(times, others, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high
+
+
+def device_name(device):
+    """The processor's name and the number of threads, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        cpu = cpu.partition(": ")[2]
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+# --- a training step, and what can be counted of it ---
+
+
+def training_step(model, batch, loss_fn, config):
+    """Return a call that does one step: forward, backward, AdamW, which is made here with averages of its own.
+
+    loss_fn(model, *batch) is a mean loss; config: a TrainConfig, for its dtype.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = batch[0].device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+
+    def step():
+        with autocast(model, config):
+            loss = loss_fn(model, *batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def count_step(model, batch, loss_fn, config):
+    """What a training step costs and needs no clock: a dict of values trained, FLOPs a token, and bytes kept."""
+
+    def loss(batch):
+        with autocast(model, config):
+            return loss_fn(model, *batch)
+
+    values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = batch[0].size(1)
+    # of one row: FLOPs grow with the rows, and counting attention wants memory for its square
+    linear, attention = count_flops(lambda: loss([t[:1] for t in batch]).backward())
+    for p in model.parameters():
+        p.grad = None
+    saved = count_saved(lambda: loss(batch), model)
+    counts = {"values": values, "linear_flops": linear // tokens, "attention_flops": attention // tokens}
+    return counts | {"saved_bytes": saved}
+
+
+def count_flops(call):
+    """Return the FLOPs of a call's linear maps and those of its attention (both products, by the MATH kernel: torch's
+    counter has no entry for the CPU's fused one). A multiplication and its addition are two.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    found = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in found.items() if "bmm" in str(op))
+    return sum(found.values()) - attention, attention
+
+
+def count_saved(forward, model):
+    """Bytes of activations that autograd keeps for backward: each storage once, the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()  # alive until all is counted, so that no storage is freed and its place taken by another
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(step, device, before):
+    """Bytes of GPU memory that a contestant takes at most in a step; None on a CPU.
+
+    before: bytes that were allocated before the contestant was made.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def allocated(device):
+    """Bytes of GPU memory in use; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -1,0 +1,168 @@
+"""Rank classification and the paper's three losses (sections 3.1, 3.2), against brute force, and their command."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_gpt
+
+import common
+import train
+from data import Tokenizer
+from experiments import ranking
+
+pytestmark = pytest.mark.slow
+
+ROWS = [
+    {"prompt": "Q: ", "choices": ["yes", "no, \0ever", "\0o"], "label": 1},  # token 0 is a token like any other
+    {"prompt": "And: ", "choices": ["up", "vp"], "label": 0},
+]
+
+
+def write(folder, rows, names=("train", "val")):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def split(tmp_path):
+    return ranking.load_choices(write(tmp_path, ROWS) / "train.jsonl", Tokenizer("bytes", 257), 16)
+
+
+def log_p_by_hand(model, prompt, choice):
+    """log p of each of the choice's tokens, one forward pass a token, nothing padded."""
+    ids = list((prompt + choice).encode())
+    out = []
+    for t in range(len(prompt), len(ids)):
+        out.append(model(torch.tensor([ids[:t]]))[0][0, -1].log_softmax(-1)[ids[t]].item())
+    return out
+
+
+def test_the_three_losses_are_the_papers_formulas(split):
+    """Section 3.2, by hand: float64, so that only the order of sums differs, 1e-12 of a few nats."""
+    model = make_gpt().double()
+    lm, ul, ln, right, wrong = 0.0, 0.0, [], 0, 0
+    for row in ROWS:
+        log_p = [log_p_by_hand(model, row["prompt"], choice) for choice in row["choices"]]
+        beta = [math.exp(sum(lp) / len(lp)) for lp in log_p]
+        ln.append(-math.log(beta[row["label"]] / sum(beta)))
+        for n, lp in enumerate(log_p):
+            if n == row["label"]:
+                lm, right = lm - sum(lp), right + len(lp)
+            else:
+                ul, wrong = ul - sum(math.log(1 - math.exp(v)) for v in lp), wrong + len(lp)
+    truth = {"lm": lm / right, "ul": ul / wrong, "ln": sum(ln) / 2}
+    assert (right, wrong) == (11, 7)
+    batch = split.windows([0, 1])
+    for name, value in truth.items():
+        assert ranking.make_loss([name])(model, *batch).item() == pytest.approx(value, rel=1e-11), name
+    assert ranking.make_loss()(model, *batch).item() == pytest.approx(sum(truth.values()), rel=1e-11)
+
+
+def test_no_choice_is_ever_sure_enough_to_make_a_loss_or_a_gradient_infinite():
+    log_p = torch.tensor([[[-0.1, 0.0], [0.0, -200.0]]], requires_grad=True)  # p = 1 and p = 0 in a wrong choice
+    there, labels = torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([0])
+    loss = ranking.loss_ul(log_p, there, labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(-math.log(1e-6) / 2, rel=1e-3)
+    assert log_p.grad.isfinite().all() and (log_p.grad[0, 0] == 0).all()
+
+
+def test_ranking_is_by_length_normalized_likelihood(split):
+    model = make_gpt().double()
+    beta, labels = ranking.scores(model, split, batch_size=1)
+    assert labels.tolist() == [1, 0] and beta.shape == (2, 3) and beta[1, 2] == -math.inf
+    for row, found in zip(ROWS, beta.tolist(), strict=True):
+        log_p = [log_p_by_hand(model, row["prompt"], choice) for choice in row["choices"]]
+        assert found[: len(log_p)] == pytest.approx([sum(lp) / len(lp) for lp in log_p], rel=1e-11)
+    right = (beta.argmax(-1) == labels).double().mean().item()
+    assert ranking.accuracy(model, split) == right
+
+
+def test_training_learns_the_right_choices(tmp_path, capsys):
+    rows = [
+        {"prompt": "\n", "choices": ["aXb", "aYb"], "label": 1},
+        {"prompt": "\n", "choices": ["cYd", "cXd"], "label": 0},
+    ]
+    folder = write(tmp_path / "d", rows)
+    common.save(make_gpt(), tmp_path / "base.pt")
+    flags = f"--data {folder} --base {tmp_path}/base.pt --device cpu --steps 30 --lr 0.1"
+    for losses in ("lm", "ul", "ln"):
+        assert ranking.main([*flags.split(), "--losses", losses, "--out", f"{tmp_path}/{losses}"]) == 0
+        assert capsys.readouterr().out.endswith("→ 100.0%\n"), losses
+    before = (tmp_path / "lm/ia3.npz").read_bytes()
+    assert ranking.main([*flags.split(), "--out", f"{tmp_path}/lm"]) == 2
+    assert "holds a run" in capsys.readouterr().err and (tmp_path / "lm/ia3.npz").read_bytes() == before
+    go_on = ["--k", "1", "--ia3", f"{tmp_path}/lm/ia3.npz", "--out", f"{tmp_path}/on"]
+    assert ranking.main([*flags.split(), *go_on]) == 0
+
+
+def test_the_k_examples_are_drawn_from_the_seed():
+    many = ranking.Choices(list(range(50)))
+    drawn = [tuple(ranking.draw(many, 8, seed).examples) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 8
+    for k in (0, 51):
+        with pytest.raises(ValueError, match="k must be from 1 to the data's 50 examples"):
+            ranking.draw(many, k, 0)
+
+
+GOOD = {"prompt": "a", "choices": ["b", "c"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: wants"),
+        (json.dumps({"prompt": "a", "completion": "b"}), "line 2: wants"),
+        (json.dumps(GOOD | {"choices": "bc"}), "line 2: wants"),
+        (json.dumps(GOOD | {"choices": ["b", 1]}), "line 2: the prompt and the choices must be texts"),
+        (json.dumps(GOOD | {"choices": ["b"]}), "line 2: a choice takes at least two, not 1"),
+        (json.dumps(GOOD | {"label": 2}), "line 2: label 2 is not one of 0 to 1"),
+        (json.dumps(GOOD | {"label": -1}), "line 2: label -1 is not one of 0 to 1"),
+        (json.dumps(GOOD | {"label": True}), "line 2: label True"),
+        (json.dumps(GOOD | {"label": "0"}), "line 2: label '0'"),
+        (json.dumps(GOOD | {"choices": ["b", ""]}), "line 2: the prompt or a choice is empty"),
+        (json.dumps(GOOD | {"prompt": ""}), "line 2: the prompt or a choice is empty"),
+        (json.dumps(GOOD | {"choices": ["b", "c" * 17]}), "line 2: 18 tokens do not fit block_size 16"),
+        (None, "holds no examples"),
+    ],
+)
+def test_choices_that_are_none_are_refused_with_their_line(tmp_path, line, message):
+    text = "\n" if line is None else json.dumps(GOOD) + "\n" + line + "\n"
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"train\.jsonl") as e:
+        ranking.load_choices(tmp_path / "train.jsonl", Tokenizer("bytes", 257), 16)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--k 3", "k must be from 1 to the data's 2 examples, not 3"),
+        ("--losses lm,xx", "losses must be some of lm, ul, ln, not lm,xx"),
+        ("--steps 0", "steps must be"),
+        ("--data {folder}/nowhere", "nowhere"),
+        ("--base {folder}/nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(tmp_path, capsys, flags, message):
+    common.save(make_gpt(), tmp_path / "base.pt")
+    folder = write(tmp_path / "d", ROWS)
+    given = ["--base", f"{tmp_path}/base.pt", "--data", str(folder), "--out", f"{tmp_path}/run"]
+    assert ranking.main([*given, *flags.format(folder=tmp_path).split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ranking.py: ") and err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_sends_choices_to_the_command_that_ranks_them(tmp_path, capsys):
+    folder = write(tmp_path / "d", ROWS)
+    common.save(make_gpt(), tmp_path / "base.pt")
+    assert train.main(["--base", f"{tmp_path}/base.pt", "--data", str(folder), "--out", f"{tmp_path}/run"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"python -m experiments.ranking --data {folder}" in err
+    assert not (tmp_path / "run").exists()
