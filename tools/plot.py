@@ -69,18 +69,20 @@ def read_vectors(path):
             file = np.load(f, allow_pickle=False)
             shapes = read_shapes(file)
             config = json.loads(file["about"].item())["config"]
-            if any(len(shape) != 2 or math.prod(shape) > 10**8 for shape in shapes.values()):
-                raise ValueError  # before they are unfolded; the largest model's take a hundredth of that
-            matrices = {
-                name: file[name].astype(np.float32, casting="same_kind")
-                for name in ("l_k", "l_v", "l_ff")
-                if name in shapes
-            }
-            if not matrices or not all(m.size and np.isfinite(m).all() for m in matrices.values()):
-                raise ValueError
-            return matrices, config["n_embd"] // config["n_head"]
+            d_head = int(config["n_embd"]) // int(config["n_head"])
+            matrices = {}
+            for name in sorted(shapes, key=("l_k", "l_v", "l_ff").index):
+                n_layer, width = shapes[name]
+                if not (1 <= n_layer <= 1000 and d_head <= width <= 1000 * d_head and n_layer * width <= 10**7):
+                    raise ValueError  # no model's, and a small file can unfold to gigabytes
+                matrices[name] = file[name].astype(np.float32, casting="same_kind")
+                if not np.isfinite(matrices[name]).all():
+                    raise ValueError
         except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
-            raise ValueError(f"{path} is no file of (IA)³ vectors") from None
+            matrices = {}
+    if not matrices:
+        raise ValueError(f"{path} is no file of (IA)³ vectors")
+    return matrices, d_head
 
 
 def plot_vectors(paths, path):
