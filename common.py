@@ -37,8 +37,10 @@ def load(path, dtype=torch.float32):
         }
         config = GPTConfig(**checkpoint["model_args"])
         model = empty_model(GPT, config, weights)
-        for name, t in weights.items():
-            weights[name] = check_weight(t, name).to(dtype, copy=True)  # a copy: nothing stays on the disk
+        for name, empty in model.state_dict().items():
+            if name in weights:  # else load_state_dict says so
+                t = check_weight(weights[name], name, empty.shape)
+                weights[name] = t.to(dtype, copy=True)  # a copy: nothing stays on the disk
         model.load_state_dict(weights, assign=True)
         if not torch.equal(weights["transformer.wte.weight"], weights["lm_head.weight"]):
             raise ValueError("the head is not the embedding, and here they are one matrix")
@@ -67,11 +69,15 @@ def empty_model(model_class, config, weights):
         return model_class(config)
 
 
-def check_weight(t, name):
-    """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats."""
+def check_weight(t, name, shape=None):
+    """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats, of that shape if given."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes or t.layout != torch.strided or t.is_meta:
-        raise ValueError(f"{name} is no plain tensor of floats, but {getattr(t, 'dtype', type(t).__name__)}")
+    if not isinstance(t, torch.Tensor):
+        raise ValueError(f"{name} is no tensor, but a {type(t).__name__}")
+    if t.dtype not in dtypes or t.layout != torch.strided or t.is_nested or t.is_meta:
+        raise ValueError(f"{name} is no plain tensor of floats, but {t.dtype}, {t.layout} on {t.device}")
+    if shape is not None and t.shape != shape:  # before its values are read: a small file may claim any shape
+        raise ValueError(f"{name} is {tuple(t.shape)}, where {tuple(shape)} is wanted")
     if not t.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity")
     return t
