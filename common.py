@@ -70,7 +70,7 @@ def empty_model(model_class, config, weights):
 
 
 def check_weight(t, name, shape=None):
-    """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats, of that shape if given."""
+    """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats; of shape, if given."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     if not isinstance(t, torch.Tensor):
         raise ValueError(f"{name} is no tensor, but a {type(t).__name__}")
