@@ -5,6 +5,7 @@ That the numbers are GPT-2's and PEFT's is shown in tests/oracles/.
 
 import contextlib
 import hashlib
+import http.client
 import http.server
 import json
 import os
@@ -421,6 +422,7 @@ def cached(hub):
     return sorted(path.name for path in hub.cache.glob("*"))
 
 
+@pytest.mark.slow
 def test_published_weights_are_fetched_once(hub, capsys):
     hub.redirect = "/cdn"  # as the hub does, with the SHA-256 on the way
     for _ in range(2):
@@ -433,6 +435,7 @@ def test_published_weights_are_fetched_once(hub, capsys):
     assert is_same(model, make_gpt(vocab_size=50257)) and model.tokenizer.about == "gpt2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirect", [None, "/cdn"])
 def test_another_sha256_than_announced_is_refused(hub, tmp_path, capsys, redirect):
     hub.redirect, hub.sha256 = redirect, "0" * 64
@@ -442,6 +445,7 @@ def test_another_sha256_than_announced_is_refused(hub, tmp_path, capsys, redirec
     assert convert.main(["gpt2"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_a_connection_cut_half_way_leaves_nothing_and_the_next_run_fetches_again(hub, capsys, share):
     convert.fetch_published("gpt2")
@@ -458,6 +462,7 @@ def test_a_connection_cut_half_way_leaves_nothing_and_the_next_run_fetches_again
     assert convert.main(["gpt2"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["file://{published}", "ftp://127.0.0.1:9"])
 def test_only_http_is_fetched_and_redirects_go_nowhere_else(hub, tmp_path, capsys, monkeypatch, address):
     published = tmp_path / "openai-community/gpt2/resolve/main"  # so that file: would find what it names
@@ -472,6 +477,7 @@ def test_only_http_is_fetched_and_redirects_go_nowhere_else(hub, tmp_path, capsy
     check(tmp_path, capsys, "gpt2", f"only http and https are fetched, not {address}")
 
 
+@pytest.mark.slow
 def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
     convert.fetch_published("gpt2")
     whole = hub.files["pytorch_model.bin"]
@@ -479,6 +485,13 @@ def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
         (hub.cache / "pytorch_model.bin").write_bytes(damaged)
         line = check(tmp_path, capsys, "gpt2", "if it is damaged, remove it, and the next run fetches it again")
         assert str(hub.cache / "pytorch_model.bin") in line
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_fetching_leaves_nothing(hub, capsys, monkeypatch):
+    monkeypatch.setattr(http.client.HTTPResponse, "read", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert convert.main(["gpt2"]) == 130
+    assert capsys.readouterr().err.splitlines()[1:] == ["convert.py: stopped"] and not cached(hub)
 
 
 @pytest.mark.slow
