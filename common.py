@@ -92,6 +92,8 @@ def load_file(path):
             f.seek(0)
             return torch.load(path if is_zip else f, map_location="cpu", weights_only=True, mmap=is_zip)
         except Exception as e:  # a damaged file makes torch raise nearly anything
+            if isinstance(e, MemoryError) or is_out_of_memory(e):  # or the file claims what it does not hold
+                raise ValueError(f"{path} does not fit into memory, or is damaged") from None
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
 
 
