@@ -9,7 +9,6 @@ import http.client
 import http.server
 import json
 import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -352,7 +351,7 @@ def test_outputs_that_cannot_be(folder, capsys):
 def test_ctrl_c_is_one_line_and_130(folder, capsys, monkeypatch):
     def press(model, f):
         f.write(b"half")
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     before = snapshot(folder)
     monkeypatch.setattr(torch, "save", press)
@@ -478,6 +477,21 @@ def test_only_http_is_fetched_and_redirects_go_nowhere_else(hub, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_memory_that_is_short_costs_no_cached_file(hub, tmp_path, capsys, monkeypatch):
+    convert.fetch_published("gpt2")
+    for short in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ):
+
+        def load(*_, short=short, **__):
+            raise short
+
+        monkeypatch.setattr(torch, "load", load)
+        check(tmp_path, capsys, "gpt2", "pytorch_model.bin does not fit into memory, or is damaged")
+
+
+@pytest.mark.slow
 def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
     convert.fetch_published("gpt2")
     whole = hub.files["pytorch_model.bin"]
@@ -489,7 +503,10 @@ def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_while_fetching_leaves_nothing(hub, capsys, monkeypatch):
-    monkeypatch.setattr(http.client.HTTPResponse, "read", lambda *_: signal.raise_signal(signal.SIGINT))
+    def press(response, amount):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", press)
     assert convert.main(["gpt2"]) == 130
     assert capsys.readouterr().err.splitlines()[1:] == ["convert.py: stopped"] and not cached(hub)
 
