@@ -141,6 +141,7 @@ def test_to_hf_merges_vectors_first(folder):
 def test_a_vocabulary_that_tells_of_no_tokenizer(folder, capsys):
     model = make_gpt(vocab_size=61)
     convert.to_hf(model, "other")
+    assert json.loads(Path("hf/config.json").read_text())["eos_token_id"] == 256  # of the bytes, what ends a text
     assert json.loads(Path("other/config.json").read_text())["eos_token_id"] is None
     assert convert.main("hf other --out other.pt".split()) == 0
     assert "tokenizer unknown" in capsys.readouterr().out and common.load("other.pt").tokenizer is None
