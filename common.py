@@ -47,8 +47,10 @@ def load(path, dtype=torch.float32):
             model = empty_model(GPT, config, weights)
             embedding = model.transformer.wte
             tied = True
-        for name, t in weights.items():
-            weights[name] = check_weight(t, name).to(dtype or t.dtype, copy=True)  # a copy: nothing stays on the disk
+        for name, empty in model.state_dict().items():
+            if name in weights:  # else load_state_dict says so
+                t = check_weight(weights[name], name, empty.shape)
+                weights[name] = t.to(dtype or t.dtype, copy=True)  # a copy: nothing stays on the disk
         model.load_state_dict(weights, assign=True)
         if tied:
             if not torch.equal(embedding.weight, model.lm_head.weight):
@@ -78,11 +80,15 @@ def empty_model(model_class, config, weights):
         return model_class(config)
 
 
-def check_weight(t, name):
-    """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats."""
+def check_weight(t, name, shape=None):
+    """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats; of shape, if given."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    if not isinstance(t, torch.Tensor) or t.dtype not in dtypes or t.layout != torch.strided or t.is_meta:
-        raise ValueError(f"{name} is no plain tensor of floats, but {getattr(t, 'dtype', type(t).__name__)}")
+    if not isinstance(t, torch.Tensor):
+        raise ValueError(f"{name} is no tensor, but a {type(t).__name__}")
+    if t.dtype not in dtypes or t.layout != torch.strided or t.is_nested or t.is_meta:
+        raise ValueError(f"{name} is no plain tensor of floats, but {t.dtype}, {t.layout} on {t.device}")
+    if shape is not None and t.shape != shape:  # before its values are read: a small file may claim any shape
+        raise ValueError(f"{name} is {tuple(t.shape)}, where {tuple(shape)} is wanted")
     if not t.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity")
     return t
@@ -97,6 +103,8 @@ def load_file(path):
             f.seek(0)
             return torch.load(path if is_zip else f, map_location="cpu", weights_only=True, mmap=is_zip)
         except Exception as e:  # a damaged file makes torch raise nearly anything
+            if isinstance(e, MemoryError) or is_out_of_memory(e):  # or the file claims what it does not hold
+                raise ValueError(f"{path} does not fit into memory, or is damaged") from None
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
 
 

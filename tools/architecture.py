@@ -1,13 +1,18 @@
 """Draw where the three vectors sit in a GPT-2 block.
 
-python assets/architecture.py     # writes assets/architecture.png
+python -m tools.architecture     # writes assets/architecture.png
 """
 
+import argparse
+import sys
 from pathlib import Path
 
 import matplotlib
+from matplotlib.patches import FancyBboxPatch
 
-matplotlib.use("agg")
+import common
+
+matplotlib.use("agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 
 FROZEN, LEARNED, PLAIN = "#dbe4ee", "#f2a65a", "#ffffff"
@@ -15,9 +20,7 @@ FROZEN, LEARNED, PLAIN = "#dbe4ee", "#f2a65a", "#ffffff"
 
 def box(axes, x, y, text, color=FROZEN, width=1.5, height=0.5):
     style = {"boxstyle": "round,pad=0,rounding_size=0.08", "linewidth": 1, "edgecolor": "#33415c"}
-    axes.add_patch(
-        plt.matplotlib.patches.FancyBboxPatch((x - width / 2, y - height / 2), width, height, fc=color, **style)
-    )
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, fc=color, **style))
     axes.text(x, y, text, ha="center", va="center", fontsize=10)
 
 
@@ -77,9 +80,24 @@ def draw(path):
     for x, color, text in ((1.15, FROZEN, "frozen weights"), (4.6, LEARNED, "learned: one vector each")):
         box(axes, x - 0.9, -0.1, "", color, width=0.35, height=0.25)
         axes.text(x - 0.6, -0.1, text, fontsize=9, va="center")
-    figure.savefig(path, dpi=130)
+    with common.replace_file(path) as f:
+        figure.savefig(f, format="png", dpi=130)
     plt.close(figure)
 
 
+def run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).parents[1] / "assets/architecture.png"
+    parser.add_argument("--out", default=default, help="the picture (default: assets/architecture.png)")
+    args = parser.parse_args(argv)
+    draw(args.out)
+    print(args.out)
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("architecture.py", run, argv)
+
+
 if __name__ == "__main__":
-    draw(Path(__file__).with_suffix(".png"))
+    sys.exit(main())

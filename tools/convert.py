@@ -1,31 +1,36 @@
-"""Every foreign format: published GPT-2, Hugging Face's folders, PEFT's (IA)³ adapters.
+"""Every foreign format, once: published GPT-2, Hugging Face's folders, PEFT's (IA)³ adapters.
 
-    python train.py --init gpt2                            # published GPT-2: fetched once, then from the cache
-    python train.py --init path/to/folder                  # config.json with model.safetensors or pytorch_model.bin
-    python merge.py --format hf --out out/folio/hf         # a merged model as such a folder
-    python convert.py to-hf --out out/base-hf              # a base as such a folder
-    python convert.py to-peft --out out/folio/peft         # vectors as a PEFT adapter
-    python convert.py from-peft --adapter out/folio/peft --out out/folio/back.npz
-    python convert.py count gpt2 gpt2-xl data/base.pt      # how many values (IA)³ trains, and of how many
+    python -m tools.convert gpt2 --out gpt2.pt               # or gpt2-medium, gpt2-large, gpt2-xl: fetched once
+    python -m tools.convert hf path/to/folder --out base.pt  # config.json, and model.safetensors or pytorch_model.bin
+    python -m tools.convert to-hf --base data/base.pt --ia3 out/folio/ia3.npz --out out/folio/hf  # merged first
+    python -m tools.convert to-peft --ia3 out/folio/ia3.npz --out out/folio/peft
+    python -m tools.convert from-peft --adapter out/folio/peft --out out/folio/back.npz
+    python -m tools.convert count gpt2 gpt2-xl data/base.pt  # how many values (IA)³ trains, and of how many
 
-Needs neither transformers nor peft, and the safetensors package only where a .safetensors file is read or written.
+What comes in becomes our checkpoint or our .npz, and from then on is an ordinary --base or --ia3. Needs neither
+transformers nor peft, and the safetensors package only where a .safetensors file is read or written.
 
 Two spellings differ, and they are all there is to convert: GPT-2's Conv1D stores a linear map's weight as (in, out),
 ours is (out, in); and PEFT puts one vector over all of c_attn's output, [l_q, l_k, l_v], where (IA)³ has l_k and l_v.
 """
 
 import argparse
+import hashlib
 import http.client
 import json
 import os
+import re
 import sys
 import tempfile
 import urllib.request
 
 import torch
 
+import common
+from data import Tokenizer
 from ia3 import IA3, fingerprint
-from model import GPT, GPTConfig, load_file
+from merge import merge
+from model import GPT, GPTConfig
 
 SIZES = {  # n_layer, n_head, n_embd of the four published GPT-2s (Radford et al. 2019, table 2)
     "gpt2": (12, 12, 768),
@@ -43,194 +48,149 @@ def published(name):
     return GPTConfig(block_size=1024, vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
-def read(path, weights=None):
-    """Read a GPT-2: a folder in Hugging Face's layout, the weights file of one, or a published GPT-2 by its name.
-
-    weights: what is in the file path, where the caller has loaded it. Returns a GPT in float32 on the CPU, in eval
-    mode, without dropout. A file does not tell its number of heads: that is in the config.json beside it, or known
-    where the sizes are a published GPT-2's. A file or folder goes before a name. Raises OSError for what is not there
-    or cannot be fetched, and ValueError for what is not a GPT-2.
-    """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        config = read_config(path)
-        weights, where, _ = read_tensors(path, "model.safetensors", "pytorch_model.bin")
-        return from_hf(weights, config, where)
-    if os.path.isfile(path):
-        folder, name = os.path.split(path)
-        config = read_config(folder or ".") if os.path.exists(os.path.join(folder, "config.json")) else None
-        weights = read_tensors(folder or ".", name, name)[0] if name.endswith(".safetensors") else weights
-        return from_hf(weights, config, path)
-    if path not in SIZES:
-        raise FileNotFoundError(f"no file or folder {path}; by name there are {', '.join(SIZES)}")
-    file = fetch(path)
-    try:
-        return from_hf(load_file(file, mmap=True), published(path), file)
-    except ValueError as e:
-        os.remove(file)
-        raise ValueError(f"{e}; removed, so that the next run fetches it again") from None
-
-
-def fetch(name):
-    """Return the path of a published pytorch_model.bin, fetched into torch.hub's cache where it is not there yet.
-
-    Raises OSError with what was tried and which local file would do instead. Environment: TORCH_HOME moves the cache,
-    HF_ENDPOINT names a mirror.
-    """
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = f"{host.rstrip('/')}/openai-community/{name}/resolve/main/pytorch_model.bin"
-    path = f"{torch.hub.get_dir()}/checkpoints/{name}-pytorch_model.bin"
-    if os.path.exists(path):
-        return path
-    partial = f"{path}.{os.getpid()}.tmp"  # its own, should several processes fetch at once
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            size, done = response.length, 0
-            if size is None:
-                raise OSError("its length is not announced, so that a cut could not be told from the end")
-            print(f"fetching {url}, {size / 2**20:,.0f} MiB", file=sys.stderr)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(partial, "wb") as file:
-                while piece := response.read(2**20):
-                    file.write(piece)
-                    done += len(piece)
-                    if sys.stderr.isatty():
-                        print(f"\r{done / size:4.0%}", end="\n" if done == size else "", file=sys.stderr, flush=True)
-        if done != size:
-            raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
-        os.replace(partial, path)
-    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: HF_ENDPOINT is no address
-        raise OSError(
-            f"{url} could not be fetched ({str(e).strip('<>')}); a local pytorch_model.bin or the folder that holds it"
-            f" can be given instead of {name}, or put that file at {path}"
-        ) from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-    return path
+# --- reading what others wrote ---
 
 
 def read_json(path):
     """Return the object in a .json file. Raises ValueError where it holds none."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8") as f:
         try:
-            about = json.load(file)
-        except ValueError as e:
+            about = json.load(f)
+        except (ValueError, RecursionError) as e:  # RecursionError: nested thousands deep
             raise ValueError(f"{path} is not JSON ({e})") from None
     if not isinstance(about, dict):
         raise ValueError(f"{path} holds no JSON object")
     return about
 
 
-def read_config(folder):
-    """Return the GPTConfig, without dropout, that a folder's config.json describes.
+def read_tensors(path):
+    """Read a .safetensors file, or else a PyTorch file. Returns {name: tensor} and the former's metadata.
 
-    Raises OSError where there is none and ValueError where it is not GPT-2's or asks for what our GPT does not do.
+    Raises OSError where there is no such file, and ValueError for one that is damaged or holds no tensors by name.
     """
-    path = f"{folder}/config.json"
-    about = read_json(path)
-    if about.get("model_type") != "gpt2":
-        raise ValueError(f"{path} describes a model of type {about.get('model_type')!r}, not 'gpt2'")
-    names = {"n_positions": "block_size"} | {n: n for n in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    if not path.endswith(".safetensors"):
+        tensors = common.load_file(path)
+        if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+            raise ValueError(f"{path} holds no tensors by name")
+        return tensors, {}
+    safe_open = import_safetensors().safe_open
+    try:
+        with safe_open(path, framework="pt") as f:
+            names = f.keys()
+            return {name: f.get_tensor(name) for name in names}, f.metadata() or {}
+    except OSError:
+        raise
+    except Exception as e:  # its own error for a damaged file, others for a dtype that torch does not have
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from None
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("a .safetensors file wants the safetensors package: pip install safetensors") from None
+    return safetensors
+
+
+def find(folder, *names):
+    """Return the path of the first of names that is in folder. Raises OSError where none is."""
     for name in names:
-        if not isinstance(about.get(name), int):
-            raise ValueError(f"{path} wants a whole number as {name}, and has {about.get(name)!r}")
-    ours = {  # key: the values that our GPT computes, its default first
+        if os.path.isfile(f"{folder}/{name}"):
+            return f"{folder}/{name}"
+    raise FileNotFoundError(f"{folder} holds no {' or '.join(names)}")
+
+
+# --- Hugging Face's layout ---
+
+
+def hf_files(path):
+    """Return config.json and the weights of a folder, or of its weights' file. Raises OSError where one is missing."""
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return f"{path}/config.json", find(path, "model.safetensors", "pytorch_model.bin")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no file or folder {path}")
+    return os.path.join(os.path.dirname(path), "config.json"), path
+
+
+def from_hf(path):
+    """Read a model in Hugging Face's layout: a folder, or a weights' file with its config.json beside it.
+
+    Returns a GPT, float32, on the CPU, in eval mode, without dropout. Raises OSError for what is not there and
+    ValueError for what is not a GPT-2, or one that ours does not compute.
+    """
+    config_path, weights_path = hf_files(path)
+    about = read_json(config_path)
+    if about.get("model_type") != "gpt2":
+        raise ValueError(f"{config_path} describes a model of type {about.get('model_type')!r}, not 'gpt2'")
+    try:
+        config = gpt2_config(about)
+    except ValueError as e:
+        raise ValueError(f"{config_path}: {e}") from None
+    tensors, _ = read_tensors(weights_path)
+    try:
+        return gpt2(config, tensors)
+    except (ValueError, TypeError, RuntimeError) as e:  # the latter two of sizes that no tensor can have
+        raise ValueError(f"{weights_path}: {str(e).splitlines()[0]}") from None
+
+
+def gpt2_config(about):
+    """The GPTConfig, without dropout, that a GPT-2's config.json describes. ValueError for what ours does not do."""
+    config = GPTConfig(
+        block_size=about.get("n_positions"),
+        vocab_size=about.get("vocab_size"),
+        n_layer=about.get("n_layer"),
+        n_head=about.get("n_head"),
+        n_embd=about.get("n_embd"),
+    )
+    computed = {  # key: the values that our GPT computes, GPT-2's default first
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * about["n_embd"]),
+        "n_inner": (None, 4 * config.n_embd),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
     }
-    for key, values in ours.items():
+    for key, values in computed.items():
         if about.get(key, values[0]) not in values:
-            raise ValueError(f"{path} has {key} {about[key]!r}; this GPT-2 has only {values[0]!r}")
-    try:
-        return GPTConfig(**{ours: about[theirs] for theirs, ours in names.items()})
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
+            raise ValueError(f"{key} is {about[key]!r}, and this GPT-2 has only {values[0]!r}")
+    return config
 
 
-def read_tensors(folder, safe, plain):
-    """Read a folder's safe (.safetensors) or else plain (PyTorch) file. Returns its tensors, path, and metadata.
+def gpt2(config, tensors):
+    """Build a GPT from GPT-2's published weights {name: tensor}; names may begin with 'transformer.'.
 
-    Raises OSError where the folder has neither, and ValueError for a damaged file, or for a .safetensors alone where
-    that package is not installed.
+    Raises ValueError with the first name, shape or dtype that is not GPT-2's, or that holds NaN or infinity.
     """
-    path = f"{folder}/{safe}"
-    if not os.path.exists(path):
-        if not os.path.exists(f"{folder}/{plain}"):
-            raise FileNotFoundError(f"{folder} holds neither {safe} nor {plain}")
-        return load_file(f"{folder}/{plain}", mmap=True), f"{folder}/{plain}", {}
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        if os.path.exists(f"{folder}/{plain}"):
-            return load_file(f"{folder}/{plain}", mmap=True), f"{folder}/{plain}", {}
-        raise ValueError(f"{path} is read with the safetensors package: pip install safetensors") from None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, path, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]})") from None
-
-
-def from_hf(weights, config, where):
-    """Build a GPT, float32 and in eval mode, from GPT-2's published weights {name: tensor}.
-
-    config: its GPTConfig; None takes the published GPT-2 that has these sizes. Names may begin with 'transformer.'.
-    Raises ValueError with the first name or shape that is not GPT-2's; where names the file in it.
-    """
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"{where} is not a GPT checkpoint: it holds no weights by name")
-    weights = {name.removeprefix("transformer."): t for name, t in weights.items() if not name.endswith(MASKS)}
-    shapes = {name: tuple(getattr(t, "shape", ())) for name, t in weights.items()}
-    n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
-    if config is None:
-        width = shapes.get("wte.weight", (0,))[-1:]
-        known = [name for name, (layers, _, n_embd) in SIZES.items() if (layers, n_embd) == (n_layer, *width)]
-        if not known:
-            raise ValueError(
-                f"{where} is not a GPT checkpoint of ours, nor a published GPT-2, nor beside a config.json"
-            )
-        config = published(known[0])
-    if n_layer != config.n_layer:
-        raise ValueError(f"{where} has {n_layer} layers, but its config says n_layer {config.n_layer}")
-    try:
-        with torch.device("meta"):  # shapes without memory
-            model = GPT(config)
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"{where}: its config's sizes are beyond a tensor's ({str(e).splitlines()[0]})") from None
-    ours = {}
-    for name, wanted in model.state_dict().items():
+    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items() if not name.endswith(MASKS)}
+    if "lm_head.weight" not in tensors and "wte.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["wte.weight"]  # tied, so it need not be there
+    model = common.empty_model(GPT, config, tensors)
+    weights = {}
+    for name, ours in model.state_dict().items():
         theirs = name.removeprefix("transformer.")
-        if theirs == "lm_head.weight" and theirs not in weights:
-            continue
-        if theirs not in weights:
-            raise ValueError(f"{where} has no {theirs}: it is not a GPT-2")
-        t = weights.pop(theirs)
-        shape = tuple(wanted.shape)[::-1] if theirs.endswith(CONV1D) else tuple(wanted.shape)
-        if shapes[theirs] != shape or not t.is_floating_point():
-            kind = getattr(t, "dtype", type(t).__name__)
-            raise ValueError(f"{where}: {theirs} is {kind} {shapes[theirs]}, but this GPT-2 has floats {shape} there")
-        if theirs == "lm_head.weight":
-            if not torch.equal(t.float(), ours["transformer.wte.weight"]):
-                raise ValueError(f"{where}: lm_head.weight is not wte.weight, but GPT-2's head is tied")
-            continue
-        t = t.t() if theirs.endswith(CONV1D) else t
-        ours[name] = t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # nothing stays on disk
-    if weights:
-        raise ValueError(f"{where}: {next(iter(weights))} is not GPT-2's")
-    ours["lm_head.weight"] = ours["transformer.wte.weight"]
-    model.load_state_dict(ours, assign=True)
+        if theirs not in tensors:
+            raise ValueError(f"there is no {theirs}, so it is no GPT-2 of {config.n_layer} layers")
+        t = tensors.pop(theirs)
+        if theirs.endswith(CONV1D):
+            t = common.check_weight(t, theirs, ours.shape[::-1]).t()
+        else:
+            t = common.check_weight(t, theirs, ours.shape)
+        weights[name] = t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # nothing stays on disk
+    if tensors:
+        raise ValueError(f"{next(iter(tensors))} is not GPT-2's")
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise ValueError("lm_head.weight is not wte.weight, but GPT-2's head is tied")
+    model.load_state_dict(weights, assign=True)
     model.transformer.wte.weight = model.lm_head.weight  # tied again
+    if config.vocab_size in common.TOKENIZERS:
+        model.tokenizer = Tokenizer(common.TOKENIZERS[config.vocab_size], config.vocab_size)
     return model.eval()
 
 
-def save_hf(model, folder):
-    """Write model as a folder that transformers' GPT2LMHeadModel.from_pretrained opens, and that read() opens.
+def to_hf(model, folder):
+    """Write model as a folder that transformers' GPT2LMHeadModel.from_pretrained opens, and that from_hf opens.
 
     Hugging Face's GPT-2 always has biases: where ours has none they are zeros. Raises ValueError for a model with
     vectors (merge them first), and for a folder with a model.safetensors, which would be opened instead.
@@ -246,7 +206,9 @@ def save_hf(model, folder):
         weights[name] = t.t().contiguous() if name.endswith(CONV1D) else t
         if not config.bias and not name.endswith(("wte.weight", "wpe.weight")):
             weights[name.replace("weight", "bias")] = t.new_zeros(t.size(0))
-    end = {"bytes": 256, "gpt2": 50256}.get(model.tokenizer)
+    end = None
+    if model.tokenizer is not None:
+        end = model.tokenizer.n_ids - 1  # the last id of either tokenizer ends a text
     about = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -263,43 +225,121 @@ def save_hf(model, folder):
         "bos_token_id": end,
         "eos_token_id": end,
     }
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/pytorch_model.bin.tmp", "wb") as file:
-        torch.save(weights, file)
-    write_json(about, f"{folder}/config.json.tmp")
-    for name in ("pytorch_model.bin", "config.json"):
-        os.replace(f"{folder}/{name}.tmp", f"{folder}/{name}")
+    with common.replace_file(f"{folder}/pytorch_model.bin") as f:
+        torch.save(weights, f)
+    write_json(about, f"{folder}/config.json")
 
 
 def write_json(about, path):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(about, file, indent=2)
-        file.write("\n")
+    with common.replace_file(path, text=True) as f:
+        json.dump(about, f, indent=2)
+        f.write("\n")
 
 
-def save_peft(vectors, folder, base):
+# --- published weights ---
+
+
+def cache_folder(name):
+    """Where a published model's files are kept; the environment's TORCH_HOME moves it."""
+    return f"{torch.hub.get_dir()}/checkpoints/{name}"
+
+
+def fetch_published(name):
+    """Return the folder of a published GPT-2's config.json and weights, each fetched where the cache has none.
+
+    Raises OSError with what was tried and where a copy would do. The environment's HF_ENDPOINT names a mirror.
+    """
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    for file in ("config.json", "pytorch_model.bin"):
+        url = f"{host}/openai-community/{name}/resolve/main/{file}"
+        path = f"{cache_folder(name)}/{file}"
+        if os.path.exists(path):
+            continue
+        try:
+            fetch(url, path)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            why = str(e).strip("<>") or type(e).__name__
+            raise OSError(f"{url} could not be fetched ({why}); a copy of it at {path} would do") from None
+    return cache_folder(name)
+
+
+def fetch(url, path):
+    """Fetch url into the file path, all of it or nothing. Over http or https only, redirects included.
+
+    The length must be announced, and is checked; so is the SHA-256 where the server announces it. Raises ValueError
+    for another kind of address, OSError or http.client.HTTPException for the rest.
+    """
+    check_address(url)
+    redirects = Redirects()
+    with urllib.request.build_opener(redirects).open(url, timeout=30) as response:
+        size = response.length
+        if size is None:
+            raise OSError("its length is not announced, so that a cut could not be told from the end")
+        print(f"fetching {url}, {size / 2**20:,.0f} MiB", file=sys.stderr)
+        done = 0
+        digest = hashlib.sha256()
+        with common.replace_file(path) as f:
+            while piece := response.read(2**20):
+                f.write(piece)
+                digest.update(piece)
+                done += len(piece)
+                if sys.stderr.isatty():
+                    print(f"\r{done / size:4.0%}", end="\n" if done == size else "", file=sys.stderr, flush=True)
+            if done != size:
+                raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
+            if (redirects.sha256 or announced_sha256(response.headers)) not in (None, digest.hexdigest()):
+                raise OSError("its SHA-256 is not the one that the server announces")
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib's, for http and https only; sha256 is what an answer on the way said of the file that it points to."""
+
+    sha256 = None
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        check_address(url)
+        self.sha256 = announced_sha256(headers) or self.sha256
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def check_address(url):
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"only http and https are fetched, not {url}")
+
+
+def announced_sha256(headers):
+    """The SHA-256 in the hub's X-Linked-ETag, or None; for a small file another, shorter hash stands there."""
+    tag = headers.get("X-Linked-ETag", "").strip('"')
+    return tag if re.fullmatch("[0-9a-f]{64}", tag) else None
+
+
+# --- PEFT's adapters ---
+
+
+def to_peft(vectors, folder, base):
     """Write one task's vectors as a PEFT (IA)³ adapter folder for GPT-2; base names the model they belong to.
 
-    PEFT's vector over c_attn is [l_q, l_k, l_v], (3·n_embd, 1), of which l_q, and what is no target, is ones; that over
+    PEFT's vector over c_attn is [l_q, l_k, l_v], (3·n_embd, 1), of which l_q, and what is no site, is ones; that over
     mlp.c_proj's input is l_ff, (1, 4·n_embd). Raises ValueError for stacked vectors, and where the safetensors package
     is not installed.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise ValueError("an adapter is written with the safetensors package: pip install safetensors") from None
+    safetensors = import_safetensors()
     if vectors.is_stacked():
         raise ValueError("only one task's vectors make an adapter")
+    modules = []
+    if vectors.l_k is not None or vectors.l_v is not None:
+        modules.append("attn.c_attn")
+    if vectors.l_ff is not None:
+        modules.append("mlp.c_proj")
     tensors = {}
-    for i, (l_k, l_v, l_ff) in enumerate(vectors.rows()):
+    for i, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
         layer = f"base_model.model.transformer.h.{i}"
-        if l_k is not None or l_v is not None:
+        if "attn.c_attn" in modules:
             ones = torch.ones(vectors.config.n_embd)
             parts = [ones if l is None else l.detach().cpu().float() for l in (None, l_k, l_v)]
             tensors[f"{layer}.attn.c_attn.ia3_l"] = torch.cat(parts).unsqueeze(1)
-        if l_ff is not None:
-            tensors[f"{layer}.mlp.c_proj.ia3_l"] = l_ff.detach().cpu().float().unsqueeze(0).contiguous()
-    modules = [m for m in ("attn.c_attn", "mlp.c_proj") if any(f".{m}." in name for name in tensors)]
+        if "mlp.c_proj" in modules:
+            tensors[f"{layer}.mlp.c_proj.ia3_l"] = l_ff.detach().cpu().float().unsqueeze(0)
     about = {
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM",
@@ -309,63 +349,69 @@ def save_peft(vectors, folder, base):
         "fan_in_fan_out": True,  # GPT-2's Conv1D
         "inference_mode": True,
     }
-    os.makedirs(folder, exist_ok=True)
-    # PEFT passes over the fingerprint; load_peft refuses another base by it
-    save_file(tensors, f"{folder}/adapter_model.safetensors.tmp", {"format": "pt", "base": vectors.base or ""})
-    write_json(about, f"{folder}/adapter_config.json.tmp")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        os.replace(f"{folder}/{name}.tmp", f"{folder}/{name}")
+    # PEFT passes over the fingerprint; from_peft refuses another base by it
+    metadata = {"format": "pt", "fingerprint": vectors.fingerprint or ""}
+    with common.replace_file(f"{folder}/adapter_model.safetensors") as f:
+        f.write(safetensors.torch.save(tensors, metadata))
+    write_json(about, f"{folder}/adapter_config.json")
 
 
-def load_peft(folder, model):
+def adapter_files(folder):
+    """Return adapter_config.json and the vectors of a PEFT adapter. Raises OSError where these are missing."""
+    return f"{folder}/adapter_config.json", find(folder, "adapter_model.safetensors", "adapter_model.bin")
+
+
+def from_peft(folder, model):
     """Read a PEFT (IA)³ adapter folder made for model. Returns IA3 (attach it) and l_q (n_layer, n_embd) or None.
 
     PEFT scales queries too. (l_q ⊙ q)·(l_k ⊙ k) = q·(l_q ⊙ l_k ⊙ k), so l_q is folded into l_k: the same function.
     The product is taken in float64 and rounded once to float32. Raises OSError where a file is missing and ValueError
     for an adapter of another kind or base, with missing layers, or damaged.
     """
-    about = read_json(f"{folder}/adapter_config.json")
+    config_path, path = adapter_files(folder)
+    about = read_json(config_path)
     if about.get("peft_type") != "IA3":
-        raise ValueError(f"{folder} is an adapter of type {about.get('peft_type')!r}, not 'IA3'")
-    tensors, where, metadata = read_tensors(folder, "adapter_model.safetensors", "adapter_model.bin")
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ValueError(f"{where} holds no tensors by name")
-    base = fingerprint(model)
-    if metadata.get("base") not in (None, "", base):
-        raise ValueError(f"{where} was made for another base of this shape ({metadata['base'][:8]}, not {base[:8]})")
+        raise ValueError(f"{config_path} describes an adapter of type {about.get('peft_type')!r}, not 'IA3'")
+    tensors, metadata = read_tensors(path)
+    theirs, ours = metadata.get("fingerprint"), fingerprint(model)
+    if theirs and theirs != ours:
+        raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
     tensors = {name.removeprefix("base_model.model.").removeprefix("transformer."): t for name, t in tensors.items()}
     n_layer, n_embd = model.config.n_layer, model.config.n_embd
-    columns = {}  # module: (n_layer, width)
-    for module, shape in (("attn.c_attn", (3 * n_embd, 1)), ("mlp.c_proj", (1, 4 * n_embd))):
-        if not any(name.endswith(f".{module}.ia3_l") for name in tensors):
-            continue  # not a target
-        rows = []
+    has_attn = any(name.endswith(".attn.c_attn.ia3_l") for name in tensors)
+    has_mlp = any(name.endswith(".mlp.c_proj.ia3_l") for name in tensors)
+
+    def take(module, shape):
+        """Take the vectors over a module out of tensors. Returns (n_layer, width) in float64."""
+        layers = []
         for name in [f"h.{i}.{module}.ia3_l" for i in range(n_layer)]:
             if name not in tensors:
-                raise ValueError(f"{where} has no {name}, but this base has {n_layer} layers")
-            t = tensors.pop(name)
-            if tuple(t.shape) != shape:
-                raise ValueError(f"{where}: {name} is {tuple(t.shape)}, but this base takes {shape}")
-            rows.append(t.flatten().double())
-        columns[module] = torch.stack(rows)
-    if tensors or not columns:
-        raise ValueError(f"{where}: {next(iter(tensors), 'nothing in it')} is no (IA)³ vector of this base")
-    targets = (["k", "v"] if "attn.c_attn" in columns else []) + (["ff"] if "mlp.c_proj" in columns else [])
-    vectors, l_q = IA3(model.config, targets), None
-    if "attn.c_attn" in columns:
-        l_q, l_k, l_v = columns["attn.c_attn"].split(n_embd, dim=1)
-        vectors.l_k.data, vectors.l_v.data = (l_q * l_k).float(), l_v.float()
-    if "mlp.c_proj" in columns:
-        vectors.l_ff.data = columns["mlp.c_proj"].float()
+                raise ValueError(f"{path} has no {name}, but this base has {n_layer} layers")
+            t = common.check_weight(tensors.pop(name), f"{path}: {name}", shape)
+            layers.append(t.flatten().double())
+        return torch.stack(layers)
+
+    l_q = None
+    matrices = {}
+    if has_attn:
+        l_q, l_k, l_v = take("attn.c_attn", (3 * n_embd, 1)).split(n_embd, dim=1)  # (n_layer, n_embd) each
+        matrices |= {"l_k": l_q * l_k, "l_v": l_v}
+    if has_mlp:
+        matrices["l_ff"] = take("mlp.c_proj", (1, 4 * n_embd))
+    if tensors or not matrices:
+        raise ValueError(f"{path}: {next(iter(tensors), 'nothing in it')} is no (IA)³ vector of this base")
+    vectors = IA3(model.config, [name.removeprefix("l_") for name in matrices])
     for name, p in vectors.matrices().items():
-        if not p.isfinite().all():
-            raise ValueError(f"{where}: {name} holds NaN or infinity")
-    vectors.base = base
+        p.data = common.check_weight(matrices[name].float(), f"{path}: {name}")  # l_q ⊙ l_k may have overflown
+    vectors.fingerprint = ours
     return vectors, l_q
 
 
+# --- the count ---
+
+
 def count(names):
-    """Return a table as text, a line a model: what (IA)³ trains of it. names: what from_pretrained reads, or 'gpt2'…
+    """Return a table as text, a line a model: what (IA)³ trains of it. names: checkpoints, or 'gpt2'…
 
     A published GPT-2 is counted from its sizes, nothing is fetched. The blocks are all that stands in
     model.transformer.h, biases and LayerNorms too; the law 1/(2·n_embd) is of their matrices alone, 6·n_embd of
@@ -374,94 +420,123 @@ def count(names):
     head = ("model", "layers", "n_embd", "parameters", "trained", "of all", "of the blocks", "1/(2·n_embd)", "bytes")
     rows = [head]
     for name in names:
-        known = name in SIZES and not os.path.exists(name)
-        config = published(name) if known else GPT.from_pretrained(name).config
-        with torch.device("meta"):
-            model = GPT(config)
-        total, blocks = (sum(p.numel() for p in m.parameters()) for m in (model, model.transformer.h))
+        if name in SIZES:
+            with torch.device("meta"):  # sizes without memory
+                model = GPT(published(name))
+        else:
+            model = common.load(name)
+        config = model.config
+        total = sum(p.numel() for p in model.parameters())
+        blocks = sum(p.numel() for p in model.transformer.h.parameters())
         vectors = IA3(config)
-        vectors.base = "0" * 64  # as long as a fingerprint
+        n = vectors.count()
+        vectors.fingerprint = "0" * 64  # as long as a real one
         with tempfile.TemporaryDirectory() as folder:
             vectors.save(f"{folder}/ia3.npz")
-            size = os.path.getsize(f"{folder}/ia3.npz")
-        n = vectors.count()
-        shares = [f"{share:.4%}" for share in (n / total, n / blocks, 1 / (2 * config.n_embd))]
-        rows.append((name, f"{config.n_layer}", f"{config.n_embd}", f"{total:,}", f"{n:,}", *shares, f"{size:,}"))
+            n_bytes = os.path.getsize(f"{folder}/ia3.npz")
+        sizes = (f"{config.n_layer}", f"{config.n_embd}", f"{total:,}", f"{n:,}")
+        shares = (f"{n / total:.4%}", f"{n / blocks:.4%}", f"{1 / (2 * config.n_embd):.4%}")
+        rows.append((name, *sizes, *shares, f"{n_bytes:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
+
+
+# --- the command line ---
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, help):
+        return commands.add_parser(name, help=help, description=help)
+
+    for name in SIZES:
+        sub = command(name, f"make our checkpoint of the published {name}")
+        sub.add_argument("--out", default=f"{name}.pt", help="the checkpoint (default: %(default)s)")
+    sub = command("hf", "make our checkpoint of a GPT-2 in Hugging Face's layout")
+    sub.add_argument("source", help="a folder, or a weights' file with config.json beside it")
+    sub.add_argument("--out", required=True, help="the checkpoint")
+    to_hf = command("to-hf", "write a base, merged with vectors or not, for transformers' GPT2LMHeadModel")
+    to_peft = command("to-peft", "write vectors as a PEFT (IA)³ adapter folder for GPT-2")
+    from_peft = command("from-peft", "read vectors from a PEFT (IA)³ adapter folder for GPT-2; l_q is folded into l_k")
+    for sub in (to_hf, to_peft, from_peft):
+        sub.add_argument("--base", default="data/base.pt", help="a checkpoint (default: %(default)s)")
+    to_hf.add_argument("--ia3", help="vectors to merge into it (default: none)")
+    to_hf.add_argument("--out", default="out/hf", help="the folder (default: %(default)s)")
+    to_peft.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
+    to_peft.add_argument("--out", default="out/folio/peft", help="the adapter's folder (default: %(default)s)")
+    from_peft.add_argument("--adapter", default="out/folio/peft", help="the adapter's folder (default: %(default)s)")
+    from_peft.add_argument("--out", default="out/folio/from-peft.npz", help="the vectors (default: %(default)s)")
+    sub = command("count", "how many values (IA)³ trains of a model, in percent, by the law, and in bytes")
+    sub.add_argument("models", nargs="*", default=[*SIZES, "data/base.pt"], help="checkpoints, or published names")
+    return parser.parse_args(argv)
 
 
 def run(argv):
-    def fail(message):
-        raise ValueError(message)
-
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.error = fail
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{count,to-peft,from-peft,to-hf}")
-
-    def command(name, help):
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.error = fail
-        return sub
-
-    sub = command("count", "how many values (IA)³ trains of a model, in percent, by the law, and in bytes")
-    sub.add_argument("models", nargs="*", default=[*SIZES, "data/base.pt"], help="names, checkpoints, folders")
-    peft_out = command("to-peft", "write vectors as a PEFT (IA)³ adapter folder for GPT-2")
-    peft_in = command("from-peft", "read vectors from a PEFT (IA)³ adapter folder for GPT-2; l_q is folded into l_k")
-    hf_out = command(
-        "to-hf", "write a base as a folder for transformers' GPT2LMHeadModel (merge.py --format hf merges)"
-    )
-    for sub in (peft_out, peft_in, hf_out):
-        sub.add_argument("--base", default="data/base.pt", help="a checkpoint, a folder, gpt2 (default: %(default)s)")
-    peft_out.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
-    peft_out.add_argument("--out", default="out/folio/peft", help="the adapter's folder (default: %(default)s)")
-    peft_in.add_argument("--adapter", default="out/folio/peft", help="the adapter's folder (default: %(default)s)")
-    peft_in.add_argument("--out", default="out/folio/from-peft.npz", help="the vectors (default: %(default)s)")
-    hf_out.add_argument("--out", default="out/base-hf", help="the folder (default: %(default)s)")
-    args = parser.parse_args(argv)
-
+    args = parse(argv)
     if args.command == "count":
         print(count(args.models))
         return 0
-    refuse_overwriting(args.base, args.out)
-    model = GPT.from_pretrained(args.base)
-    if args.command == "to-hf":
-        save_hf(model, args.out)
-        print(f"{args.base} → {args.out}")
+    if not args.out:
+        raise ValueError("the name of the output is empty")
+
+    if args.command == "hf":
+        common.check_output(args.out, hf_files(args.source))
+        save_checkpoint(from_hf(args.source), args.source, args.out)
+
+    elif args.command == "to-hf":
+        inputs = [args.base] if args.ia3 is None else [args.base, args.ia3]
+        for name in ("pytorch_model.bin", "config.json"):
+            common.check_output(f"{args.out}/{name}", inputs)
+        model = common.load(args.base)
+        if args.ia3 is not None:
+            model.ia3 = IA3.load(args.ia3, model)
+            model = merge(model)
+        to_hf(model, args.out)
+        print(f"{' + '.join(inputs)} → {args.out}")
+
     elif args.command == "to-peft":
-        vectors = IA3.load(args.ia3, model)
-        save_peft(vectors, args.out, args.base)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            common.check_output(f"{args.out}/{name}", [args.base, args.ia3])
+        vectors = IA3.load(args.ia3, common.load(args.base))
+        to_peft(vectors, args.out, args.base)
         print(f"{args.ia3} → {args.out}: {vectors.count():,} values, and ones for the queries")
-    else:
-        if os.path.isdir(args.out):
-            raise ValueError(f"--out {args.out} is a folder")
-        vectors, l_q = load_peft(args.adapter, model)
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+
+    elif args.command == "from-peft":
+        common.check_output(args.out, [args.base, *adapter_files(args.adapter)])
+        vectors, l_q = from_peft(args.adapter, common.load(args.base))
         vectors.save(args.out)
         print(f"{args.adapter} → {args.out}: {vectors.count():,} values")
-        if l_q is not None and not (l_q == 1).all():
+        if l_q is not None and (l_q != 1).any():
             print(f"its {(l_q != 1).sum():,} query values other than 1 are folded into l_k: the same function")
+
+    else:  # a published name
+        folder = cache_folder(args.command)
+        common.check_output(args.out, [f"{folder}/config.json", f"{folder}/pytorch_model.bin"])
+        fetch_published(args.command)
+        try:
+            model = from_hf(folder)
+        except ValueError as e:
+            raise ValueError(f"{e}; if it is damaged, remove it, and the next run fetches it again") from None
+        save_checkpoint(model, args.command, args.out)
     return 0
 
 
-def refuse_overwriting(path, out):
-    """Raise ValueError where writing to out, a file or a folder of a model, would replace path, which is read."""
-    for theirs in (path, f"{path}/pytorch_model.bin"):
-        for ours in (out, f"{out}/pytorch_model.bin"):
-            if os.path.exists(theirs) and os.path.exists(ours) and os.path.samefile(theirs, ours):
-                raise ValueError(f"--out {out} would replace {path}, which it is made from")
+def save_checkpoint(model, source, out):
+    common.save(model, out)
+    n = sum(p.numel() for p in model.parameters())
+    tokenizer = "unknown, so that it reads .bin data only" if model.tokenizer is None else model.tokenizer.about
+    print(f"{source} → {out}: {n:,} parameters, tokenizer {tokenizer}")
 
 
 def main(argv=None):
-    try:
-        return run(argv)
-    except (ValueError, OSError) as e:
-        print(f"convert.py: {e}", file=sys.stderr)
-        return 2
+    return common.exit_status("convert.py", run, argv)
 
 
 if __name__ == "__main__":

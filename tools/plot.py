@@ -1,11 +1,16 @@
 """Pictures of runs: the loss curves of all of them together, and of each the vectors as heatmaps.
 
-python plot.py out/folio                 # writes out/folio/loss.png and out/folio/vectors.png
-python plot.py out/folio out/full        # both curves in out/folio/loss.png
+    python -m tools.plot out/folio              # writes out/folio/loss.png and out/folio/vectors.png
+    python -m tools.plot out/folio out/full     # both curves in out/folio/loss.png
+    python -m tools.plot --tasks a.npz b.npz    # several tasks' vectors side by side in out/tasks.png
+
+--tasks also prints, as a Markdown table, how many scales are inhibited, amplified and flipped in sign.
 """
 
 import argparse
 import csv
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,83 +18,157 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
+import common
+from ia3 import read_shapes
+from sample import short_names
+
 matplotlib.use("agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
+
+ALMOST_1 = 0.01  # a scale this near 1 counts as left alone
+
+
+def read_metrics(path):
+    """Return a run's steps, val losses and train losses. Raises ValueError for what train.py would not write."""
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = [(int(r["step"]), float(r["val_loss"]), float(r["train_loss"])) for r in csv.DictReader(f)]
+    except (KeyError, TypeError, ValueError, csv.Error) as e:
+        raise ValueError(f"{path} is not what train.py writes ({type(e).__name__})") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    steps, val, train = zip(*rows, strict=True)
+    if not all(0 <= step <= 10**9 for step in steps):
+        raise ValueError(f"{path} has steps beyond 0 to a billion")
+    # a train loss is NaN at step 0, before there is one
+    if not all(0 <= loss <= 10**6 for loss in val) or not all(math.isnan(loss) or 0 <= loss <= 10**6 for loss in train):
+        raise ValueError(f"{path} has losses that are no numbers from 0 to a million")
+    return steps, val, train
 
 
 def plot_losses(runs, path):
     """Draw val loss, and the train loss thinner, of every run that has a metrics.csv. runs: folders."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, run in enumerate(runs):
-        try:
-            with open(run / "metrics.csv", newline="") as f:
-                rows = [(int(r["step"]), float(r["val_loss"]), float(r["train_loss"])) for r in csv.DictReader(f)]
-            steps, val, train = zip(*rows, strict=True)
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{run}/metrics.csv is not what train.py writes ({type(e).__name__})") from None
+        steps, val, train = read_metrics(run / "metrics.csv")
         axes.plot(steps, val, f"C{i}", marker=".", label=f"{run.name}, val")
         axes.plot(steps, train, f"C{i}", lw=0.7, alpha=0.6, label=f"{run.name}, train")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
-def plot_vectors(npz, path):
-    """Draw l_k, l_v and l_ff as layers × channels: white is 1, blue is inhibited, red amplified.
+def read_vectors(path):
+    """Read an .npz of vectors without its base. Returns {'l_k': (n_layer, width), ...} and d_head.
 
-    Channels keep their order, so a head is a run of n_embd / n_head columns. Raises ValueError for another file.
+    Raises ValueError for another file.
     """
-    with open(npz, "rb") as f:
+    with open(path, "rb") as f:
         try:
-            arrays = np.load(f, allow_pickle=False)
-            matrices = {name: arrays[name] for name in ("l_k", "l_v", "l_ff") if name in arrays.files}
-            if not matrices or any(m.ndim != 2 or not np.isfinite(m).all() for m in matrices.values()):
-                raise ValueError
-        except Exception:  # a damaged file makes zipfile and numpy raise nearly anything
-            raise ValueError(f"{npz} is no file of (IA)³ vectors") from None
-    reach = max(max(np.quantile(np.abs(m - 1), 0.99) for m in matrices.values()), 1e-3)  # outliers do not fade the rest
+            file = np.load(f, allow_pickle=False)
+            shapes = read_shapes(file)
+            config = json.loads(file["about"].item())["config"]
+            d_head = int(config["n_embd"]) // int(config["n_head"])
+            matrices = {}
+            for name in sorted(shapes, key=("l_k", "l_v", "l_ff").index):
+                n_layer, width = shapes[name]
+                if not (1 <= n_layer <= 1000 and d_head <= width <= 1000 * d_head and n_layer * width <= 10**7):
+                    raise ValueError  # no model's, and a small file can unfold to gigabytes
+                matrices[name] = file[name].astype(np.float32, casting="same_kind")
+                if not np.isfinite(matrices[name]).all():
+                    raise ValueError
+        except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
+            matrices = {}
+    if not matrices:
+        raise ValueError(f"{path} is no file of (IA)³ vectors")
+    return matrices, d_head
+
+
+def plot_vectors(paths, path):
+    """Draw the vectors in the .npz files paths, a column a task: l_k, l_v and l_ff as layers × channels.
+
+    White is 1, blue is inhibited, red amplified, on one scale for all. Thin lines part the heads of l_k and l_v.
+    """
+    tasks = [read_vectors(p) for p in paths]
+    names = [name for name in ("l_k", "l_v", "l_ff") if any(name in matrices for matrices, _ in tasks)]
+    distances = [np.abs(m - 1).ravel() for matrices, _ in tasks for m in matrices.values()]
+    reach = max(np.quantile(np.concatenate(distances), 0.99), 1e-3)  # outliers do not fade the rest
     norm = TwoSlopeNorm(vcenter=1, vmin=1 - reach, vmax=1 + reach)
-    figure, rows = plt.subplots(len(matrices), figsize=(9, 1.6 * len(matrices)), layout="constrained", squeeze=False)
-    for axes, (name, matrix) in zip(rows[:, 0], matrices.items(), strict=True):
-        image = axes.imshow(matrix, aspect="auto", interpolation="none", cmap="RdBu_r", norm=norm)
-        axes.set(ylabel=f"{name}\nlayer", yticks=range(len(matrix)))
-    rows[-1, 0].set_xlabel("channel")
-    figure.colorbar(image, ax=rows[:, 0], extend="both", label="scale", fraction=0.03)
-    figure.savefig(path, dpi=130)
+    size = (max(9, 4 * len(tasks)), 1.6 * len(names))
+    figure, grid = plt.subplots(len(names), len(tasks), figsize=size, layout="constrained", squeeze=False)
+    for column, (title, (matrices, d_head)) in enumerate(zip(short_names(paths), tasks, strict=True)):
+        if len(tasks) > 1:
+            grid[0, column].set_title(title)
+        grid[-1, column].set_xlabel("channel")
+        for axes, name in zip(grid[:, column], names, strict=True):
+            if column == 0:
+                axes.set_ylabel(f"{name}\nlayer")
+            if name not in matrices:
+                continue  # a site without a vector
+            n_layer, width = matrices[name].shape
+            image = axes.imshow(matrices[name], aspect="auto", interpolation="none", cmap="RdBu_r", norm=norm)
+            axes.set_yticks(range(n_layer))
+            if name != "l_ff":  # hidden channels belong to no head
+                for channel in range(d_head, width, d_head):
+                    axes.axvline(channel - 0.5, color="tab:green", lw=0.8)  # no scale has this colour
+    figure.colorbar(image, ax=grid, extend="both", label="scale", fraction=0.03)
+    save(figure, path)
+
+
+def save(figure, path):
+    with common.replace_file(path) as f:
+        figure.savefig(f, format="png", dpi=130)
     plt.close(figure)
+
+
+def census(scales):
+    """The shares of scales that are left alone, inhibited, amplified, flipped in sign; they sum to 1."""
+    alone = np.abs(scales - 1) <= ALMOST_1
+    inhibited = (scales >= 0) & (scales < 1) & ~alone
+    amplified = (scales > 1) & ~alone
+    return alone.mean(), inhibited.mean(), amplified.mean(), (scales < 0).mean()
+
+
+def table(paths):
+    """The census of every vector in the .npz files paths, as Markdown."""
+    lines = [f"| scales | within {ALMOST_1} of 1 | inhibited | amplified | flipped | smallest | largest |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for task, path in zip(short_names(paths), paths, strict=True):
+        for name, scales in read_vectors(path)[0].items():
+            shares = " | ".join(f"{share:.1%}" for share in census(scales))
+            lines.append(f"| {task} {name} | {shares} | {scales.min():.2f} | {scales.max():.2f} |")
+    return "\n".join(lines)
 
 
 def run(argv):
-    def fail(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that train.py wrote")
-    parser.add_argument("--out", type=Path, help="folder of the loss curves (default: the first RUN)")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that train.py wrote")
+    parser.add_argument("--tasks", nargs="+", metavar="NPZ", help="vectors to draw side by side instead")
+    parser.add_argument("--out", default="out/tasks.png", help="the picture of --tasks (default: %(default)s)")
     args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.tasks):
+        raise ValueError("name folders of runs, or vectors with --tasks")
+    if args.tasks:
+        common.check_output(args.out, args.tasks)
+        plot_vectors(args.tasks, args.out)
+        print(f"{table(args.tasks)}\n\n{args.out}")
+        return 0
     for folder in args.runs:
         if not (folder / "metrics.csv").is_file():
             raise FileNotFoundError(f"{folder} holds no metrics.csv: it is no run of train.py")
-    pictures = [(args.out or args.runs[0]) / "loss.png"]
-    pictures[0].parent.mkdir(parents=True, exist_ok=True)
+    pictures = [args.runs[0] / "loss.png"]
     plot_losses(args.runs, pictures[0])
     for folder in args.runs:
         if (folder / "ia3.npz").is_file():
-            plot_vectors(folder / "ia3.npz", folder / "vectors.png")
+            plot_vectors([folder / "ia3.npz"], folder / "vectors.png")
             pictures.append(folder / "vectors.png")
     print("\n".join(map(str, pictures)))
     return 0
 
 
 def main(argv=None):
-    try:
-        return run(argv)
-    except (ValueError, OSError) as e:
-        print(f"plot.py: {e}", file=sys.stderr)
-        return 2
+    return common.exit_status("plot.py", run, argv)
 
 
 if __name__ == "__main__":

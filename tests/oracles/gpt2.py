@@ -3,7 +3,7 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT
+from tools.convert import from_hf
 
 SIZES = {"vocab_size": 61, "n_positions": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 ENDS = {"bos_token_id": 60, "eos_token_id": 60}
@@ -26,7 +26,7 @@ def make_both(folder, dtype=torch.float64, seed=0):
     """The same weights twice: transformers' model, and ours read from the folder that transformers wrote."""
     theirs = make_theirs(seed)
     theirs.save_pretrained(folder)
-    return theirs.to(dtype), GPT.from_pretrained(folder).to(dtype)
+    return theirs.to(dtype), from_hf(folder).to(dtype)
 
 
 def make_batch(rows=3, seed=0):

@@ -1,33 +1,27 @@
 """Does a library do what the paper says on GPT-2? Its forward pass against the formulas, written out with hooks.
 
-    python tests/oracles/paper.py      # every one of this project, PEFT and AdapterHub that is installed
+    PYTHONPATH=. python tests/oracles/paper.py      # every one of this project, PEFT and AdapterHub that is installed
 
 AdapterHub wants an older transformers than PEFT's here, so it has an environment of its own:
 
     python -m venv hub && hub/bin/pip install -r requirements.txt adapters==1.3.0
-    hub/bin/python tests/oracles/paper.py
+    PYTHONPATH=. hub/bin/python tests/oracles/paper.py
 
 Each library's vectors are set to the same random values, in float64, on the same small GPT-2 of transformers.
 """
 
 import logging
-import sys
 import tempfile
 import warnings
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from gpt2 import SIZES, make_batch, make_theirs
 
-import convert
 from ia3 import IA3, attach
 from merge import merge
-from model import GPT
+from tools import convert
 
 C = SIZES["n_embd"]
 
@@ -63,7 +57,7 @@ def this_project():
     print(f"this project: {n:,} values on the 124M shape")
     with tempfile.TemporaryDirectory() as folder:
         make_theirs().save_pretrained(folder)
-        model = GPT.from_pretrained(folder).double()
+        model = convert.from_hf(folder).double()
     vectors = attach(model).double()
     vectors.l_k.data, vectors.l_v.data, vectors.l_ff.data = L_K, L_V, L_FF
     logits = model(make_batch()[0])[0]

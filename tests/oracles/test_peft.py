@@ -10,9 +10,10 @@ from gpt2 import SIZES, as_ours, make_batch, make_both, make_theirs
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
-import convert
+import common
 from ia3 import IA3, attach
 from merge import merge
+from tools import convert
 
 C = SIZES["n_embd"]
 
@@ -122,8 +123,8 @@ def test_an_adapter_of_theirs_comes_in(tmp_path, query, tolerance, capsys):
     peft = make_peft(theirs, query)
     peft.float().save_pretrained(tmp_path / "adapter")
     peft.double()
-    base = ["--base", str(tmp_path / "base")]
-    flags = [*base, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "in.npz")]
+    common.save(ours, tmp_path / "base.pt")
+    flags = ["--base", f"{tmp_path}/base.pt", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/in.npz"]
     assert convert.main(["from-peft", *flags]) == 0
     assert ("folded into l_k" in capsys.readouterr().out) == (query != "ones")
     ours.ia3 = IA3.load(tmp_path / "in.npz", ours)
@@ -142,20 +143,20 @@ def test_an_adapter_trained_with_its_query_part_free_comes_in(tmp_path):
         optimizer.step()
     assert all((c_attn[:C] - 1).abs().min() > 1e-3 for c_attn, _ in vectors_of(peft))
     peft.float().save_pretrained(tmp_path / "adapter")
-    ours.ia3, l_q = convert.load_peft(tmp_path / "adapter", ours)
+    ours.ia3, l_q = convert.from_peft(tmp_path / "adapter", ours)
     assert l_q.shape == (SIZES["n_layer"], C) and torch.equal(l_q[1].float(), vectors_of(peft)[1][0][:C, 0])
     ours.double()
     assert difference(peft.double(), ours) <= 1e-6
 
 
-@pytest.mark.parametrize("targets", [("k", "v", "ff"), ("k",), ("v", "ff"), ("ff",)])
-def test_an_adapter_of_ours_goes_out_and_comes_back(tmp_path, targets):
+@pytest.mark.parametrize("sites", [("k", "v", "ff"), ("k",), ("v", "ff"), ("ff",)])
+def test_an_adapter_of_ours_goes_out_and_comes_back(tmp_path, sites):
     theirs, ours = make_both(tmp_path / "base")
-    vectors = make_ia3(ours, targets=targets)
-    convert.save_peft(vectors, tmp_path / "adapter", "a base")
+    vectors = make_ia3(ours, sites=sites)
+    convert.to_peft(vectors, tmp_path / "adapter", "a base")
     peft = PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
     assert not any("ia3_l" in name and p.isnan().any() for name, p in peft.named_parameters())
-    back, l_q = convert.load_peft(tmp_path / "adapter", ours)
+    back, l_q = convert.from_peft(tmp_path / "adapter", ours)
     if l_q is not None:
         assert (l_q == 1).all()
     for name, t in vectors.matrices().items():
@@ -169,7 +170,8 @@ def test_the_command_writes_what_peft_reads_without_a_warning(tmp_path, capsys, 
     theirs, ours = make_both(tmp_path / "base", torch.float32)
     vectors = make_ia3(ours)
     vectors.save(tmp_path / "ia3.npz")
-    flags = ["--base", str(tmp_path / "base"), "--ia3", str(tmp_path / "ia3.npz"), "--out", str(tmp_path / "out")]
+    common.save(ours, tmp_path / "base.pt")
+    flags = ["--base", f"{tmp_path}/base.pt", "--ia3", f"{tmp_path}/ia3.npz", "--out", f"{tmp_path}/out"]
     assert convert.main(["to-peft", *flags]) == 0
     assert "ones for the queries" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == flags[1]
@@ -180,25 +182,21 @@ def test_the_command_writes_what_peft_reads_without_a_warning(tmp_path, capsys, 
     assert difference(peft.double().eval(), ours) <= 1e-10
     # what PEFT saves of it again is what we wrote, query part and all
     peft.float().save_pretrained(tmp_path / "again")
-    again, l_q = convert.load_peft(tmp_path / "again", ours)
+    again, l_q = convert.from_peft(tmp_path / "again", ours)
     assert (l_q == 1).all() and torch.equal(again.l_ff, vectors.l_ff.float())
 
 
-def test_their_lora_and_their_adapter_of_another_shape_are_refused(tmp_path, capsys):
-    theirs, _ = make_both(tmp_path / "base")
+def test_their_lora_and_their_adapter_of_another_shape_are_refused(tmp_path):
+    theirs, ours = make_both(tmp_path / "base")
     make_theirs(n_layer=3).save_pretrained(tmp_path / "deeper")
+    deeper = convert.from_hf(tmp_path / "deeper")
     get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path / "lora")
     fewer = IA3Config(task_type="CAUSAL_LM", target_modules=["h.1.attn.c_attn"], feedforward_modules=[])
     get_peft_model(make_theirs(), fewer).save_pretrained(tmp_path / "fewer")
     get_peft_model(make_theirs(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "all")
-    for adapter, base, message in (
-        ("lora", "base", "of type 'LORA', not 'IA3'"),
-        ("fewer", "base", "has no h.0.attn.c_attn.ia3_l"),
-        ("all", "deeper", "has no h.2.attn.c_attn.ia3_l"),
-    ):
-        capsys.readouterr()
-        flags = ["--base", str(tmp_path / base), "--adapter", str(tmp_path / adapter), "--out", str(tmp_path / "x.npz")]
-        assert convert.main(["from-peft", *flags]) == 2
-        err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1, err
-        assert not (tmp_path / "x.npz").exists()
+    with pytest.raises(ValueError, match="of type 'LORA', not 'IA3'"):
+        convert.from_peft(tmp_path / "lora", ours)
+    with pytest.raises(ValueError, match=r"has no h\.0\.attn\.c_attn\.ia3_l"):
+        convert.from_peft(tmp_path / "fewer", ours)
+    with pytest.raises(ValueError, match=r"has no h\.2\.attn\.c_attn\.ia3_l"):
+        convert.from_peft(tmp_path / "all", deeper)

@@ -1,0 +1,162 @@
+"""How fast text is written, beside transformers with its cache, and beside what memory allows.
+
+    python -m experiments.generation --out experiments/results/generation     # minutes, on a quiet machine
+    python -m experiments.generation --quick                                  # a small shape, to try it
+
+32 tokens are read and 256 written, greedily, in float32, by random weights in the shapes of GPT-2 124M and of
+SmolLM2-135M: one row at a time and eight. Contestants take turns; a ratio is taken round by round. To write a token
+every weight is read once, however few rows there are. So the floor is the bytes of the weights (an embedding that is
+only looked up left out) over the memory's bandwidth, which is measured by summing a tensor of 1 GiB. Needs
+requirements-dev.txt.
+"""
+
+import argparse
+import datetime
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import common
+from experiments import lab
+from ia3 import attach
+from llama import Llama, LlamaConfig
+from merge import merge
+from model import GPT, GPTConfig
+from sample import generate
+
+SHAPES = {
+    "GPT-2 124M": GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768),
+    "SmolLM2-135M": LlamaConfig(8192, 49152, 30, 9, 3, 576, 1536, 1e5, 1e-5, True),
+    "small": GPTConfig(block_size=1024, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
+}
+READ, WRITTEN = 32, 256
+THEIRS, OURS, MERGED = "transformers", "nanoIA3, with vectors", "nanoIA3, merged"
+COLUMNS = {"shape": str, "rows": int, "contestant": str, "seconds": float, "over_theirs": float}
+COLUMNS |= {"over_theirs_low": float, "over_theirs_high": float, "tokens_per_second": float, "floor_seconds": float}
+COLUMNS |= {"weight_bytes": int, "bytes_per_second": float, "rounds": int, "hardware": str, "torch": str}
+COLUMNS |= {"transformers": str, "date": str}
+
+
+def their_model(config):
+    """transformers' model of the same shape, random weights. Raises ValueError where transformers is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("no transformers here: pip install -r requirements-dev.txt") from None
+    if isinstance(config, GPTConfig):
+        sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        theirs = transformers.GPT2Config(n_positions=config.block_size, **sizes)
+        return transformers.GPT2LMHeadModel(theirs).eval()
+    theirs = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.n_embd,
+        intermediate_size=config.n_hidden,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.block_size,
+        tie_word_embeddings=config.tied,
+    )
+    return transformers.LlamaForCausalLM(theirs).eval()
+
+
+def weight_bytes(model):
+    """Bytes of the weights that are read for every token: all but GPT-2's positions, which are only looked up."""
+    return sum(p.nbytes for name, p in model.named_parameters() if name != "transformer.wpe.weight")
+
+
+def bandwidth(repeats=7):
+    """Bytes a second at which this machine reads memory: the median of sums over a tensor of 1 GiB."""
+    big = torch.ones(2**28)
+    big.sum()
+    return big.nbytes / statistics.median(lab.seconds(big.sum, big.device) for _ in range(repeats))
+
+
+@torch.no_grad()
+def measure(shape, n_rows, rounds):
+    """Return the rows of a shape: dicts without the columns that all shapes share."""
+    config = SHAPES[shape]
+    model = (GPT if isinstance(config, GPTConfig) else Llama)(config).eval()
+    for l in attach(model).parameters():
+        torch.nn.init.normal_(l, mean=1.0, std=0.3)
+    merged = merge(model)
+    theirs = their_model(config)
+    idx = torch.randint(0, config.vocab_size, (n_rows, READ), generator=torch.Generator().manual_seed(0))
+    length = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN}
+    write = partial(theirs.generate, idx, attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0, **length)
+    contestants = {
+        THEIRS: write,
+        OURS: partial(generate, model, idx, WRITTEN, temperature=0),
+        MERGED: partial(generate, merged, idx, WRITTEN, temperature=0),
+    }
+    times = lab.interleave(contestants, rounds, idx.device, warmup=1)
+    found = []
+    for name, took in times.items():
+        middle, low, high = lab.ratio(took, times[THEIRS])
+        seconds = statistics.median(took)
+        row = {"shape": shape, "rows": n_rows, "contestant": name, "seconds": seconds, "over_theirs": middle}
+        row |= {"over_theirs_low": low, "over_theirs_high": high, "tokens_per_second": n_rows * WRITTEN / seconds}
+        found.append(row | {"weight_bytes": weight_bytes(merged)})
+    return found
+
+
+def tables(folder):
+    """Return Markdown, made of results.csv in folder alone."""
+    rows = lab.read_csv(folder / "results.csv", COLUMNS)
+    first = rows[0]
+    about = f"{first['hardware']}, float32, torch {first['torch']}, transformers {first['transformers']}, {first['date']};"
+    about += f" {READ} tokens read, {WRITTEN} written; medians (quartiles) of {first['rounds']} rounds."
+    about += f" Memory is read at {first['bytes_per_second'] / 1e9:.1f} GB a second."
+    head = ["shape", "rows", "contestant", "tokens a second", "time over transformers'", "time over the floor"]
+    cells = []
+    for row in rows:
+        over = lab.spread(row["over_theirs"], row["over_theirs_low"], row["over_theirs_high"])
+        floor = f"{row['seconds'] / row['floor_seconds']:.2f}"
+        cells.append([row["shape"], str(row["rows"]), row["contestant"], f"{row['tokens_per_second']:.1f}", over, floor])
+    return f"{about}\n\n{lab.markdown(head, cells)}"
+
+
+def run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant, 2 or more (default: 7)")
+    parser.add_argument("--out", type=Path, default=Path("out/generation"), help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a small shape and two rounds, into OUT/quick")
+    args = parser.parse_args(argv)
+    shapes, rounds, out = ["GPT-2 124M", "SmolLM2-135M"], args.rounds, args.out
+    if args.quick:
+        shapes, rounds, out = ["small"], 2, args.out / "quick"
+    if not 2 <= rounds <= 1000:
+        raise ValueError(f"rounds must be from 2 to 1000, not {rounds}")
+    their_model(SHAPES["small"])
+    import transformers
+
+    shared = {"rounds": rounds, "hardware": lab.device_name(torch.device("cpu")), "torch": torch.__version__}
+    shared |= {"transformers": transformers.__version__}
+    lab.open_folder(out, shared)
+    rows = lab.read_csv(out / "results.csv", COLUMNS)
+    for shape in shapes:
+        for n_rows in (1, 8):
+            if any((row["shape"], row["rows"]) == (shape, n_rows) for row in rows):
+                continue
+            print(f"{shape}, {n_rows} row{'s' * (n_rows > 1)}", flush=True)
+            bytes_per_second = bandwidth()
+            for row in measure(shape, n_rows, rounds):
+                floor = WRITTEN * row["weight_bytes"] / bytes_per_second
+                row |= {"floor_seconds": floor, "bytes_per_second": bytes_per_second} | shared
+                row["date"] = datetime.date.today().isoformat()
+                rows.append({name: row[name] for name in COLUMNS})
+            lab.write_csv(out / "results.csv", rows)
+    lab.save_text(tables(out), out / "table.md")
+    print(tables(out))
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("generation.py", run, argv, lab.STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
