@@ -56,7 +56,9 @@ def test_a_file_of_the_handouts_format_opens(dice, given_start, tmp_path):
     path = tmp_path / "theirs.npz"
     np.savez(path, about=np.bytes_(json.dumps(about)), **arrays)
     for name, p in IA3.load(path, model).named_parameters():
-        check(np.array_equal(arrays[name], p.detach().numpy()), f"{name} of a file like data/folio.npz comes back changed")
+        check(
+            np.array_equal(arrays[name], p.detach().numpy()), f"{name} of a file like data/folio.npz comes back changed"
+        )
 
 
 def test_another_base_is_refused(dice, given_start, tmp_path):
@@ -87,8 +89,8 @@ def test_damaged_files_are_refused(dice, given_start, tmp_path):
     raw = path.read_bytes()
     arrays = read(path)
     old = {"config": asdict(model.config), "vectors": ["l_k", "l_v", "l_ff"]}
-    pickled = np.empty(1, dtype=object)
-    pickled[0] = RunsCode(tmp_path / "code was run")
+    pickled = np.empty(arrays["l_v"].shape, dtype=object)  # the right shape, since that may be looked at first
+    pickled[0, 0] = RunsCode(tmp_path / "code was run")
     for what, changes in {
         "a file without l_v that says it has one": {"l_v": None},
         "a file whose l_k is transposed": {"l_k": arrays["l_k"].T},

@@ -1,4 +1,4 @@
-"""stack(): several tasks' matrices under a leading task axis; per_layer(task_ids): every row of a batch its own task's."""
+"""stack(): tasks under a leading task axis; per_layer(task_ids): every row of a batch its own task's vectors."""
 
 import torch
 from conftest import check, make_gpt, make_vectors, refused
