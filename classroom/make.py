@@ -56,12 +56,12 @@ EXERCISES = [
         "Derive and check the gradient",
         [("gradient.py", "gradient_of_l"), ("gradient.py", "central_difference")],
     ),
-    Exercise("fold_rows", 7, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
+    Exercise("fold_rows", 6, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
     Exercise(
         "fold_columns",
-        7,
+        8,
         "Fold l_ff into columns, and merge",
-        [("merge.py", "fold_columns"), ("merge.py", "merge")],
+        [("merge.py", "fold_columns"), ("merge.py", "fold_gpt2"), ("merge.py", "merge")],
     ),
     Exercise(
         "save_and_load",
@@ -73,7 +73,7 @@ EXERCISES = [
         "stack_tasks",
         8,
         "Stack tasks and mix them in a batch",
-        [("ia3.py", "stack"), ("ia3.py", "IA3.rows.row", "matrix is not None and tasks is not None")],
+        [("ia3.py", "stack"), ("ia3.py", "IA3.per_layer.of_layer", "task_ids is not None")],
     ),
     Exercise(
         "train",
@@ -85,15 +85,16 @@ EXERCISES = [
 ]
 
 # what a starter holds beside classroom/starter, the tests of its exercises and the handout: {there: here}
-FILES = {name: name for name in ("model.py", "ia3.py", "merge.py", "train.py", "sample.py", "plot.py", "convert.py")}
-FILES |= {name: name for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/base.pt")}
-FILES |= {f"data/{task}.npz": f"data/{task}.npz" for task in ("folio", "sonnets", "kjv")}
-FILES |= {
-    f"data/{text}/{split}.txt": f"data/{text}/{split}.txt"
-    for text in ("plays", "folio", "sonnets", "kjv")
-    for split in ("train", "val", "test")
-}
-FILES |= {"gradient.py": "classroom/gradient.py"}
+FILES = {"gradient.py": "classroom/gradient.py"}
+for name in ("model.py", "ia3.py", "merge.py", "train.py", "sample.py", "common.py", "tools/plot.py"):
+    FILES[name] = name
+for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/base.pt"):
+    FILES[name] = name
+for task in ("folio", "sonnets", "kjv"):
+    FILES[f"data/{task}.npz"] = f"data/{task}.npz"
+for text in ("plays", "folio", "sonnets", "kjv"):
+    for split in ("train", "val", "test"):
+        FILES[f"data/{text}/{split}.txt"] = f"data/{text}/{split}.txt"
 
 
 def find(source, function, condition=None):
@@ -148,81 +149,94 @@ def cut_all(file, source, exercises):
     return source
 
 
-def handout(text, exercises, readme):
-    """Return the handout: the exercises' sections in the table's order, numbered anew, and the README's tables put in.
+def first_table(path):
+    """Return the first table, or the first block of code, of a Markdown file. Raises ValueError where it has none."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"(?m)^(\|.*\n)+|^```.*\n(?s:.*?)^```\n", text)
+    if found is None:
+        raise ValueError(f"HANDOUT.md wants a table of {path}, which has none")
+    return found[0]
+
+
+def handout(text, exercises):
+    """Return the handout: the exercises' sections in the table's order, numbered anew, and the tables put in.
 
     A section starts with '### N. TITLE (P points, ...)'; one that the table does not have is left out. A line
-    '*(table: HEADING)*' becomes the first table, or the first block of code, under that heading of the README.
+    '*(table: PATH)*' becomes first_table of the repository's file PATH.
     """
-
-    def table(line):
-        section = readme.split(f"\n## {line[1]}\n")
-        found = (
-            re.search(r"(?m)^(\|.*\n)+|^```.*\n(?s:.*?)^```\n", section[1].split("\n## ")[0]) if section[1:] else None
-        )
-        if not found:
-            raise ValueError(f"HANDOUT.md wants the table under {line[1]!r}, which README.md does not have")
-        return found[0]
-
-    parts = re.split(r"(?m)^(?=##+ )", re.sub(r"(?m)^\*\(table: (.*)\)\*\n", table, text))
+    text = re.sub(r"(?m)^\*\(table: (.*)\)\*\n", lambda line: first_table(ROOT / line[1]), text)
     pattern = re.compile(r"### \d+\. (.*) \(\d+ points, (.*)\)\n")
-    sections = {found[1]: (found[2], part[found.end() :]) for part in parts if (found := pattern.match(part))}
-    start = next((i for i, part in enumerate(parts) if pattern.match(part)), len(parts))
-    others = [part for part in parts if not pattern.match(part)]
+    before = []
+    sections = {}  # title: what stands behind the points, and what follows
+    after = []
+    for part in re.split(r"(?m)^(?=##+ )", text):
+        heading = pattern.match(part)
+        if heading:
+            sections[heading[1]] = (heading[2], part[heading.end() :])
+        elif sections:
+            after.append(part)
+        else:
+            before.append(part)
     numbered = []
     for number, exercise in enumerate(exercises, 1):
         if exercise.title not in sections:
             raise ValueError(f"HANDOUT.md has no section '### N. {exercise.title} (P points, ...)'")
         rest, section = sections[exercise.title]
         numbered.append(f"### {number}. {exercise.title} ({exercise.points} points, {rest})\n{section}")
-    return "".join(others[:start] + numbered + others[start:])
+    return "".join(before + numbered + after)
+
+
+def score_sheet(exercises):
+    """Return what the grader knows of the exercises, as a list of dicts."""
+    numbers = {exercise.name: number for number, exercise in enumerate(exercises, 1)}
+    sheet = []
+    for exercise in exercises:
+        sheet.append(
+            {
+                "number": numbers[exercise.name],
+                "name": exercise.name,
+                "title": exercise.title,
+                "points": exercise.points,
+                "needs": [numbers[name] for name in exercise.needs if name in numbers],
+            }
+        )
+    return sheet
 
 
 def make(out, exercises=EXERCISES):
     """Write a starter into the folder out, which must be new or empty. Raises ValueError where it is not."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder")
-    numbers = {exercise.name: number for number, exercise in enumerate(exercises, 1)}
-    sheet = [
-        {
-            "number": number,
-            "name": exercise.name,
-            "title": exercise.title,
-            "points": exercise.points,
-            "needs": [numbers[name] for name in exercise.needs if name in numbers],
-        }
-        for number, exercise in enumerate(exercises, 1)
-    ]
     unknown = {where for exercise in exercises for where, *_ in exercise.cuts} - FILES.keys()
     if unknown:
         raise ValueError(f"a starter has no {', '.join(sorted(unknown))}: see FILES")
-    readme, text = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "classroom/HANDOUT.md"))
-    texts = {"README.md": handout(text, exercises, readme)}
+
+    # what is written: the handout, the sheet, and the code with its cuts
+    texts = {"README.md": handout((CLASSROOM / "HANDOUT.md").read_text(encoding="utf-8"), exercises)}
+    texts["grading/exercises.json"] = json.dumps(score_sheet(exercises), indent=1) + "\n"
     for there, here in FILES.items():
         if there.endswith(".py"):
             texts[there] = cut_all(there, (ROOT / here).read_text(encoding="utf-8"), exercises)
-    texts["grading/exercises.json"] = json.dumps(sheet, indent=1) + "\n"
 
+    # what is copied: the grader and the data
     tests = [f"grading/test_{exercise.name}.py" for exercise in exercises]
     given = ["Makefile", "pyproject.toml", ".gitignore", "grade.py", "grading/conftest.py", *tests]
     copies = {name: CLASSROOM / "starter" / name for name in given}
     copies |= {there: ROOT / here for there, here in FILES.items() if there not in texts}
-    for there, here in copies.items():
+
+    for there in (*texts, *copies):
         (out / there).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(here, out / there)
     for there, source in texts.items():
         (out / there).write_text(source, encoding="utf-8")
+    for there, here in copies.items():
+        shutil.copyfile(here, out / there)
 
 
 def main(argv=None):
-    def fail(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
+    out = parser.parse_args(argv).out
     try:
-        out = parser.parse_args(argv).out
         make(out)
     except (ValueError, OSError) as e:
         print(f"make.py: {e}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Grades starters for test_classroom.py: JSON in, [folder, exercises], and out, {name: problems}, a line each.
+"""Grades starters for test_classroom.py: JSON in, [folder, exercises, options of pytest], and out, {name: problems}.
+
+One line each.
 
 A starter's model.py and the project's cannot both be imported, so every folder is graded in a child; it is forked from
 this process, which has torch and pytest loaded already but has computed nothing.
@@ -13,12 +15,13 @@ import pytest  # noqa: F401
 import torch  # noqa: F401
 
 for line in sys.stdin:
-    folder, exercises = json.loads(line)
+    folder, exercises, options = json.loads(line)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.chdir(folder)
+        os.environ["PYTEST_ADDOPTS"] = options
         sys.path.insert(0, folder)
         import grade
 

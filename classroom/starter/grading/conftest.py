@@ -76,31 +76,32 @@ def make_gpt(dice, **sizes):
     return model.eval()
 
 
-def put_vectors(vectors, dice, config, targets, spread, tasks=(), base=None):
-    """Make vectors, an IA3 that was not initialized, one with l_k, l_v, l_ff of N(1, spread) for the targets."""
+def put_vectors(vectors, dice, config, sites, spread, n_tasks=None, fingerprint=None):
+    """Make vectors, an IA3 that was not initialized, one with l_k, l_v, l_ff of N(1, spread) for the sites."""
     torch.nn.Module.__init__(vectors)
-    vectors.config, vectors.base = config, base
-    for target in ("k", "v", "ff"):
-        shape = (*tasks, config.n_layer, config.n_embd * (4 if target == "ff" else 1))
+    vectors.config = config
+    vectors.fingerprint = fingerprint
+    for site, width in zip(("k", "v", "ff"), config.widths, strict=True):
+        shape = (config.n_layer, width) if n_tasks is None else (n_tasks, config.n_layer, width)
         values = draw(dice, *shape, mean=1.0, spread=spread).float()
-        setattr(vectors, f"l_{target}", torch.nn.Parameter(values) if target in targets else None)
+        setattr(vectors, f"l_{site}", torch.nn.Parameter(values) if site in sites else None)
 
 
-def make_vectors(dice, config, targets=("k", "v", "ff"), tasks=(), base=None):
-    """Random vectors that need none of the exercises. tasks: () or (n_tasks,); base: a fingerprint."""
+def make_vectors(dice, config, sites=("k", "v", "ff"), n_tasks=None, fingerprint=None):
+    """Random vectors that need none of the exercises; stacked ones where n_tasks is given."""
     vectors = ia3.IA3.__new__(ia3.IA3)
-    put_vectors(vectors, dice, config, targets, 0.5, tasks, base)
+    put_vectors(vectors, dice, config, sites, 0.5, n_tasks, fingerprint)
     return vectors
 
 
 @pytest.fixture
 def given_start(dice, monkeypatch):
-    """IA3(config, targets) works, whether or not it is done: the exercise in which it is written is another one."""
-    monkeypatch.setattr(
-        ia3.IA3,
-        "__init__",
-        lambda self, config, targets=ia3.TARGETS: put_vectors(self, dice, config, targets, spread=0),
-    )
+    """IA3(config, sites) works, whether or not it is done: the exercise in which it is written is another one."""
+
+    def start(self, config, sites=ia3.SITES):
+        put_vectors(self, dice, config, sites, spread=0)
+
+    monkeypatch.setattr(ia3.IA3, "__init__", start)
 
 
 def snapshot(model):

@@ -14,15 +14,15 @@ from model import GPT
 def test_the_down_projection_scales_what_goes_in(dice):
     C = int(dice.integers(3, 9))
     before = torch.nn.Linear(4 * C, C).double()
-    after, weight, l_ff = copy.deepcopy(before), None, draw(dice, 4 * C, mean=1.0, spread=0.7)
+    after = copy.deepcopy(before)
     weight = after.weight
+    l_ff = draw(dice, 4 * C, mean=1.0, spread=0.7)
     merge.fold_columns(after, None)
     check(torch.equal(after.weight, before.weight), "l_ff is None, but the weights have changed")
     merge.fold_columns(after, l_ff)
     check(after.weight is weight, "write into c_proj.weight, rather than putting another Parameter in its place")
-    check(
-        torch.equal(after.bias, before.bias), "b_2 must stay: it is added after the scaled activations went through W_2"
-    )
+    words = "b_2 must stay: it is added after the scaled activations went through W_2"
+    check(torch.equal(after.bias, before.bias), words)
     h = draw(dice, 5, 4 * C)
     check(not close(after(h), before(h)), "nothing is folded")
     words = "W_2' h must be W_2 (l_ff ⊙ h): entry j of h meets column j of W_2"
@@ -30,11 +30,22 @@ def test_the_down_projection_scales_what_goes_in(dice):
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def calls(monkeypatch):
     """fold_rows only notes what it was called with: the exercise in which it is written is another one."""
     calls = []
-    monkeypatch.setattr(merge, "fold_rows", lambda *given: calls.append(given))
+    monkeypatch.setattr(merge, "fold_rows", lambda linear, rows, l: calls.append((linear, rows, l)))
     return calls
+
+
+def rows_folded(calls, c_attn):
+    """What fold_rows was called with for c_attn: {the first row and the one after the last: l}."""
+    found = {}
+    for linear, rows, l in calls:
+        if linear is c_attn:
+            check(isinstance(rows, slice), f"fold_rows wants a slice of rows, not {rows!r}")
+            part = range(c_attn.out_features)[rows]
+            found[part.start, part.stop] = l
+    return found
 
 
 def make_task(dice, **sizes):
@@ -44,7 +55,7 @@ def make_task(dice, **sizes):
     return model
 
 
-def test_merge(dice, rows):
+def test_merge(dice, calls):
     model = make_task(dice)
     vectors, before = model.ia3, snapshot(model)
     try:
@@ -58,7 +69,9 @@ def test_merge(dice, rows):
     check(not changed(model, before), f"{words}, {(changed(model, before) or [''])[0]}: fold into a copy")
     check(merged.ia3 is None, "what comes out is a plain GPT: its ia3 must be None")
     check(all(p.requires_grad for p in merged.parameters()), "every weight of the merged model must be trainable again")
-    touched, h = set(), draw(dice, 3, 4 * model.config.n_embd)
+    C = model.config.n_embd
+    h = draw(dice, 3, 4 * C)
+    touched = set()
     for i, (ours, theirs) in enumerate(zip(merged.transformer.h, model.transformer.h, strict=True)):
         with torch.no_grad():
             out = ours.mlp.c_proj(h)
@@ -66,35 +79,37 @@ def test_merge(dice, rows):
         words = f"layer {i} got the l_ff of layer {right[0]}" if right else f"l_ff[{i}] is not folded into layer {i}"
         check(right == [i], words)
         touched.add(f"transformer.h.{i}.mlp.c_proj.weight")
-        call = [given for given in rows if given[0] is ours.attn.c_attn]
-        check(len(call) == 1, f"fold_rows must be called once with the merged block {i}'s attn.c_attn")
-        k, v = call[0][1:]
-        words = f"fold_rows gets the wrong vectors for block {i}"
-        check(torch.equal(k, vectors.l_k[i]) and torch.equal(v, vectors.l_v[i]), words)
+        folded = rows_folded(calls, ours.attn.c_attn)
+        for name, rows, l in (("k", (C, 2 * C), vectors.l_k[i]), ("v", (2 * C, 3 * C), vectors.l_v[i])):
+            words = f"block {i}: fold_rows must be called with the merged block's attn.c_attn, the rows of W_{name}"
+            check(rows in folded, f"{words} ({rows[0]} to {rows[1]} here, where n_embd is {C}) and l_{name}")
+            given = folded[rows]
+            check(given is not None and torch.equal(given, l), f"block {i}: the rows of W_{name} get another vector")
+        check(len(folded) == 2, f"block {i}: only the rows of W_k and W_v have a vector, not the queries'")
     other = set(changed(merged, {name: t for name, t in before.items() if not name.startswith("ia3.")})) - touched
     check(not other, f"merging l_ff changes W_2 of every block, and nothing else: but {sorted(other)[:1]} has changed")
     check(merged.lm_head.weight is merged.transformer.wte.weight, "the head must still be tied to the embedding")
 
 
-def test_merge_with_targets_left_out(dice, rows):
+def test_merge_with_sites_left_out(dice, calls):
     model = make_gpt(dice)
     model.ia3 = make_vectors(dice, model.config, ("k",))
-    before = snapshot(model)
+    before = {name: t for name, t in snapshot(model).items() if not name.startswith("ia3.")}
     merged = merge.merge(model)
-    check(
-        not changed(merged, {n: t for n, t in before.items() if not n.startswith("ia3.")}), "without l_ff W_2 must stay"
-    )
-    check(
-        all(given[2] is None for given in rows) and len(rows) == model.config.n_layer,
-        "l_v is None where it is no target",
-    )
+    check(not changed(merged, before), "without l_ff W_2 must stay")
+    C = model.config.n_embd
+    for block in merged.transformer.h:
+        folded = rows_folded(calls, block.attn.c_attn)
+        check(folded.get((2 * C, 3 * C)) is None, "l_v is None where it is left out, but the rows of W_v get a vector")
 
 
-def test_what_cannot_be_merged_is_refused(dice, rows):
+def test_what_cannot_be_merged_is_refused(dice, calls):
     refused("a model without vectors", merge.merge, make_gpt(dice))
     model = make_gpt(dice)
-    model.ia3 = make_vectors(dice, model.config, tasks=(2,))
+    model.ia3 = make_vectors(dice, model.config, n_tasks=2)
     refused("a model with stacked vectors", merge.merge, model)
+    model.ia3 = make_vectors(dice, model.config, fingerprint="0" * 64)
+    refused("a model with another base's vectors (their fingerprint tells)", merge.merge, model)
     for tensor in ("transformer.h.1.mlp.c_proj.weight", "ia3.l_ff"):
         model = make_task(dice)
         model.state_dict()[tensor].view(-1)[3] = float("nan")

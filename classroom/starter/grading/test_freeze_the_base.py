@@ -21,7 +21,7 @@ def test_only_the_vectors_are_trained(dice):
         trained == {"ia3.l_k", "ia3.l_v", "ia3.l_ff"}, f"l_k, l_v and l_ff must be trainable, but of them are {trained}"
     )
     check(not changed(model, before) and not changed(vectors, values), "attach must not change a value")
-    check(vectors.base == fingerprint(model), "vectors.base must be the fingerprint of the base")
+    check(vectors.fingerprint == fingerprint(model), "vectors.fingerprint must be the fingerprint of the base")
 
 
 def test_vectors_that_were_there_before_stay_trainable(dice):
@@ -34,22 +34,21 @@ def test_vectors_that_were_there_before_stay_trainable(dice):
     check(all(p.requires_grad for p in first.parameters()), words)
 
 
-@pytest.mark.parametrize("targets", [("k", "v", "ff"), ("v",), ("k", "ff")])
-def test_vectors_are_made_where_none_are_given(dice, given_start, targets):
+@pytest.mark.parametrize("sites", [("k", "v", "ff"), ("v",), ("k", "ff")])
+def test_vectors_are_made_where_none_are_given(dice, given_start, sites):
     model = make_gpt(dice)
-    vectors = attach(model, targets=targets)
+    vectors = attach(model, sites=sites)
     check(isinstance(vectors, IA3) and model.ia3 is vectors, "attach(model) must make an IA3 and set model.ia3 to it")
     found = {name for name, p in model.named_parameters() if p.requires_grad}
-    check(
-        found == {f"ia3.l_{t}" for t in targets}, f"attach(model, targets={targets}) leaves trainable: {sorted(found)}"
-    )
+    wanted = {f"ia3.l_{site}" for site in sites}
+    check(found == wanted, f"attach(model, sites={sites}) leaves trainable: {sorted(found)}")
 
 
 def test_another_bases_vectors_are_refused(dice):
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8}
     model, other = make_gpt(dice, **sizes), make_gpt(dice, **sizes)
-    vectors = make_vectors(dice, other.config, base=fingerprint(other))
-    refused("vectors of another base of the same shape (vectors.base tells)", attach, model, vectors)
+    vectors = make_vectors(dice, other.config, fingerprint=fingerprint(other))
+    refused("vectors of another base of the same shape (vectors.fingerprint tells)", attach, model, vectors)
     for wrong in ({"n_layer": 3}, {"n_embd": 12}):
         vectors = make_vectors(dice, make_gpt(dice, **(sizes | wrong)).config)
         refused(f"vectors for a base of another shape ({wrong})", attach, model, vectors)

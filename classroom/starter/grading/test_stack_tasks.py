@@ -1,4 +1,4 @@
-"""stack(): several tasks' matrices under a leading task axis; rows(tasks): every row of a batch its own task's."""
+"""stack(): tasks under a leading task axis; per_layer(task_ids): every row of a batch its own task's vectors."""
 
 import torch
 from conftest import check, make_gpt, make_vectors, refused
@@ -9,9 +9,10 @@ NAMES = ("l_k", "l_v", "l_ff")
 
 
 def make_tasks(dice):
-    """Three tasks with different targets, one base."""
+    """Three tasks with different sites, one base."""
     config = make_gpt(dice).config
-    return [make_vectors(dice, config, t, base="one base") for t in (("k", "v", "ff"), ("ff",), ("k", "v"))]
+    subsets = (("k", "v", "ff"), ("ff",), ("k", "v"))
+    return [make_vectors(dice, config, sites, fingerprint="one base") for sites in subsets]
 
 
 def test_the_stack(dice, given_start):
@@ -31,7 +32,7 @@ def test_the_stack(dice, given_start):
                 check(bool((l[i] == 1).all()), f"task {i} does not scale by {name}: its entries there must be ones")
             else:
                 check(torch.equal(l[i], given), f"{name}[{i}] is not the {name} of task {i}, bit for bit")
-    check(stacked.base == "one base", "the stack must carry the fingerprint of its tasks' base")
+    check(stacked.fingerprint == "one base", "the stack must carry the fingerprint of its tasks' base")
     before = {name: getattr(tasks[0], name).detach().clone() for name in NAMES}
     with torch.no_grad():
         for p in stacked.parameters():
@@ -44,14 +45,14 @@ def test_what_no_task_scales_is_none(dice, given_start):
     stacked = stack([make_vectors(dice, config, ("k",)), None, make_vectors(dice, config, ("v",))])
     check(stacked.l_ff is None, "no task has l_ff, so the stack's must be None")
     check(stacked.l_k is not None and stacked.l_v is not None, "one task has l_k, another l_v: the stack has both")
-    check(stacked.base is None, "tasks that were never attached give a stack whose base is None")
+    check(stacked.fingerprint is None, "tasks that were never attached give a stack whose fingerprint is None")
 
 
 def test_what_does_not_belong_together_is_refused(dice, given_start):
     tasks = make_tasks(dice)
-    other = make_vectors(dice, tasks[0].config, base="another base")
+    other = make_vectors(dice, tasks[0].config, fingerprint="another base")
     deeper = make_vectors(dice, make_gpt(dice, n_layer=tasks[0].config.n_layer + 1).config)
-    stacked = make_vectors(dice, tasks[0].config, tasks=(2,))
+    stacked = make_vectors(dice, tasks[0].config, n_tasks=2)
     for what, wrong in {
         "a stack of nothing": [],
         "a stack of the base alone": [None],
@@ -64,12 +65,12 @@ def test_what_does_not_belong_together_is_refused(dice, given_start):
 
 def test_every_row_of_a_batch_gets_its_own_tasks_vectors(dice):
     config = make_gpt(dice).config
-    vectors = make_vectors(dice, config, tasks=(int(dice.integers(config.n_layer + 1, 9)),))
+    vectors = make_vectors(dice, config, n_tasks=int(dice.integers(config.n_layer + 1, 9)))
     n_tasks, B = len(vectors.l_k), 6
     ids = torch.from_numpy(dice.integers(0, n_tasks, B))
-    rows = vectors.rows(ids)
-    for i, row in enumerate(rows):
-        for name, l in zip(NAMES, row, strict=True):
+    layers = vectors.per_layer(ids)
+    for i, layer in enumerate(layers):
+        for name, l in zip(NAMES, layer, strict=True):
             matrix = getattr(vectors, name)
             shape = (B, 1, matrix.size(2))
             words = f"layer {i}'s {name} for a batch of {B} must be {shape}, to meet (B, T, width)"
@@ -80,14 +81,14 @@ def test_every_row_of_a_batch_gets_its_own_tasks_vectors(dice):
                 same = (matrix == l[b, 0]).all(-1).nonzero().tolist()
                 got = "task {}, layer {}".format(*same[0]) if same else "no task's"
                 check(False, f"{name}: row {b} of the batch has task {task}, but layer {i} gets the vector of {got}")
-    sum(l.sum() for row in rows for l in row).backward()
+    sum(l.sum() for layer in layers for l in layer).backward()
     used = torch.zeros(n_tasks, dtype=torch.bool)
     used[ids] = True
     right = vectors.l_k.grad is not None and torch.equal(vectors.l_k.grad.abs().sum((1, 2)) > 0, used)
     check(right, "gradients must reach the vectors of the tasks in the batch, and only theirs")
 
 
-def test_a_target_left_out_is_none_for_a_batch_too(dice):
-    vectors = make_vectors(dice, make_gpt(dice).config, ("v",), tasks=(3,))
-    rows = vectors.rows(torch.tensor([2, 0]))
-    check(all(l_k is None and l_ff is None for l_k, _, l_ff in rows), "a target left out must be None in every layer")
+def test_a_site_left_out_is_none_for_a_batch_too(dice):
+    vectors = make_vectors(dice, make_gpt(dice).config, ("v",), n_tasks=3)
+    layers = vectors.per_layer(torch.tensor([2, 0]))
+    check(all(l_k is None and l_ff is None for l_k, _, l_ff in layers), "a site left out must be None in every layer")

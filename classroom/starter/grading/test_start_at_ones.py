@@ -1,4 +1,4 @@
-"""Vectors are made: (n_layer, n_embd) twice and (n_layer, 4·n_embd), all ones, and None for what is no target."""
+"""Vectors are made: (n_layer, n_embd) twice and (n_layer, 4·n_embd), all ones, and None for a site left out."""
 
 import pytest
 import torch
@@ -7,23 +7,26 @@ from conftest import SUBSETS, check, make_gpt
 from ia3 import IA3
 
 
-@pytest.mark.parametrize("targets", SUBSETS)
-def test_the_start(dice, targets):
+@pytest.mark.parametrize("sites", SUBSETS)
+def test_the_start(dice, sites):
     config = make_gpt(dice).config
-    vectors = IA3(config, targets)
-    for target in ("k", "v", "ff"):
-        name, l = f"l_{target}", getattr(vectors, f"l_{target}")
-        if target not in targets:
-            check(l is None, f"{name} is no target of {targets}, so it must be None")
-            continue
-        shape = (config.n_layer, config.n_embd * (4 if target == "ff" else 1))
-        check(l is not None, f"{name} is a target of {targets}, but it is None")
+    vectors = IA3(config, sites)
+    for site in {"k", "v", "ff"} - set(sites):
+        words = f"{site} is not among the sites {sites}, so l_{site} must be None"
+        check(getattr(vectors, f"l_{site}") is None, words)
+    for site in sites:
+        name = f"l_{site}"
+        l = getattr(vectors, name)
+        shape = (config.n_layer, config.n_embd * (4 if site == "ff" else 1))
+        check(l is not None, f"{site} is among the sites {sites}, but {name} is None")
         check(isinstance(l, torch.nn.Parameter), f"{name} must be an nn.Parameter: it is to be trained")
         check(tuple(l.shape) == shape, f"{name} must be {shape}, a row a layer, but it is {tuple(l.shape)}")
         check(l.dtype == torch.float32, f"{name} must be float32, not {l.dtype}")
         check(bool((l == 1).all()), f"{name} must be all ones, so that step 0 is the base; it starts at {l.mean():.3g}")
         check(l.requires_grad, f"{name} must require a gradient")
-    check(set(dict(vectors.named_parameters())) == {f"l_{t}" for t in targets}, "only the targets may be parameters")
+    check(
+        set(dict(vectors.named_parameters())) == {f"l_{site}" for site in sites}, "only the sites may have parameters"
+    )
 
 
 def test_every_vector_has_numbers_of_its_own(dice):
