@@ -16,7 +16,9 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def pytest_report_header():
-    return f"devices: {', '.join(DEVICES)}" + ("" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)")
+    return f"devices: {', '.join(DEVICES)}" + (
+        "" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)"
+    )
 
 
 @pytest.fixture(params=DEVICES)
