@@ -106,8 +106,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved. With
-    config.out, every evaluation writes last.pt and metrics.csv there.
+    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved; under
+    torchrun every process must answer the same. With config.out, every evaluation writes last.pt and metrics.csv there.
 
     Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
     ends in eval mode. Draws from torch's random generator, so it leaves it changed. Raises FloatingPointError for a
@@ -166,7 +166,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         if step == config.steps:
             return history
         if should_stop is not None and should_stop():
-            save_run(step, history, losses, about, trained, optimizer)
+            if rank == 0:
+                save_run(step, history, losses, about, trained, optimizer)
             return history
 
         # forward and backward, one part of the batch in memory at a time
@@ -295,7 +296,8 @@ def load_run(about, trained, optimizer):
             common.check_weight(state["trained"][name].detach(), name)
             p.data.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
-        write_metrics(state["history"], about["out"])  # a kill may have come before the last row was written
+        if ranks()[0] == 0:
+            write_metrics(state["history"], about["out"])  # a kill may have come before the last row was written
         return int(state["step"]), list(state["history"]), list(state["losses"])
     except Exception as e:  # a damaged or older file may lack anything
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
