@@ -156,27 +156,8 @@ def examples(tmp_path):
 
 
 @pytest.mark.parametrize("grad_accum", [2, 5])
-def test_accumulated_parts_give_the_gradient_of_the_whole_batch(examples, grad_accum, device):
-    """The first step's gradient, as clipping sees it. Float64, so what differs is the order of a sum."""
-    split = datasets.load(examples, datasets.Tokenizer("bytes", 257), 257, 16)["train"]
-    gradients = []
-    for parts in (1, grad_accum):
-        model = make_gpt().double().to(device)
-        vectors = make_ia3(model).double()
-        c = config(batch_size=7, grad_accum=parts)
-        loss = torch.zeros(())
-        for part, share in get_batch(split, 0, c, torch.device(device)):
-            part_loss = lm_loss(model, *part) * share
-            part_loss.backward()
-            loss = loss + part_loss.detach().cpu()
-        gradients.append([loss, *(p.grad.cpu() for p in vectors.parameters())])
-    for whole, accumulated in zip(*gradients, strict=True):
-        assert (whole - accumulated).abs().max() < 1e-12 * whole.abs().max()
-
-
-@pytest.mark.parametrize("grad_accum", [2, 5])
 def test_a_run_in_parts_is_the_run_of_whole_batches(examples, grad_accum):
-    """In float64 vectors: Adam divides a gradient by its size, so errors of 1e-12 in it move a vector by lr · 1e-12."""
+    """In float64: Adam divides a gradient by its size, so an error of 1e-12 of it moves a vector by lr · 1e-12 a step."""
     data = datasets.load(examples, datasets.Tokenizer("bytes", 257), 257, 16)
     results = []
     for parts in (1, grad_accum):
@@ -188,7 +169,7 @@ def test_a_run_in_parts_is_the_run_of_whole_batches(examples, grad_accum):
     for ours, theirs in zip(whole[1:], parts[1:], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
     for name, p in a.matrices().items():
-        assert (p != 1).any() and (p - b.matrices()[name]).abs().max() < 1e-6
+        assert (p != 1).any() and (p - b.matrices()[name]).abs().max() < 1e-9
 
 
 class Zeros:
