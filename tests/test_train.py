@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3
+from conftest import make_gpt
 
 import common
 import data as datasets
@@ -157,7 +157,7 @@ def examples(tmp_path):
 
 @pytest.mark.parametrize("grad_accum", [2, 5])
 def test_a_run_in_parts_is_the_run_of_whole_batches(examples, grad_accum):
-    """In float64: Adam divides a gradient by its size, so an error of 1e-12 of it moves a vector by lr · 1e-12 a step."""
+    """Float64: Adam divides a gradient by its size, so an error of 1e-12 of it moves a vector by lr · 1e-12 a step."""
     data = datasets.load(examples, datasets.Tokenizer("bytes", 257), 257, 16)
     results = []
     for parts in (1, grad_accum):
