@@ -25,12 +25,14 @@ import torch
 import common, sample, train
 from ia3 import IA3
 
-flags = "--data text --steps 20 --batch-size 4 --block-size 64 --lr 0.05 --device cpu --out run".split()
-assert train.main(flags) == 0
+flags = "--data text --batch-size 4 --eval-windows 4 --device cpu".split()
+new = "--base scratch --n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --steps 5 --out base".split()
+assert train.main([*flags, *new]) == 0
+assert train.main([*flags, *"--base base/ckpt.pt --steps 20 --out run".split()]) == 0
 
-model = common.load("data/base.pt")
+model = common.load("base/ckpt.pt")
 vectors = IA3.load("run/ia3.npz", model)
-idx = torch.tensor([list(b"In the beginning God created the heaven and the earth.")])
+idx = torch.tensor([list(b"In the beginning God created the")])
 base = model(idx)[0]
 model.ia3 = vectors
 unmerged = model(idx)[0]
@@ -38,7 +40,7 @@ merged = merge.merge(model)
 report = merge.verify(model, merged, idx)
 assert report.is_exact() and (merged(idx)[0] - unmerged).abs().max() == report.max_difference < 1e-3, report
 assert (unmerged - base).abs().max() > 0.01
-greedy = [sample.generate(m, idx, 20, temperature=0) for m in (model, merged)]
+greedy = [sample.generate(m, idx, 9, temperature=0) for m in (model, merged)]
 assert torch.equal(*greedy)
 print(sorted({name.split(".")[0] for name, m in sys.modules.items() if getattr(m, "__file__", None)
               and m.__file__.startswith(HERE)}))
