@@ -33,9 +33,9 @@ def merge(model):
     """
     if model.ia3 is None or model.ia3.is_stacked():
         raise ValueError("merge wants a model with one task's vectors: attach them first")
+    check_finite(model)
     if model.ia3.fingerprint not in (None, fingerprint(model)):
         raise ValueError("these vectors belong to another base; or they are merged into this one already")
-    check_finite(model)
     merged = copy.deepcopy(model)
     fold(merged)
     check_finite(merged)

@@ -106,8 +106,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved (under
-    torchrun all processes must hear the same). With config.out, every evaluation writes last.pt and metrics.csv there.
+    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved; under
+    torchrun every process must answer the same. With config.out, every evaluation writes last.pt and metrics.csv there.
 
     Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
     ends in eval mode. Draws from torch's random generator, so it leaves it changed. Raises FloatingPointError for a
@@ -253,7 +253,7 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
         n_targets = (batch[1] >= 0).sum().item()
         with autocast(model, config):
             loss = loss_fn(model, *datasets.to_device(batch, model.lm_head.weight.device))
-        total += torch.tensor([loss.item() * n_targets, n_targets])
+        total += torch.tensor([loss.item() * n_targets, n_targets], dtype=torch.float64)
     if world > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -296,7 +296,8 @@ def load_run(about, trained, optimizer):
             common.check_weight(state["trained"][name].detach(), name)
             p.data.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
-        write_metrics(state["history"], about["out"])  # a kill may have come before the last row was written
+        if ranks()[0] == 0:
+            write_metrics(state["history"], about["out"])  # a kill may have come before the last row was written
         return int(state["step"]), list(state["history"]), list(state["losses"])
     except Exception as e:  # a damaged or older file may lack anything
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"

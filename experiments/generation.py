@@ -86,7 +86,9 @@ def measure(shape, n_rows, rounds):
     theirs = their_model(config)
     idx = torch.randint(0, config.vocab_size, (n_rows, READ), generator=torch.Generator().manual_seed(0))
     length = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN}
-    write = partial(theirs.generate, idx, attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0, **length)
+    write = partial(
+        theirs.generate, idx, attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0, **length
+    )
     contestants = {
         THEIRS: write,
         OURS: partial(generate, model, idx, WRITTEN, temperature=0),
@@ -107,7 +109,9 @@ def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
     rows = lab.read_csv(folder / "results.csv", COLUMNS)
     first = rows[0]
-    about = f"{first['hardware']}, float32, torch {first['torch']}, transformers {first['transformers']}, {first['date']};"
+    about = (
+        f"{first['hardware']}, float32, torch {first['torch']}, transformers {first['transformers']}, {first['date']};"
+    )
     about += f" {READ} tokens read, {WRITTEN} written; medians (quartiles) of {first['rounds']} rounds."
     about += f" Memory is read at {first['bytes_per_second'] / 1e9:.1f} GB a second."
     head = ["shape", "rows", "contestant", "tokens a second", "time over transformers'", "time over the floor"]
@@ -115,7 +119,9 @@ def tables(folder):
     for row in rows:
         over = lab.spread(row["over_theirs"], row["over_theirs_low"], row["over_theirs_high"])
         floor = f"{row['seconds'] / row['floor_seconds']:.2f}"
-        cells.append([row["shape"], str(row["rows"]), row["contestant"], f"{row['tokens_per_second']:.1f}", over, floor])
+        cells.append(
+            [row["shape"], str(row["rows"]), row["contestant"], f"{row['tokens_per_second']:.1f}", over, floor]
+        )
     return f"{about}\n\n{lab.markdown(head, cells)}"
 
 

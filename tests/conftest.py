@@ -4,6 +4,8 @@
 room. Tests that take a device run on the CPU, and on CUDA too where there is one.
 """
 
+import os
+
 import pytest
 import torch
 
@@ -13,11 +15,17 @@ from ia3 import attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 
+# shapes are tiny here: threads would only wait for each other, ten times as long as they work where others run, too
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
+
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def pytest_report_header():
-    return f"devices: {', '.join(DEVICES)}" + ("" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)")
+    return f"devices: {', '.join(DEVICES)}" + (
+        "" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)"
+    )
 
 
 @pytest.fixture(params=DEVICES)

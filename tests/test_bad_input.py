@@ -1,21 +1,23 @@
-"""What people get wrong is told in one line on stderr, with exit status 2, and nothing is written or damaged."""
+"""What people get wrong on a command line is one line on stderr and exit status 2, and nothing is written or damaged.
+
+argparse's own errors have its usage before that line. What a damaged file is told is in test_files.py and test_data.py.
+"""
 
 import os
-import pickle
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_gpt, make_ia3
 
+import common
 import merge
-import plot
 import sample
 import train
-from ia3 import IA3
-from model import load_file
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -34,69 +36,102 @@ def snapshot(folder):
 
 
 def check(folder, script, flags, message, capsys):
+    """Run script in-process: what it says and returns is what a shell sees."""
     before = snapshot(folder)
-    assert script.main(flags) == 2
+    try:
+        status = script.main(flags)
+    except SystemExit as e:  # argparse's
+        status = e.code
     err = capsys.readouterr().err
-    assert err.startswith(f"{script.__name__}.py: ") and err.count("\n") == 1 and err.endswith("\n"), err
-    assert message in err, err
+    assert status == 2
+    *usage, line = err.splitlines()
+    assert line.startswith(f"{script.__name__}.py: ") or (usage and ".py: error: " in line), err
+    assert not usage or usage[0].startswith("usage: "), err
+    assert message in line, err
     assert snapshot(folder) == before
 
 
-TRAIN = "--init base.pt --data text --device cpu --out run --steps 2".split()
+TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--data psalms", "no data called 'psalms': there are"),
-        ("--init nowhere.pt", "nowhere.pt"),
-        ("--init text", "text"),
+        ("--base nowhere.pt", "nowhere.pt"),
+        ("--base text", "text"),
         ("--ia3 nowhere.npz", "nowhere.npz"),
         ("--ia3 other_base.npz", "another base"),
         ("--ia3 other_shape.npz", "this base takes"),
         ("--ia3 base.pt", "no file of (IA)³ vectors"),
-        ("--targets q", "targets must be some of k, v, ff, not q"),
-        ("--targets k,,v", "targets must be"),
-        ("--steps 0", "steps must be at least 1"),
-        ("--steps -5", "steps must be at least 1"),
+        ("--ia3 ia3.npz --method full", "--ia3, vectors to start from, goes with --method ia3"),
+        ("--sites q", "sites must be a list of some of k, v, ff"),
+        ("--sites k,,v", "sites must be"),
+        ("--steps 0", "steps must be a whole number from 1 to"),
+        (f"--steps {10**30}", "steps must be a whole number from 1 to"),
         ("--steps many", "invalid int value"),
-        ("--batch-size 0", "batch_size must be at least 1"),
+        ("--batch-size 0", "batch_size must be a whole number from 1 to"),
+        (f"--batch-size {10**12}", "batch_size must be a whole number from 1 to"),
         ("--batch-size 2 --grad-accum 3", "grad_accum 3"),
         ("--grad-accum 0", "grad_accum must be"),
+        (f"--grad-accum {10**12}", "grad_accum must be"),
         ("--lr 0", "lr must be above 0"),
         ("--lr=-1e-3", "lr must be above 0"),
         ("--lr nan", "lr must be above 0"),
-        ("--lr inf", "lr must be above 0"),
-        ("--warmup 2", "warmup must be from 0 to 1"),
-        ("--warmup nan", "warmup must be from 0 to 1"),
+        ("--lr 1e39", "lr must be above 0 and at most 1000"),
+        ("--warmup 2", "warmup is a share of the steps, from 0 to 1"),
+        ("--warmup nan", "warmup is a share"),
         ("--weight-decay -1", "weight_decay"),
-        ("--grad-clip 0", "grad_clip above 0"),
-        ("--grad-clip nan", "grad_clip above 0"),
-        ("--seed -1", "seed"),
+        ("--weight-decay 1e39", "weight_decay must be from 0 to 1000"),
+        ("--grad-clip 0", "grad_clip must be above 0"),
+        ("--grad-clip nan", "grad_clip must be above 0"),
+        ("--seed -1", "seed must be"),
+        (f"--seed {2**64}", "seed must be a whole number from 0 to 2**63 - 1"),
         ("--eval-interval 0", "eval_interval must be"),
-        ("--block-size 0", "block_size must be at least 1"),
-        ("--block-size 17", "beyond the model's 16"),
+        ("--eval-windows 0", "eval_windows must be"),
+        ("--block-size 0", "block_size must be from 1 to the model's 16"),
+        ("--block-size 17", "block_size must be from 1 to the model's 16"),
         ("--schedule sine", "invalid choice"),
         ("--method lora", "invalid choice"),
         ("--device cuda", "device 'cuda' is not here"),
         ("--device tpu9", "device 'tpu9' is not here"),
+        ("--device meta", "device 'meta' holds no numbers"),
         ("--dtype float16", "invalid choice"),
-        ("--n-layer 2", "n_layer goes with --init scratch"),
-        ("--tokenizer bytes", "tokenizer goes with --init scratch"),
-        ("--init scratch --n-embd 10 --n-head 3", "n_embd 10 is not divisible by n_head 3"),
-        ("--init scratch --block-size 0", "block_size must be"),
-        ("--init scratch --n-layer 0", "n_layer must be at least 1"),
-        ("--init scratch --dropout 1.5", "dropout must be"),
+        ("--n-layer 2", "n_layer goes with --base scratch"),
+        ("--tokenizer bytes", "tokenizer goes with --base scratch"),
+        ("--base scratch --n-embd 10 --n-head 3", "n_embd 10 is not divisible by n_head 3"),
+        ("--base scratch --block-size -1", "block_size must be"),
+        ("--base scratch --n-layer 0", "n_layer must be a whole number of at least 1"),
         ("--no-such-flag", "unrecognized arguments"),
+        ("--overwrite", "unrecognized arguments"),
         ("--out text/val.txt", "text/val.txt"),
-        ("--out text/val.txt/run", "text/val.txt"),
         ("--out /proc/run", "/proc/run"),
+        ("--out .", "names no folder of its own"),
+        ("--out /", "names no folder of its own"),
+        ("--data text/.. --out ..", "names no folder of its own"),
     ],
 )
 def test_train(folder, flags, message, capsys):
-    if "cuda" in flags and torch.cuda.is_available():
+    if "--device cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     check(folder, train, [*TRAIN, *flags.split()], message, capsys)
+
+
+def test_train_without_a_name_for_its_output(folder, capsys):
+    check(folder, train, [*TRAIN, "--out", ""], "names no folder of its own", capsys)
+
+
+def test_train_writes_over_nothing_that_it_reads(folder, capsys):
+    (folder / "run").mkdir()
+    os.rename("base.pt", "run/last.pt.tmp")
+    check(folder, train, [*TRAIN, "--base", "run/last.pt.tmp"], "would replace run/last.pt.tmp", capsys)
+    os.rename("run/last.pt.tmp", "run/ckpt.pt.tmp")
+    check(folder, train, [*TRAIN, "--base", "run/ckpt.pt.tmp", "--method", "full"], "would replace run/ckpt", capsys)
+
+
+def test_train_without_a_compiler(folder, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check(folder, train, [*TRAIN, "--compile"], "--compile wants a C++ compiler", capsys)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +143,9 @@ def test_train(folder, flags, message, capsys):
         ("--data psalms", "no data called"),
         ("--out base.pt", "would replace base.pt"),
         ("--out ia3.npz", "would replace ia3.npz"),
-        ("--out /proc/folder/m.pt", "/proc/folder"),
-        ("--out text", "is a folder"),
+        ("--out text/val.txt", "would replace text/val.txt"),
+        ("--out /dev/null", "no regular file"),
+        ("--out text", "no regular file"),
         ("--unknown", "unrecognized"),
     ],
 )
@@ -119,26 +155,16 @@ def test_merge(folder, flags, message, capsys):
     )
 
 
-def test_merge_refuses_vectors_that_overflow(folder, capsys):
-    model = make_gpt()
-    make_ia3(model).l_v.data[1, 3] = 3e38
-    model.transformer.h[1].attn.c_attn.weight.data[32 + 3] = 30
-    model.save("big.pt")
-    model.ia3.base = None
-    model.ia3.base = train.attach(model, model.ia3).base
-    model.ia3.save("big.npz")
-    flags = "--base big.pt --ia3 big.npz --data text --out m.pt".split()
-    check(folder, merge, flags, "transformer.h.1.attn.c_attn.weight holds NaN or infinity", capsys)
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--tokens -1", "tokens"),
-        ("--top-k 0", "top_k"),
+        ("--tokens -1", "tokens must be from 0 to a million"),
+        (f"--tokens {10**12}", "tokens must be from 0 to a million"),
+        ("--top-k 0", "top_k must be at least 1"),
         ("--temperature -1", "temperature"),
         ("--temperature nan", "temperature"),
         ("--temperature 1e-40", "temperature"),
+        (f"--seed {2**64}", "seed"),
         ("--base nowhere.pt", "nowhere.pt"),
         ("--ia3 other_base.npz", "another base"),
         ("--ia3 ia3.npz other_shape.npz", "this base takes"),
@@ -149,107 +175,66 @@ def test_sample(folder, flags, message, capsys):
     check(folder, sample, ["--base", "base.pt", "--device", "cpu", *flags.split()], message, capsys)
 
 
-def test_sample_wants_a_prompt_and_a_tokenizer(folder, capsys):
+def test_a_prompt_and_a_tokenizer_are_wanted(folder, capsys):
     check(folder, sample, ["--base", "base.pt", "--prompt", ""], "the prompt is empty", capsys)
-    make_gpt(vocab_size=99).save("odd.pt")
-    check(folder, sample, ["--base", "odd.pt"], "tokenizer", capsys)
-    check(folder, train, [*TRAIN, "--init", "odd.pt"], "tokenizer is unknown", capsys)
+    common.save(make_gpt(vocab_size=99), "odd.pt")
+    check(folder, sample, ["--base", "odd.pt"], "names no tokenizer, and its vocabulary of 99", capsys)
+    check(folder, train, [*TRAIN, "--base", "odd.pt"], "tokenizer is unknown", capsys)
 
 
-def test_plot(folder, capsys):
-    check(folder, plot, ["nowhere"], "no run of train.py", capsys)
-    (folder / "bad").mkdir()
-    (folder / "bad/metrics.csv").write_text("step,loss\n0,x\n")
-    check(folder, plot, ["bad"], "bad/metrics.csv", capsys)
-    check(folder, plot, [], "RUN", capsys)
-
-
-class Code:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
-
-
-def test_checkpoints_that_are_damaged_or_carry_code(folder, capsys):
-    raw = (folder / "base.pt").read_bytes()
-    for keep in (0, 10, len(raw) // 2, len(raw) - 10):
-        (folder / "cut.pt").write_bytes(raw[:keep])
-        check(folder, train, [*TRAIN, "--init", "cut.pt"], "cut.pt is truncated, carries code", capsys)
-    torch.save({"model": Code(), "model_args": {}}, "code.pt")
-    check(folder, train, [*TRAIN, "--init", "code.pt"], "carries code", capsys)
-    (folder / "code.pt").write_bytes(pickle.dumps(Code(), protocol=2))
-    check(folder, sample, ["--base", "code.pt"], "carries code", capsys)
-    assert not (folder / "ran").exists()
-    np.savez("code.npz", about=np.array(Code(), dtype=object), l_k=np.array([Code()], dtype=object))
-    check(folder, train, [*TRAIN, "--ia3", "code.npz"], "no file of (IA)³ vectors", capsys)
-    assert not (folder / "ran").exists()
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("file", ["zip.pt", "legacy.pt", "ia3.npz"])
-def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(folder, file):
-    model = make_gpt()
-    torch.save(torch.load("base.pt"), "legacy.pt", _use_new_zipfile_serialization=False)
-    os.rename("base.pt", "zip.pt")
-    raw, dice = (folder / file).read_bytes(), np.random.default_rng(0)
-    refused = 0
-    for _ in range(300):
-        damaged = np.frombuffer(raw, np.uint8).copy()
-        near = 2000 if file == "legacy.pt" else len(raw)  # a legacy file's pickles stand at its head
-        damaged[dice.integers(0, near, 20)] = dice.integers(0, 256, 20)
-        with open("damaged", "wb") as f:
-            f.write(damaged)
-        try:
-            IA3.load("damaged", model) if file == "ia3.npz" else load_file("damaged", mmap=True)
-        except ValueError:
-            refused += 1
-    assert refused > 100
-
-
-def spoiled(change):
-    checkpoint = torch.load("base.pt", weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, "spoiled.pt")
+# The end of every script
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "trouble, status, message",
     [
-        (lambda c: c.pop("model"), "not a GPT checkpoint"),
-        (lambda c: c.pop("model_args"), "not a GPT checkpoint"),
-        (lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
-        (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
-        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head is not the embedding"),
-        (lambda c: c["model"]["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan), "h.0.mlp.c_fc.bias holds NaN or inf"),
-        (lambda c: c["model_args"].update(n_embd=32), "size mismatch"),
-        (lambda c: c["model_args"].update(n_head=3), "not divisible"),
-        (lambda c: c["model_args"].update(block_size=0), "block_size must be"),
-        (lambda c: c["model_args"].update(n_layer="two"), "not a GPT checkpoint"),
-        (lambda c: c["model_args"].update(rotary=True), "rotary"),
-        (lambda c: c.update(tokenizer="words"), "unknown tokenizer 'words'"),
+        (ValueError("what is\nwrong"), 2, "x.py: what is wrong\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.pt"), 2, "x.py: [Errno 2] No such file or directory"),
+        (FloatingPointError("loss nan"), 2, "x.py: loss nan\n"),
+        (MemoryError(), 2, "x.py: out of memory\n"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "x.py: CUDA out of memory.\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 2, "x.py: DefaultCPUAllocator"),
+        (KeyboardInterrupt(), 130, "x.py: stopped; go on\n"),
     ],
 )
-def test_checkpoints_of_something_else(folder, change, message, capsys):
-    spoiled(change)
-    check(folder, train, [*TRAIN, "--init", "spoiled.pt"], message, capsys)
+def test_what_ends_a_script_is_one_line(capsys, trouble, status, message):
+    def run(argv):
+        assert argv == ["a", "b"]
+        raise trouble
 
-
-def test_a_checkpoint_that_is_no_dict(folder, capsys):
-    torch.save(torch.ones(3), "tensor.pt")
-    check(folder, train, [*TRAIN, "--init", "tensor.pt"], "not a GPT checkpoint", capsys)
-
-
-def test_a_learning_rate_that_blows_up_stops_with_one_line_and_a_finite_checkpoint(folder, capsys):
-    assert train.main([*TRAIN, "--steps", "50", "--eval-interval", "1", "--lr", "1e38", "--grad-clip", "1e30"]) == 2
+    assert common.exit_status("x.py", run, ["a", "b"], "stopped; go on") == status
     err = capsys.readouterr().err
-    assert "try a smaller lr" in err and err.count("\n") == 1
-    saved = torch.load("run/last.pt", weights_only=True)["trained"]
-    assert all(t.isfinite().all() for t in saved.values()) and not os.path.exists("run/ia3.npz")
+    assert err.startswith(message) and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["train", "merge", "sample", "plot"])
-def test_as_a_process(script):
-    """What main() is told in-process is what a shell sees; and --help teaches."""
-    wrong = subprocess.run([sys.executable, f"{script}.py", "--wrong"], capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") == 1
-    shown = subprocess.run([sys.executable, f"{script}.py", "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and f"python {script}.py" in shown.stdout and not shown.stderr
+@pytest.mark.parametrize("trouble", [RuntimeError("shapes do not fit"), KeyError("x"), TypeError("x")])
+def test_a_mistake_of_ours_keeps_its_traceback(trouble):
+    def run(argv):
+        raise trouble
+
+    with pytest.raises(type(trouble)):
+        common.exit_status("x.py", run, [])
+
+
+def test_a_run_that_ends_well_or_says_so_itself_returns_its_own_status():
+    assert common.exit_status("x.py", lambda argv: 0, []) == 0
+    assert common.exit_status("x.py", lambda argv: 1, []) == 1
+
+
+@pytest.mark.parametrize("script", [train, merge, sample])
+def test_help_teaches(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0 and not err and f"python {script.__name__}.py" in out
+
+
+def test_as_a_process_into_a_pipe_that_is_closed(tiny_run):
+    """What main() is told in-process is what a shell sees: its status, and no traceback when head has seen enough."""
+    flags = f"--base {tiny_run[0]}/base.pt --prompt A --tokens 9 --device cpu".split()
+    process = subprocess.Popen(
+        [sys.executable, "sample.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, b"")
+    process.stderr.close()

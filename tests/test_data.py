@@ -1,11 +1,13 @@
 """The texts, the tokenizers, and batches as a function of (seed, step)."""
 
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_gpt
 
 import data
 from data import prepare
@@ -72,22 +74,58 @@ def test_prepare_drops_a_line_that_an_earlier_split_holds_however_it_is_punctuat
     assert corpora["a"]["val"].startswith("unlike")
 
 
-def test_a_byte_is_its_own_token():
-    bytes_ = data.get_tokenizer("bytes")
-    everything = "".join(map(chr, range(0x20, 0x250))) + "\n\t€ 𝄞"
-    assert bytes_.encode_ordinary(everything) == list(everything.encode())
-    assert bytes_.decode(bytes_.encode_ordinary(everything)) == everything
-    assert bytes_.n_vocab == 257 and bytes_.eot_token == 256
-    with pytest.raises(ValueError, match="unknown tokenizer"):
-        data.get_tokenizer("words")
+BYTES = data.Tokenizer("bytes", 257)
 
 
-def test_gpt2s_tokenizer_is_tiktokens():
+@pytest.fixture(scope="module")
+def gpt2():
+    tokenizer = data.Tokenizer("gpt2", 50304)
     try:
-        gpt2 = data.get_tokenizer("gpt2")
+        tokenizer.encode_ordinary("a")
     except OSError as e:
         pytest.skip(f"tiktoken could not fetch gpt2's ranks: {type(e).__name__}")
-    assert gpt2.encode_ordinary("Hello world") == [15496, 995] and gpt2.n_vocab == 50257
+    return tokenizer
+
+
+def test_a_byte_is_its_own_token():
+    everything = "".join(map(chr, range(0x20, 0x250))) + "\n\t€ 𝄞"
+    assert BYTES.encode_ordinary(everything) == list(everything.encode())
+    assert BYTES.decode(BYTES.encode_ordinary(everything)) == everything
+    assert BYTES.encode_ordinary("<|endoftext|>") == list(b"<|endoftext|>") and BYTES.decode([256]) == "<|endoftext|>"
+    assert copy.deepcopy(BYTES) is BYTES and BYTES.about == "bytes"
+
+
+def test_ids_that_pad_a_vocabulary_stand_for_no_text():
+    assert data.Tokenizer("bytes", 300).decode([65, 257, 299, 66]) == "AB"
+
+
+@pytest.mark.parametrize(
+    "about, vocab_size, message",
+    [
+        ("words", 257, "unknown tokenizer 'words': there are bytes, gpt2"),
+        (7, 257, "unknown tokenizer '7'"),
+        ("bytes", 256, "tokenizer bytes has 257 ids, but the vocabulary only 256"),
+        ("gpt2", 257, "tokenizer gpt2 has 50257 ids, but the vocabulary only 257"),
+    ],
+)
+def test_tokenizers_that_there_are_not_or_that_do_not_fit_are_refused(about, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        data.Tokenizer(about, vocab_size)
+
+
+def test_gpt2s_tokenizer_is_tiktokens(gpt2):
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995]
+    assert gpt2.decode([15496, 50300, 995]) == "Hello world"  # padding, as in nanoGPT's vocabulary of 50304
+    assert gpt2.encoding.n_vocab == data.N_IDS["gpt2"] and BYTES.encoding.n_vocab == data.N_IDS["bytes"]
+
+
+def test_gpt2_reads_text_in_utf_8_and_its_bytes_are_counted(gpt2, tmp_path):
+    (tmp_path / "val.txt").write_text("Hello world, ² ³ " * 9, encoding="utf-8")
+    val = data.load(tmp_path, gpt2, 50304, 16, ["val"])["val"]
+    assert val.tokens.tolist() == gpt2.encode_ordinary("Hello world, ² ³ " * 9) and val.n_bytes == 19 * 9
+    (tmp_path / "val.txt").write_bytes(b"caf\xe9" * 99)
+    with pytest.raises(ValueError, match=r"val.txt is not UTF-8 text \(byte 3\)"):
+        data.load(tmp_path, gpt2, 50304, 16, ["val"])
 
 
 def test_every_byte_of_a_stream_is_predicted_once():
@@ -122,7 +160,7 @@ def examples(tmp_path):
     ]
     for split in ("train", "val"):
         write_jsonl(tmp_path / f"{split}.jsonl", rows)
-    return data.load(tmp_path, "bytes", 257, 16)["train"]
+    return data.load(tmp_path, BYTES, 257, 16)["train"]
 
 
 def test_only_completions_carry_loss_and_rows_are_padded(examples):
@@ -142,31 +180,44 @@ def test_a_prompt_to_go_on_from_does_not_give_the_completion_away(examples):
     assert examples.n_tokens == 5
 
 
+def test_the_hash_of_a_split_tells_it_from_others(examples):
+    tokens = np.arange(99, dtype=np.uint8)
+    other = tokens.copy()
+    other[50] += 1
+    splits = [data.Stream(tokens, 8), data.Stream(tokens, 9), data.Stream(tokens.astype(np.uint16), 8)]
+    splits += [data.Stream(other, 8), examples, data.Examples(examples.examples[:2])]
+    assert len({split.data_hash() for split in splits}) == 6
+    assert data.Stream(tokens.copy(), 8).data_hash() == splits[0].data_hash()
+    assert data.Examples(list(examples.examples)).data_hash() == examples.data_hash()
+
+
 def test_an_epoch_reads_every_example_once(examples):
     for epoch in range(4):
         first = sorted(row[0].item() for step in range(3) for row in examples.batch(0, 3 * epoch + step, 1)[0])
         assert first == sorted(b"axl")
     assert examples.batch(0, 0, 7)[0].shape == (7, 8)  # a batch larger than the data
+    orders = {tuple(examples.batch(seed, 0, 3)[0][:, 0].tolist()) for seed in range(20)}
+    assert len(orders) > 3  # of six
 
 
 def test_bin_files_are_nanogpts_and_memory_mapped(tmp_path):
     for split in ("train", "val"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     train = data.load(tmp_path, None, 100, 16)["train"]
-    assert isinstance(train.tokens, np.memmap) and train.n_bytes is None
+    assert isinstance(train.tokens, np.memmap) and train.n_bytes is None and train.n_tokens == 99
     assert train.windows([1])[0][0].tolist() == list(range(16, 32))
 
 
 def test_a_name_under_data_and_any_path_work(tmp_path, monkeypatch):
-    assert data.load("sonnets", "bytes", 257, 128)["val"].n_bytes == (DATA / "sonnets/val.txt").stat().st_size
+    assert data.load("sonnets", BYTES, 257, 128)["val"].n_bytes == (DATA / "sonnets/val.txt").stat().st_size
     (tmp_path / "val.txt").write_bytes(bytes(range(256)))  # any bytes are text to the bytes tokenizer
-    val = data.load(tmp_path, "bytes", 257, 128, ["val"])["val"]
+    val = data.load(tmp_path, BYTES, 257, 128, ["val"])["val"]
     assert val.tokens.tolist() == list(range(256))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sonnets").symlink_to(tmp_path)  # a folder of the user's, called as one of ours
     for here in (".", "../" + tmp_path.name, "./sonnets", "sonnets/"):
-        assert data.load(here, "bytes", 257, 128, ["val"])["val"].tokens.tolist() == list(range(256))
-    assert data.load("sonnets", "bytes", 257, 128, ["val"])["val"].n_bytes == (DATA / "sonnets/val.txt").stat().st_size
+        assert data.load(here, BYTES, 257, 128, ["val"])["val"].tokens.tolist() == list(range(256))
+    assert data.load("sonnets", BYTES, 257, 128, ["val"])["val"].n_bytes == (DATA / "sonnets/val.txt").stat().st_size
 
 
 def good_folder(tmp_path):
@@ -175,47 +226,98 @@ def good_folder(tmp_path):
     return tmp_path
 
 
-def jsonl(line):
+def raw(kind, content):
+    """What writes content as both splits' files of that kind into a folder."""
+
     def write(folder):
-        (folder / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
-        (folder / "val.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        for split in ("train", "val"):
+            (folder / f"{split}.{kind}").write_bytes(content)
 
     return write
+
+
+def jsonl(line):
+    return raw("jsonl", b'{"prompt": "a", "completion": "b"}\n\n' + line.encode() + b"\n")
 
 
 @pytest.mark.parametrize(
     "spoil, tokenizer, message",
     [
-        (lambda f: (f / "val.txt").unlink(), "bytes", "val.txt is missing"),
-        (lambda f: (f / "train.txt").unlink(), "bytes", "holds no train.jsonl, train.bin or train.txt"),
-        (lambda f: (f / "train.txt").write_text(""), "bytes", "train.txt holds 0 tokens, too few"),
-        (lambda f: (f / "val.txt").write_text("x" * 16), "bytes", "val.txt holds 16 tokens, too few"),
-        (lambda f: (f / "train.txt").write_bytes(b"caf\xe9" * 99), "gpt2", "train.txt is not UTF-8 text"),
+        (lambda f: (f / "val.txt").unlink(), BYTES, "val.txt is missing"),
+        (lambda f: (f / "train.txt").unlink(), BYTES, "holds no train.jsonl, train.bin or train.txt"),
+        (lambda f: (f / "train.txt").write_text(""), BYTES, "train.txt holds 0 tokens, too few"),
+        (lambda f: (f / "val.txt").write_text("x" * 16), BYTES, "val.txt holds 16 tokens, too few"),
         (lambda f: None, None, "tokenizer is unknown"),
-        (lambda f: np.full(99, 257, np.uint16).tofile(f / "train.bin"), "bytes", "token id 257, beyond"),
-        (lambda f: (f / "train.bin").write_bytes(b"abc"), "bytes", "no file of uint16 tokens"),
-        (lambda f: (f / "train.bin").write_bytes(b""), "bytes", "empty"),
-        (jsonl('{"prompt": "a"'), "bytes", "train.jsonl line 3: not JSON"),
-        (jsonl('{"prompt": "a"}'), "bytes", "train.jsonl line 3: wants"),
-        (jsonl('{"prompt": "a", "completion": 7}'), "bytes", "train.jsonl line 3: wants"),
-        (jsonl('["a", "b"]'), "bytes", "train.jsonl line 3: wants"),
-        (jsonl('{"prompt": "a", "completion": ""}'), "bytes", "train.jsonl line 3: the completion is empty"),
-        (jsonl('{"prompt": "0123456789", "completion": "0123456789"}'), "bytes", "line 3: 20 tokens do not fit"),
-        (jsonl("\xff"), "bytes", "train.jsonl line 3: not JSON"),
-        (lambda f: (f / "train.jsonl").write_text("\n"), "bytes", "holds no examples"),
+        (raw("bin", np.full(99, 257, np.uint16).tobytes()), BYTES, "token id 257, beyond"),
+        (raw("bin", b"abc"), BYTES, "no file of uint16 tokens"),
+        (raw("bin", b""), BYTES, "empty"),
+        (jsonl('{"prompt": "a"'), BYTES, "train.jsonl line 3: not JSON"),
+        (jsonl('{"prompt": "a"}'), BYTES, "train.jsonl line 3: wants"),
+        (jsonl('{"prompt": "a", "completion": 7}'), BYTES, "train.jsonl line 3: wants"),
+        (jsonl('["a", "b"]'), BYTES, "train.jsonl line 3: wants"),
+        (jsonl('{"prompt": "a", "completion": ""}'), BYTES, "train.jsonl line 3: the completion is empty"),
+        (jsonl('{"prompt": "0123456789", "completion": "0123456789"}'), BYTES, "line 3: 20 tokens do not fit"),
+        (jsonl("\xff"), BYTES, "train.jsonl line 3: not JSON"),
+        (jsonl("[" * 100_000), BYTES, "train.jsonl line 3: not JSON"),
+        (jsonl('{"prompt": "a", "choices": ["b", "c"], "answer": 0}'), BYTES, "line 3: choices to rank: python -m exp"),
+        (jsonl('{"prompt": "", "completion": "b"}'), BYTES, "train.jsonl line 3: the completion is empty"),
+        (raw("jsonl", b"\n"), BYTES, "holds no examples"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(tmp_path, spoil, tokenizer, message):
     spoil(good_folder(tmp_path))
-    if tokenizer == "gpt2":
-        try:
-            data.get_tokenizer("gpt2")
-        except OSError:
-            pytest.skip("tiktoken could not fetch gpt2's ranks")
     with pytest.raises((ValueError, OSError), match=message):
         data.load(tmp_path, tokenizer, 257, 16)
 
 
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(OSError, match="folio, kjv, plays, sonnets"):
-        data.load("psalms", "bytes", 257, 16)
+        data.load("psalms", BYTES, 257, 16)
+
+
+# What the loss is of
+
+
+INSTRUCTIONS = [
+    {"prompt": "Modern: I have seen it.\nFolio: ", "completion": "I haue seene it."},
+    {"prompt": "Modern: Go up.\nFolio: ", "completion": "Goe vp."},
+    {"prompt": "Modern: He is kind to us.\nFolio: ", "completion": "Hee is kinde to vs."},
+]
+
+
+def read_instructions(folder, rows):
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return data.load(folder, BYTES, 257, 64)["train"]
+
+
+def test_prompt_targets_carry_no_loss_but_the_prompt_counts(tmp_path):
+    """In float64, whose rounding is below 1e-12 of a loss of about 6 nats."""
+    model = make_gpt(block_size=64).double()
+    split = read_instructions(tmp_path, INSTRUCTIONS)
+    x, y = split.windows([0])
+    n_prompt = len(INSTRUCTIONS[0]["prompt"])
+    assert (y[0, : n_prompt - 1] == -1).all() and bytes(y[0, n_prompt - 1 :].tolist()).decode() == "I haue seene it."
+    loss = model(x, y)[1]
+    log_p = model(x)[0].log_softmax(-1)[0, n_prompt - 1 :]
+    assert torch.allclose(loss, -log_p.gather(1, y[0, n_prompt - 1 :, None]).mean(), rtol=1e-12)
+    edited = x.clone()
+    edited[0, 3] = ord("X")  # a prompt token: no target of its own, but context
+    assert (model(edited, y)[1] - loss).abs() > 1e-6
+
+
+def test_padding_changes_nothing(tmp_path):
+    """The batch's loss is the mean over all completion tokens, as if each example were read alone. Float64."""
+    model = make_gpt(block_size=64).double()
+    split = read_instructions(tmp_path, INSTRUCTIONS)
+    x, y = split.windows([0, 1, 2])
+    alone = [split.windows([i]) for i in range(3)]
+    n = torch.tensor([(t >= 0).sum() for _, t in alone])
+    losses = torch.stack([model(*pair)[1] for pair in alone])
+    assert len({t.size(1) for _, t in alone}) == 3
+    assert torch.allclose(model(x, y)[1], (losses * n).sum() / n.sum(), rtol=1e-12)
+    other = x.clone()
+    other[1, alone[1][0].size(1) :] = 7  # what stands in the padding
+    assert not torch.equal(other, x)
+    assert torch.allclose(model(other, y)[1], model(x, y)[1], rtol=1e-12)

@@ -9,18 +9,19 @@ import pytest
 import torch
 from conftest import make_ia3
 
-import convert
 import data as datasets
 from ia3 import attach, fingerprint
 from merge import merge, verify
-from model import GPT
+from model import GPT, GPTConfig
 from train import TrainConfig, train
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def gpt2():
     torch.manual_seed(0)
-    return GPT(convert.published("gpt2")).eval()
+    return GPT(GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768)).eval()
 
 
 def test_a_step_and_a_merge_of_124m(gpt2, device):
@@ -34,7 +35,7 @@ def test_a_step_and_a_merge_of_124m(gpt2, device):
     vectors = attach(model)
     tokens = np.random.default_rng(0).integers(0, 50257, 4 * length + 1)
     split = datasets.Stream(tokens, length)
-    config = TrainConfig(steps=1, batch_size=4 if on_gpu else 1, eval_windows=1, device=device)
+    config = TrainConfig(steps=1, batch_size=4 if on_gpu else 1, eval_windows=1)
     history = train(model, {"train": split, "val": split}, config)
 
     assert vectors.count() == 55_296 and {p.dtype for p in vectors.parameters()} == {torch.float32}
@@ -67,7 +68,6 @@ def test_a_step_and_a_merge_of_124m(gpt2, device):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < limit  # of the whole process, ever
 
 
-@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_compiled_step_of_124m_in_bfloat16(gpt2):
     """The CPU twin, on a small shape in float32, is in test_train.py."""

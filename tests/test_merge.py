@@ -12,38 +12,36 @@ import torch
 from conftest import make_gpt, make_ia3, make_idx
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import ia3
-from merge import main, merge, verify
-from model import GPT
+from merge import Report, main, merge, verify
 
 SHAPES = [
-    {"n_layer": 1, "n_head": 1, "n_embd": 8},
     {"n_layer": 2, "n_head": 4, "n_embd": 32},
     {"n_layer": 3, "n_head": 3, "n_embd": 48, "block_size": 33, "bias": False},
 ]
-SUBSETS = [("k",), ("v",), ("ff",), ("k", "v"), ("k", "v", "ff")]
+SUBSETS = [("k",), ("v",), ("ff",), ("k", "v", "ff")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("targets", SUBSETS)
+@pytest.mark.parametrize("sites", SUBSETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_powers_of_two_merge_bit_for_bit(device, shape, targets, dtype):
+def test_powers_of_two_merge_bit_for_bit(device, shape, sites, dtype):
     """Multiplying by ±2^n is exact, so every intermediate is the same number: no tolerance."""
-    for seed in range(3):
-        model = make_gpt(seed, **shape).to(device, dtype)
-        make_ia3(model, seed, targets, powers_of_two=True)
-        idx = make_idx(model, seed=seed).to(device)
-        assert torch.equal(merge(model)(idx)[0], model(idx)[0])
+    model = make_gpt(**shape).to(device, dtype)
+    make_ia3(model, sites=sites, powers_of_two=True)
+    idx = make_idx(model).to(device)
+    assert torch.equal(merge(model)(idx)[0], model(idx)[0])
+    assert not torch.equal(model(idx)[0], make_gpt(**shape).to(device, dtype)(idx)[0])
 
 
-@pytest.mark.parametrize("targets", SUBSETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_vectors_merge_to_1e_11_in_float64(shape, targets):
+def test_any_vectors_merge_to_1e_11_in_float64(shape):
     """Logits here are below 100, sums run over at most 192 terms: 192 · 100 · 2^-53 is 2e-12 a layer."""
     for seed in range(3):
         model = make_gpt(seed, **shape).double()
-        make_ia3(model, seed, targets)
+        make_ia3(model, seed)
         idx = make_idx(model, seed=seed)
         with torch.no_grad():
             assert (merge(model)(idx)[0] - model(idx)[0]).abs().max() <= 1e-11
@@ -54,7 +52,7 @@ def test_merged_is_no_further_from_the_truth_than_unmerged(device, dtype):
     """Both round, at other places; merging rounds each weight once more and each activation once less."""
     ratios = []
     for shape in SHAPES:
-        for seed in range(5):
+        for seed in range(6):
             model = make_gpt(seed, **shape).to(device, dtype)
             make_ia3(model, seed)
             report = verify(model, merge(model), make_idx(model, rows=16, seed=seed).to(device))
@@ -65,19 +63,19 @@ def test_merged_is_no_further_from_the_truth_than_unmerged(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("targets", SUBSETS)
+@pytest.mark.parametrize("sites", SUBSETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_merged_tensors_are_l_times_w_and_l_times_b_and_nothing_else_changed(shape, targets, dtype):
+def test_the_merged_tensors_are_l_times_w_and_l_times_b_and_nothing_else_changed(shape, sites, dtype):
     model = make_gpt(**shape).to(dtype)
-    vectors = make_ia3(model, targets=targets).matrices()
+    vectors = make_ia3(model, sites=sites).matrices()
     before = copy.deepcopy(model.state_dict())
     merged = merge(model)
     C = model.config.n_embd
     expected = {name: t.clone() for name, t in before.items() if not name.startswith("ia3.")}
     for i in range(model.config.n_layer):
-        for target, start in (("l_k", C), ("l_v", 2 * C)):
-            for r in range(C) if target in vectors else []:
-                scale = vectors[target][i, r].double()
+        for site, start in (("l_k", C), ("l_v", 2 * C)):
+            for r in range(C) if site in vectors else []:
+                scale = vectors[site][i, r].double()
                 for name in (f"transformer.h.{i}.attn.c_attn.{kind}" for kind in ("weight", "bias")):
                     if name in expected:
                         expected[name][start + r] = (scale * before[name][start + r].double()).to(dtype)
@@ -128,7 +126,7 @@ def test_ones_change_nothing_and_zeros_and_negatives_are_numbers_like_others():
 def test_logits_cannot_see_b_k():
     """Why the tensors are looked at: with b_k left unscaled the logits agree all the same."""
     model = make_gpt().double()
-    make_ia3(model, targets=("k",))
+    make_ia3(model, sites=("k",))
     merged = merge(model)
     wrong = copy.deepcopy(merged)
     for ours, theirs in zip(wrong.transformer.h, model.transformer.h, strict=True):
@@ -151,8 +149,8 @@ def test_what_is_not_finite_is_refused_by_name(name, value):
 
 def test_a_product_that_overflows_is_refused_by_name():
     model = make_gpt()
-    make_ia3(model)
     model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = 1e38
+    make_ia3(model)
     model.ia3.l_ff.data[1, 0] = 100
     with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_proj\.weight"):
         merge(model)
@@ -167,6 +165,16 @@ def test_a_base_without_vectors_and_stacked_vectors_are_refused():
         merge(model)
 
 
+def test_vectors_are_not_merged_twice():
+    """The merged weights are another base; the vectors' fingerprint says so."""
+    model = make_gpt()
+    vectors = make_ia3(model)
+    merged = merge(model)
+    merged.ia3 = vectors
+    with pytest.raises(ValueError, match="merged into this one already"):
+        merge(merged)
+
+
 def test_verify_sees_a_wrong_merge():
     model = make_gpt()
     make_ia3(model)
@@ -179,12 +187,46 @@ def test_verify_sees_a_wrong_merge():
     assert "distance" in str(good)
 
 
+def test_verify_measures_what_it_says():
+    """Against the same figures by another way, in one piece. A float64 model is its own truth."""
+    model = make_gpt()
+    make_ia3(model)
+    merged = merge(model)
+    wrong = copy.deepcopy(merged)
+    wrong.transformer.ln_f.weight.data[3] += 0.5  # enough for some predictions to change
+    idx = make_idx(model, rows=4)
+    report = verify(model, wrong, idx)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(idx)[0]
+        a, b = model(idx)[0].double(), wrong(idx)[0].double()
+        folded = merge(copy.deepcopy(model).double())(idx)[0]
+    assert report.max_difference == pytest.approx((a - b).abs().max().item(), rel=1e-5)
+    assert report.unmerged_distance == pytest.approx((a - truth).square().mean().sqrt().item(), rel=1e-2)
+    assert report.merged_distance == pytest.approx((b - truth).square().mean().sqrt().item(), rel=1e-5)
+    assert report.argmax_agreement == pytest.approx((a.argmax(-1) == b.argmax(-1)).double().mean().item())
+    assert 0 < report.argmax_agreement < 1
+    assert 0 < report.float64_difference <= 1e-11 and 0 < (folded - truth).abs().max() <= 1e-11
+    assert model.ia3 is not None  # what verify folds is its own copy
+
+
+def test_exact_is_within_one_and_a_half_of_the_unmerged_distance_and_1e_11_in_float64():
+    def exact(unmerged, merged, float64=0.0):
+        return Report(0.0, float64, unmerged, merged, 1.0).is_exact()
+
+    assert exact(1e-6, 1.49e-6) and not exact(1e-6, 1.51e-6)
+    assert exact(0.0, 0.99e-11) and not exact(0.0, 1.01e-11)  # in float64 there may be nothing to compare with
+    assert exact(1e-6, 1e-6, 0.99e-11) and not exact(1e-6, 1e-6, 1.01e-11)
+
+
 @pytest.fixture
 def files(tmp_path):
     model = make_gpt(block_size=32)
-    model.save(tmp_path / "base.pt")
+    common.save(model, tmp_path / "base.pt")
     make_ia3(model).save(tmp_path / "ia3.npz")
-    return tmp_path, f"--base {tmp_path}/base.pt --ia3 {tmp_path}/ia3.npz --out {tmp_path}/merged.pt".split()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/val.txt").write_text("And God saw the light, that it was good. " * 30)
+    flags = f"--base {tmp_path}/base.pt --ia3 {tmp_path}/ia3.npz --out {tmp_path}/m.pt --data {tmp_path}/text"
+    return tmp_path, flags.split()
 
 
 def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_ia3_code(files, capsys):
@@ -192,10 +234,10 @@ def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_i
     assert main(flags) == 0
     out = capsys.readouterr().out
     assert "max |Δlogit|" in out and "greedy text     identical" in out
-    saved = torch.load(folder / "merged.pt", weights_only=True)
+    saved = torch.load(folder / "m.pt", weights_only=True)
     plain = make_gpt(block_size=32)  # this model.py's class, strictly
     plain.load_state_dict(saved["model"], strict=True)
-    model = GPT.from_pretrained(folder / "base.pt")
+    model = common.load(folder / "base.pt")
     model.ia3 = ia3.IA3.load(folder / "ia3.npz", model)
     idx = make_idx(model)
     assert torch.equal(plain(idx)[0], merge(model)(idx)[0])
@@ -207,7 +249,7 @@ def test_the_command_line_makes_the_folder_it_writes_to(files):
     assert (folder / "no/such/merged.pt").exists()
 
 
-def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch):
+def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch, capsys):
     def careless(model):
         merged = merge(model)
         merged.transformer.h[0].attn.c_attn.bias.data[32:] += 1e-3  # b_v, a little off
@@ -215,3 +257,16 @@ def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch):
 
     monkeypatch.setattr("merge.merge", careless)
     assert main(files[1]) == 1
+
+
+def test_vectors_that_overflow_are_refused_before_anything_is_written(files, capsys):
+    folder, flags = files
+    model = make_gpt(block_size=32)
+    model.transformer.h[1].attn.c_attn.weight.data[32 + 3] = 30
+    common.save(model, folder / "base.pt")
+    vectors = make_ia3(model)
+    vectors.l_v.data[1, 3] = 3e38
+    vectors.save(folder / "ia3.npz")
+    assert main(flags) == 2
+    assert capsys.readouterr().err == "merge.py: transformer.h.1.attn.c_attn.weight holds NaN or infinity\n"
+    assert not (folder / "m.pt").exists()

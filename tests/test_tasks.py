@@ -1,23 +1,36 @@
-"""Many tasks on one frozen base: stacked vectors, batches that mix tasks, their gradients and texts, and choices."""
-
-import json
+"""Many tasks on one frozen base: switched, stacked and unstacked, in batches that mix them, trained jointly."""
 
 import pytest
 import torch
 from conftest import make_gpt, make_ia3, make_idx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sample
 import train
-from ia3 import IA3, attach, stack
+from ia3 import IA3, attach, fingerprint, stack, unstack
+from sample import generate
 
 IDS = torch.tensor([2, 0, 1, 3, 0, 2])  # row by row; task 3 is the base
 
 
 def make_tasks(model):
-    """Three tasks with different targets, and the base."""
-    targets = [("k", "v", "ff"), ("ff",), ("k", "v")]
-    return [*[make_ia3(model, seed, t) for seed, t in enumerate(targets)], None]
+    """Three tasks that scale different sites, and the base."""
+    sites = [("k", "v", "ff"), ("ff",), ("k", "v")]
+    return [make_ia3(model, 0, sites[0]), make_ia3(model, 1, sites[1]), make_ia3(model, 2, sites[2]), None]
+
+
+def test_switching_tasks_is_an_assignment():
+    model = make_gpt()
+    idx = make_idx(model)
+    base = model(idx)[0]
+    a = make_ia3(model, seed=1)
+    with_a = model(idx)[0]
+    b = make_ia3(model, seed=2)
+    assert not torch.equal(model(idx)[0], with_a)
+    model.ia3 = a
+    assert torch.equal(model(idx)[0], with_a)
+    model.ia3 = None
+    assert torch.equal(model(idx)[0], base)
+    assert b.fingerprint == a.fingerprint == fingerprint(model)
 
 
 def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_bit():
@@ -29,20 +42,20 @@ def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_
     assert loss.isfinite()
     for i, task in enumerate(IDS):
         model.ia3 = attached = stack(tasks)
-        assert torch.equal(mixed[i], model(idx, tasks=torch.full_like(IDS, task))[0][i])
+        assert torch.equal(mixed[i], model(idx, task_ids=torch.full_like(IDS, task))[0][i])
         model.ia3 = tasks[task]  # and not only the same as when stacked
         assert torch.equal(mixed[i], model(idx)[0][i])
     assert attached.l_k.shape == (4, 2, 16) and attached.l_ff.shape == (4, 2, 64)
     assert not torch.equal(mixed[1], mixed[4])  # one task, two texts
     same = idx[:1].expand(4, -1)
     model.ia3 = attached
-    rows = model(same, tasks=torch.arange(4))[0]
+    rows = model(same, task_ids=torch.arange(4))[0]
     assert all(not torch.equal(rows[i], rows[j]) for i in range(4) for j in range(i))  # four tasks, one text
 
 
 def test_what_a_task_leaves_out_is_ones_and_what_all_leave_out_is_none():
     model = make_gpt()
-    k, v = make_ia3(model, targets=("k",)), make_ia3(model, targets=("v",))
+    k, v = make_ia3(model, sites=("k",)), make_ia3(model, sites=("v",))
     stacked = stack([k, v, None])
     assert stacked.l_ff is None and stacked.count() == 3 * (k.count() + v.count())
     assert torch.equal(stacked.l_k[0], k.l_k) and (stacked.l_k[1:] == 1).all()
@@ -50,6 +63,24 @@ def test_what_a_task_leaves_out_is_ones_and_what_all_leave_out_is_none():
     with torch.no_grad():
         stacked.l_k.zero_()
     assert (k.l_k != 0).any()  # a copy
+
+
+def test_unstack_is_the_way_back():
+    model = make_gpt()
+    tasks = [make_ia3(model, 1, ("k", "v")), make_ia3(model, 2, ("k",)), None]
+    stacked = stack(tasks)
+    found = unstack(stacked)
+    assert len(found) == 3 and {task.fingerprint for task in found} == {fingerprint(model)}
+    for task, before in zip(found, tasks, strict=True):
+        assert list(task.matrices()) == ["l_k", "l_v"] and not task.is_stacked()
+        for name, p in task.matrices().items():
+            wanted = None if before is None else before.matrices().get(name)
+            assert torch.equal(p, torch.ones(2, 16) if wanted is None else wanted)
+    with torch.no_grad():
+        found[0].l_k.zero_()
+    assert torch.equal(stacked.l_k[0], tasks[0].l_k)  # copies
+    with pytest.raises(ValueError, match="one task's"):
+        unstack(tasks[0])
 
 
 def test_joint_training_gives_each_task_the_gradients_that_it_gets_alone():
@@ -69,7 +100,7 @@ def test_joint_training_gives_each_task_the_gradients_that_it_gets_alone():
             assert torch.allclose(found, p.grad, rtol=1e-10, atol=1e-12 * p.grad.abs().max().item()), name
 
 
-def test_three_tasks_learn_in_one_batch_by_the_one_training_loop():
+def test_tasks_learn_in_one_batch_by_the_one_training_loop_and_are_saved_one_by_one(tmp_path):
     model = make_gpt()
     vectors = attach(model, stack([IA3(model.config) for _ in range(3)]))
 
@@ -90,6 +121,13 @@ def test_three_tasks_learn_in_one_batch_by_the_one_training_loop():
         assert (p[:2] != 1).any() and (p[2] == 1).all()  # a task without a row stays as it is
         assert not torch.equal(p[0], p[1])
 
+    # unstacked, saved, loaded and stacked again: the same bits
+    for i, task in enumerate(unstack(vectors)):
+        task.save(tmp_path / f"{i}.npz")
+    again = stack([IA3.load(tmp_path / f"{i}.npz", model) for i in range(3)])
+    assert again.fingerprint == fingerprint(model)
+    assert all(torch.equal(again.matrices()[name], p) for name, p in vectors.matrices().items())
+
 
 class Count(TorchDispatchMode):
     n = 0
@@ -106,7 +144,7 @@ def test_no_loop_over_rows_or_tasks():
     for n in (2, 16):
         attach(model, stack([task] * n))
         with Count() as count:
-            model(make_idx(model, n), tasks=torch.arange(n))
+            model(make_idx(model, n), task_ids=torch.arange(n))
         counts.append(count.n)
     assert counts[0] == counts[1]
 
@@ -118,10 +156,10 @@ def test_generate_writes_in_every_row_what_it_would_write_under_its_task_alone()
     attach(model, stack(tasks))
     for temperature in (0, 1.0):
         settings = {"max_new_tokens": 20, "temperature": temperature, "top_k": 50}
-        mixed = model.generate(idx, tasks=IDS, generator=torch.Generator().manual_seed(0), **settings)
+        mixed = generate(model, idx, task_ids=IDS, generator=torch.Generator().manual_seed(0), **settings)
         for i, task in enumerate(IDS):
             ids = torch.full_like(IDS, task)
-            alone = model.generate(idx, tasks=ids, generator=torch.Generator().manual_seed(0), **settings)
+            alone = generate(model, idx, task_ids=ids, generator=torch.Generator().manual_seed(0), **settings)
             assert torch.equal(mixed[i], alone[i])
         assert len({tuple(row.tolist()) for row in mixed}) >= 4
 
@@ -141,111 +179,42 @@ def test_stacking_what_does_not_belong_together_is_refused():
     [
         ([0, 1, 2], "from 0 to 1"),
         ([0, -1, 0], "from 0 to 1"),
-        ([0.0, 1.0, 0.0], "must be long"),
-        ([True, False, True], "must be long"),
-        ([0, 1], "one id a row"),
-        ([0], "one id a row"),  # would broadcast
+        ([0.0, 1.0, 0.0], "dtype long"),
+        ([True, False, True], "dtype long"),
+        ([0, 1], "as many ids as idx has rows"),
+        ([0], "as many ids as idx has rows"),  # would broadcast
         (0, "one id a row"),
         ([[0], [1], [0]], "one id a row"),
-        (None, "want tasks"),
+        (None, "stacked vectors want task_ids"),
     ],
 )
 def test_task_ids_that_do_not_fit_are_refused(ids, message):
     model = make_gpt()
     attach(model, stack([make_ia3(model), None]))
     ids = None if ids is None else torch.tensor(ids)
-    for call in (lambda: model(make_idx(model), tasks=ids), lambda: model.generate(make_idx(model), 1, tasks=ids)):
-        with pytest.raises(ValueError, match=message):
-            call()
+    idx = make_idx(model)
+    with pytest.raises(ValueError, match=message):
+        model(idx, task_ids=ids)
+    with pytest.raises(ValueError, match=message):
+        generate(model, idx, 1, task_ids=ids)
 
 
-def test_tasks_without_stacked_vectors_are_refused():
+def test_task_ids_in_a_list_are_refused():
+    model = make_gpt()
+    attach(model, stack([make_ia3(model), None]))
+    idx = make_idx(model)
+    with pytest.raises(ValueError, match="a tensor"):
+        model(idx, task_ids=[0, 1, 0])
+    with pytest.raises(ValueError, match="a tensor"):
+        model.ia3.check_task_ids([0, 1, 0])
+    assert torch.equal(model(idx, task_ids=torch.tensor([1, 1, 1]))[0], make_gpt()(idx)[0])
+
+
+def test_task_ids_without_stacked_vectors_are_refused():
     model = make_gpt()
     idx, ids = make_idx(model), torch.tensor([0, 0, 0])
-    with pytest.raises(ValueError, match="no vectors"):
-        model(idx, tasks=ids)
+    with pytest.raises(ValueError, match="task_ids want stacked vectors"):
+        model(idx, task_ids=ids)
     make_ia3(model)
     with pytest.raises(ValueError, match="vectors of one task want none"):
-        model(idx, tasks=ids)
-
-
-@pytest.mark.parametrize(
-    "paths, names",
-    [
-        (["data/folio.npz", "data/kjv.npz"], ["folio", "kjv"]),
-        (["out/folio/ia3.npz", "out/kjv/ia3.npz"], ["folio", "kjv"]),
-        (["out/a/ia3.npz", "data/b.npz"], ["out/a/ia3", "data/b"]),
-        (["a/1.npz", "a/b/1.npz"], ["1", "b/1"]),
-        (["a.npz", "a.npz"], ["a", "a"]),
-    ],
-)
-def test_columns_have_short_names_that_tell_them_apart(paths, names):
-    assert sample.short_names(paths) == names
-
-
-def test_sample_prints_three_tasks_side_by_side_and_refuses_another_bases(tiny_run, capsys):
-    folder, _ = tiny_run
-    (folder / "run").mkdir()
-    for seed, name in enumerate(("folio", "sonnets", "kjv")):
-        make_ia3(make_gpt(), seed).save(folder / f"run/{name}.npz")
-    make_ia3(make_gpt(seed=1)).save(folder / "run/other.npz")
-    flags = f"--base {folder}/base.pt --prompt A --tokens 5 --device cpu --ia3 {folder}/run/folio.npz".split()
-    assert sample.main([*flags, f"{folder}/run/sonnets.npz", f"{folder}/run/kjv.npz"]) == 0
-    assert capsys.readouterr().out.split("\n")[0].split() == ["folio", "sonnets", "kjv"]
-    assert sample.main([*flags, f"{folder}/run/other.npz"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "another base" in err
-
-
-INSTRUCTIONS = [
-    {"prompt": "Modern: I have seen it.\nFolio: ", "completion": "I haue seene it."},
-    {"prompt": "Modern: Go up.\nFolio: ", "completion": "Goe vp."},
-    {"prompt": "Modern: He is kind to us.\nFolio: ", "completion": "Hee is kinde to vs."},
-]
-
-
-def read_instructions(folder, rows):
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "val"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return train.datasets.load(folder, "bytes", 257, 64)["train"]
-
-
-def test_prompt_targets_carry_no_loss_but_the_prompt_counts(tmp_path):
-    """In float64, whose rounding is below 1e-12 of a loss of about 6 nats."""
-    model = make_gpt(block_size=64).double()
-    split = read_instructions(tmp_path, INSTRUCTIONS)
-    x, y = split.windows([0])
-    n_prompt = len(INSTRUCTIONS[0]["prompt"])
-    assert (y[0, : n_prompt - 1] == -1).all() and bytes(y[0, n_prompt - 1 :].tolist()).decode() == "I haue seene it."
-    loss = model(x, y)[1]
-    log_p = model(x)[0].log_softmax(-1)[0, n_prompt - 1 :]
-    assert torch.allclose(loss, -log_p.gather(1, y[0, n_prompt - 1 :, None]).mean(), rtol=1e-12)
-    edited = x.clone()
-    edited[0, 3] = ord("X")  # a prompt token: no target of its own, but context
-    assert (model(edited, y)[1] - loss).abs() > 1e-6
-
-
-def test_padding_changes_nothing(tmp_path):
-    """The batch's loss is the mean over all completion tokens, as if each example were read alone. Float64."""
-    model = make_gpt(block_size=64).double()
-    split = read_instructions(tmp_path, INSTRUCTIONS)
-    x, y = split.windows([0, 1, 2])
-    alone = [split.windows([i]) for i in range(3)]
-    n = torch.tensor([(t >= 0).sum() for _, t in alone])
-    losses = torch.stack([model(*pair)[1] for pair in alone])
-    assert len({t.size(1) for _, t in alone}) == 3
-    assert torch.allclose(model(x, y)[1], (losses * n).sum() / n.sum(), rtol=1e-12)
-    other = x.clone()
-    other[1, alone[1][0].size(1) :] = 7  # what stands in the padding
-    assert not torch.equal(other, x)
-    assert torch.allclose(model(other, y)[1], model(x, y)[1], rtol=1e-12)
-
-
-def test_training_on_instructions_lowers_the_completions_loss(tmp_path):
-    read_instructions(tmp_path / "text", INSTRUCTIONS)
-    make_gpt(block_size=64).save(tmp_path / "base.pt")
-    flags = f"--init {tmp_path}/base.pt --data {tmp_path}/text --out {tmp_path}/run --steps 20 --batch-size 3"
-    assert train.main([*flags.split(), "--device", "cpu"]) == 0
-    rows = (tmp_path / "run/metrics.csv").read_text().splitlines()[1:]
-    assert float(rows[-1].split(",")[2]) < float(rows[0].split(",")[2])
+        model(idx, task_ids=ids)

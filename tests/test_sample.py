@@ -1,15 +1,13 @@
-"""Text and pictures."""
+"""Text from the command line: the same seed, the same text; vectors change it; several tasks stand side by side."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_gpt, make_ia3
 
-import plot
+import common
 import sample
-import train
-from ia3 import IA3
-from model import GPT
+from data import Tokenizer
+from ia3 import IA3, attach, stack
 
 
 @pytest.fixture
@@ -34,7 +32,7 @@ def test_the_same_seed_draws_the_same_text(folder, capsys):
 
 def test_vectors_change_the_text_and_ones_do_not(folder, capsys):
     model = make_gpt()
-    train.attach(model).save(folder / "ones.npz")
+    attach(model).save(folder / "ones.npz")
     base = run_sample(folder, capsys)
     assert run_sample(folder, capsys, f"--ia3 {folder}/ones.npz") == base
     assert run_sample(folder, capsys, f"--ia3 {folder}/1.npz") != base
@@ -42,11 +40,11 @@ def test_vectors_change_the_text_and_ones_do_not(folder, capsys):
 
 def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder):
     """Greedy, since rows of a batch share one stream of random numbers."""
-    model = GPT.from_pretrained(folder / "base.pt")
+    model = common.load(folder / "base.pt")
     tasks = [IA3.load(folder / f"{seed}.npz", model) for seed in (1, 2)]
     prompt = torch.tensor([[65, 66], [65, 66], [65, 66]])
-    train.attach(model, sample.stack([*tasks, None]))
-    together = sample.complete(model, prompt, 20, temperature=0, tasks=torch.tensor([0, 1, 2]))
+    attach(model, stack([*tasks, None]))
+    together = sample.complete(model, prompt, 20, temperature=0, task_ids=torch.tensor([0, 1, 2]))
     for task, text in zip([*tasks, None], together, strict=True):
         model.ia3 = task
         assert sample.complete(model, prompt[:1], 20, temperature=0) == [text]
@@ -55,11 +53,17 @@ def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder):
 
 def test_ids_that_pad_a_vocabulary_are_left_out_of_the_text():
     model = make_gpt(vocab_size=300)  # as nanoGPT pads gpt2's 50257 to 50304
-    model.tokenizer = "bytes"
-    ids = model.generate(torch.tensor([[65]]), 50, 1.0, 300, None, torch.Generator().manual_seed(0))[0].tolist()
+    model.tokenizer = Tokenizer("bytes", 300)
+    ids = sample.generate(model, torch.tensor([[65]]), 50, 1.0, 300, None, torch.Generator().manual_seed(0))[0].tolist()
     assert max(ids) > 256
     text = sample.complete(model, torch.tensor([[65]]), 50, 1.0, 300)[0]
-    assert text == sample.datasets.get_tokenizer("bytes").decode([t for t in ids if t < 257])
+    assert text == model.tokenizer.encoding.decode([t for t in ids if t < 257])
+
+
+def test_a_model_without_a_tokenizer_writes_ids():
+    model = make_gpt()
+    model.tokenizer = None
+    assert sample.complete(model, torch.tensor([[65, 66]]), 0) == ["[65, 66]"]
 
 
 def test_side_by_side_prints_columns_under_their_names(folder, capsys):
@@ -74,28 +78,29 @@ def test_side_by_side_prints_columns_under_their_names(folder, capsys):
     assert out.split()[:4] == ["1", "2", "-", "-"]  # of 1.npz and 2.npz
 
 
-def test_plot_draws_losses_and_vectors(tiny_run, capsys):
-    folder, flags = tiny_run
-    train.main([*flags, "--out", f"{folder}/a"])
-    train.main([*flags, "--out", f"{folder}/b", "--method", "full"])
-    capsys.readouterr()
-    assert plot.main([f"{folder}/a", f"{folder}/b"]) == 0
-    assert capsys.readouterr().out.split() == [f"{folder}/a/loss.png", f"{folder}/a/vectors.png"]
-    for name in ("loss", "vectors"):
-        pixels = plot.plt.imread(folder / f"a/{name}.png")
-        assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.05  # a picture, and not a blank one
-    assert not (folder / "b/vectors.png").exists()
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["data/folio.npz", "data/kjv.npz"], ["folio", "kjv"]),
+        (["out/folio/ia3.npz", "out/kjv/ia3.npz"], ["folio", "kjv"]),
+        (["out/a/ia3.npz", "data/b.npz"], ["out/a/ia3", "data/b"]),
+        (["a/1.npz", "a/b/1.npz"], ["1", "b/1"]),
+        (["a.npz", "a.npz"], ["a", "a"]),
+    ],
+)
+def test_columns_have_short_names_that_tell_them_apart(paths, names):
+    assert sample.short_names(paths) == names
 
 
-def test_the_heatmap_is_white_at_one_and_diverges_around_it(tmp_path, monkeypatch):
-    matrices = {"l_k": np.array([[1.0, 0.5, 1.5]], np.float32), "l_ff": np.array([[1.0] * 12], np.float32)}
-    np.savez(tmp_path / "a.npz", about=np.bytes_(b"{}"), **matrices)
-    images = []
-    imshow = plot.plt.Axes.imshow
-    monkeypatch.setattr(plot.plt.Axes, "imshow", lambda *a, **k: images.append(imshow(*a, **k)) or images[-1])
-    plot.plot_vectors(tmp_path / "a.npz", tmp_path / "a.png")
-    assert len(images) == 2
-    one, low, high = images[0].to_rgba(images[0].get_array())[0, :, :3]
-    assert one.min() > 0.95  # white
-    assert low[2] > low[0] and high[0] > high[2]  # blue is inhibited, red amplified
-    assert images[0].norm(0.5) == pytest.approx(1 - images[0].norm(1.5))  # the same distance is the same strength
+def test_sample_prints_three_tasks_side_by_side_and_refuses_another_bases(tiny_run, capsys):
+    folder, _ = tiny_run
+    (folder / "run").mkdir()
+    for seed, name in enumerate(("folio", "sonnets", "kjv")):
+        make_ia3(make_gpt(), seed).save(folder / f"run/{name}.npz")
+    make_ia3(make_gpt(seed=1)).save(folder / "run/other.npz")
+    flags = f"--base {folder}/base.pt --prompt A --tokens 5 --device cpu --ia3 {folder}/run/folio.npz".split()
+    assert sample.main([*flags, f"{folder}/run/sonnets.npz", f"{folder}/run/kjv.npz"]) == 0
+    assert capsys.readouterr().out.split("\n")[0].split() == ["folio", "sonnets", "kjv"]
+    assert sample.main([*flags, f"{folder}/run/other.npz"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "another base" in err

@@ -1,0 +1,417 @@
+"""Files: vectors in one .npz, checkpoints like nanoGPT's, and that a file is written whole or not at all.
+
+A damaged or foreign file is one ValueError that names it, and no code of a file ever runs.
+"""
+
+import copy
+import json
+import os
+import pickle
+import tracemalloc
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_gpt, make_ia3
+
+import common
+import ia3
+from ia3 import IA3, SITES, attach, fingerprint
+
+ROOT = Path(__file__).parents[1]
+
+# Vectors
+
+
+def test_vectors_come_back_bit_for_bit(tmp_path, device):
+    model = make_gpt().to(device)
+    for sites in (("k",), ("v",), ("ff",), SITES):
+        vectors = make_ia3(model, sites=sites)
+        vectors.save(tmp_path / "a.npz")
+        again = IA3.load(tmp_path / "a.npz", model)
+        assert again.matrices().keys() == vectors.matrices().keys()
+        assert again.fingerprint == vectors.fingerprint == fingerprint(model)
+        for name, p in vectors.matrices().items():
+            assert torch.equal(again.matrices()[name], p) and again.matrices()[name].device == p.device
+        assert (tmp_path / "a.npz").stat().st_size <= 4 * vectors.count() + 2048
+        with np.load(tmp_path / "a.npz") as file:
+            assert set(file.files) == {"about", *vectors.matrices()}
+            assert json.loads(file["about"].item())["config"]["n_embd"] == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_unattached_and_stacked_vectors_are_not_saved(tmp_path):
+    model = make_gpt()
+    loose = IA3(model.config)
+    with pytest.raises(ValueError, match="attach"):
+        loose.save(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="one task"):
+        ia3.stack([attach(model), None]).save(tmp_path / "a.npz")
+    assert ia3.stack([loose, None]).fingerprint is None
+    assert not list(tmp_path.iterdir())
+
+
+def write_npz(path, **changes):
+    """Save good vectors to path, then change arrays (None: leave out). Returns their model."""
+    model = make_gpt()
+    make_ia3(model).save(path)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files} | changes
+    np.savez_compressed(path, **{name: a for name, a in arrays.items() if a is not None})
+    return model
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"l_k": None}, "but this base takes"),
+        ({"l_q": np.ones((2, 16), np.float32)}, "but this base takes"),
+        ({"l_v": np.ones((16, 2), np.float32)}, "but this base takes"),
+        ({"l_v": np.full((2, 16), np.nan, np.float32)}, "l_v holds NaN"),
+        ({"l_ff": np.full((2, 64), np.inf, np.float32)}, "l_ff holds NaN or inf"),
+        ({"l_v": np.full((2, 16), 1j, np.complex64)}, "truncated, or no file"),
+        ({"l_k": np.full((2, 16), Code(), dtype=object)}, "truncated, or no file"),
+        ({"about": np.array(Code(), dtype=object)}, "truncated, or no file"),
+        ({"about": None}, "truncated, or no file"),
+        ({"about": np.bytes_("{}")}, "truncated, or no file"),
+        ({"about": np.bytes_("x" * 2**17)}, "truncated, or no file"),
+    ],
+)
+def test_damaged_vectors_are_refused(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    model = write_npz("a.npz", **changes)
+    with pytest.raises(ValueError, match=rf"a\.npz.*{message}"):
+        IA3.load("a.npz", model)
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+def test_truncated_vectors_are_refused(tmp_path, keep):
+    model = write_npz(tmp_path / "a.npz")
+    raw = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(raw[: keep if isinstance(keep, int) else int(keep * len(raw))])
+    with pytest.raises(ValueError, match="truncated, or no file"):
+        IA3.load(tmp_path / "a.npz", model)
+
+
+def test_a_small_file_that_unfolds_to_much_is_refused_unread(tmp_path):
+    """32 MiB of zeros are 32 KiB in the file: its header is compared first."""
+    model = write_npz(tmp_path / "a.npz", l_k=np.zeros((2**12, 2**11), np.float32))
+    assert (tmp_path / "a.npz").stat().st_size < 2**17
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="but this base takes"):
+        IA3.load(tmp_path / "a.npz", model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_vectors_for_another_base_are_refused(tmp_path):
+    make_ia3(make_gpt()).save(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="another base of this shape"):
+        IA3.load(tmp_path / "a.npz", make_gpt(seed=1))
+    with pytest.raises(ValueError, match="another base of this shape"):
+        IA3.load(tmp_path / "a.npz", make_gpt(n_head=4))  # no weight differs, yet another function
+    with pytest.raises(ValueError, match="but this base takes"):
+        IA3.load(tmp_path / "a.npz", make_gpt(n_layer=3))
+    with pytest.raises(FileNotFoundError):
+        IA3.load(tmp_path / "b.npz", make_gpt())
+
+
+@pytest.mark.parametrize("stamp", [{}, {"base": "0123abcd"}, {"fingerprint": 7}])
+def test_an_older_versions_stamp_is_named_and_refused(tmp_path, stamp):
+    about = {"config": {}, "vectors": ["l_k", "l_v", "l_ff"], **stamp}
+    model = write_npz(tmp_path / "a.npz", about=np.bytes_(json.dumps(about)))
+    with pytest.raises(ValueError, match=r"no fingerprint, or an older version's: train these vectors again"):
+        IA3.load(tmp_path / "a.npz", model)
+
+
+# The fingerprint
+
+
+def test_the_fingerprint_knows_what_changes_the_function_and_nothing_else():
+    model = make_gpt()
+    first = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model).bfloat16()) == fingerprint(copy.deepcopy(model).double()) == first
+    make_ia3(model)
+    assert fingerprint(model) == first
+    assert fingerprint(make_gpt(dropout=0.5)) == first
+    shorter = make_gpt()
+    shorter.config.block_size = 8  # of the config alone: the table of positions is a weight
+    assert fingerprint(shorter) == first
+    assert fingerprint(make_gpt(n_head=4)) != first  # the same weights
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.bias[3] *= 1.01  # one weight, by more than bfloat16's 2^-8
+    assert fingerprint(model) != first
+
+
+def test_the_fingerprint_reads_names_and_shapes_and_a_tied_head_once():
+    zeros = make_gpt(n_layer=1)
+    for p in zeros.parameters():
+        p.data.zero_()
+    first = fingerprint(zeros)
+    zeros.transformer.ln_f.weight, zeros.transformer.ln_f.bias = (
+        torch.nn.Parameter(torch.zeros(8)),
+        torch.nn.Parameter(torch.zeros(24)),
+    )
+    assert fingerprint(zeros) != first  # the same bytes, cut elsewhere
+    model = make_gpt()
+    tied = fingerprint(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert fingerprint(model) != tied
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_checkpoints_come_back_bit_for_bit_nanogpts_too(tmp_path, prefix):
+    model = make_gpt(dropout=0.1, bias=False)
+    make_ia3(model)  # which the file leaves out: a base stays a base
+    common.save(model, tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert saved["tokenizer"] == "bytes"
+    nano = {"model": {prefix + name: t for name, t in saved["model"].items()}, "model_args": saved["model_args"]}
+    nano["model"][f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # nanoGPT's mask without flash
+    torch.save(nano | {"iter_num": 7}, tmp_path / "b.pt")  # nanoGPT's names no tokenizer
+    for name in ("a.pt", "b.pt"):
+        again = common.load(tmp_path / name)
+        assert again.config == model.config and again.tokenizer.about == "bytes"
+        assert not again.training and again.ia3 is None
+        model.ia3 = None
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
+        assert again.lm_head.weight is again.transformer.wte.weight
+        assert all(p.requires_grad for p in again.parameters())
+
+
+def test_a_checkpoint_is_what_nanogpt_reads(tmp_path):
+    """Its sample.py builds GPTConfig(**model_args), then load_state_dict(model), strictly."""
+    common.save(make_gpt(), tmp_path / "a.pt")
+    saved = torch.load(tmp_path / "a.pt", weights_only=True)
+    nanogpts = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}
+    assert saved["model_args"].keys() == nanogpts and saved["model_args"] == asdict(make_gpt().config)
+    assert saved["model"].keys() == make_gpt().state_dict().keys()
+
+
+def test_a_checkpoint_is_read_into_the_dtype_that_is_asked_for(tmp_path):
+    model = make_gpt().bfloat16()
+    common.save(model, tmp_path / "a.pt")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        again = common.load(tmp_path / "a.pt", dtype)
+        assert {t.dtype for t in again.state_dict().values()} == {dtype}
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight.to(dtype))
+    assert common.load(tmp_path / "a.pt").lm_head.weight.dtype == torch.float32
+
+
+def test_what_is_loaded_does_not_stay_on_the_disk(tmp_path):
+    common.save(make_gpt(), tmp_path / "a.pt")
+    model = common.load(tmp_path / "a.pt")
+    size = (tmp_path / "a.pt").stat().st_size
+    with open(tmp_path / "a.pt", "r+b") as f:
+        f.write(bytes(size))
+    assert torch.equal(model.lm_head.weight, make_gpt().lm_head.weight)
+
+
+@pytest.mark.parametrize("vocab_size, tokenizer", [(257, "bytes"), (50257, "gpt2"), (50304, "gpt2"), (300, None)])
+def test_the_vocabulary_tells_the_tokenizer_where_the_file_does_not(tmp_path, vocab_size, tokenizer):
+    model = make_gpt(n_layer=1, n_embd=2, vocab_size=vocab_size)
+    torch.save({"model": model.state_dict(), "model_args": asdict(model.config)}, tmp_path / "a.pt")
+    found = common.load(tmp_path / "a.pt").tokenizer
+    assert (None if found is None else found.about) == tokenizer
+
+
+def test_a_tokenizer_is_kept_and_so_is_having_none(tmp_path):
+    model = make_gpt()
+    common.save(model, tmp_path / "a.pt")
+    assert common.load(tmp_path / "a.pt").tokenizer.about == "bytes"
+    model.tokenizer = None
+    common.save(model, tmp_path / "a.pt")
+    assert common.load(tmp_path / "a.pt").tokenizer is None
+
+
+def test_the_bundled_base_is_what_the_readme_says():
+    model = common.load(ROOT / "data/base.pt")
+    assert model.tokenizer.about == "bytes" and attach(model).count() == 6 * 6 * 192
+
+
+def test_damaged_checkpoints_and_those_that_carry_code_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common.save(make_gpt(), "base.pt")
+    raw = (tmp_path / "base.pt").read_bytes()
+    for keep in (0, 10, len(raw) // 2, len(raw) - 10):
+        (tmp_path / "cut.pt").write_bytes(raw[:keep])
+        with pytest.raises(ValueError, match=r"cut\.pt is truncated, carries code"):
+            common.load("cut.pt")
+    torch.save({"model": Code(), "model_args": {}}, "code.pt")
+    with pytest.raises(ValueError, match="carries code"):
+        common.load("code.pt")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(Code(), protocol=2))
+    with pytest.raises(ValueError, match="carries code"):
+        common.load("code.pt")
+    assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("file", ["zip.pt", "legacy.pt", "ia3.npz"])
+def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
+    model = make_gpt()
+    common.save(model, tmp_path / "zip.pt")
+    torch.save(torch.load(tmp_path / "zip.pt"), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    make_ia3(model).save(tmp_path / "ia3.npz")
+    assert torch.equal(common.load(tmp_path / "legacy.pt").lm_head.weight, model.lm_head.weight)
+    raw, dice = (tmp_path / file).read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        damaged = np.frombuffer(raw, np.uint8).copy()
+        near = 2000 if file == "legacy.pt" else len(raw)  # a legacy file's pickles stand at its head
+        damaged[dice.integers(0, near, 20)] = dice.integers(0, 256, 20)
+        (tmp_path / "damaged").write_bytes(damaged)
+        try:
+            IA3.load(tmp_path / "damaged", model) if file == "ia3.npz" else common.load_file(tmp_path / "damaged")
+        except ValueError:
+            refused += 1
+    assert refused > 30
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("model"), "checkpoint of ours or nanoGPT's"),
+        (lambda c: c.pop("model_args"), "checkpoint of ours or nanoGPT's"),
+        (lambda c: c.update(model=[1]), "'list' object"),
+        (lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
+        (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head is not the embedding"),
+        (lambda c: c["model"]["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan), "h.0.mlp.c_fc.bias holds NaN or inf"),
+        (lambda c: c["model_args"].update(n_embd=32), r"\.weight"),
+        (lambda c: c["model_args"].update(n_head=3), "not divisible"),
+        (lambda c: c["model_args"].update(n_head=2.0), "n_head must be a whole number"),
+        (lambda c: c["model_args"].update(block_size=0), "block_size must be"),
+        (lambda c: c["model_args"].update(n_layer="two"), "n_layer must be a whole number"),
+        (lambda c: c["model_args"].update(n_layer=10**9), "n_layer is 1000000000, but there are only"),
+        (lambda c: c["model_args"].update(rotary=True), "rotary"),
+        (lambda c: c.update(tokenizer="words"), "unknown tokenizer 'words'"),
+        (lambda c: c.update(tokenizer=""), "unknown tokenizer ''"),
+        (lambda c: c.update(tokenizer="gpt2"), "tokenizer gpt2 has 50257 ids, but the vocabulary only 257"),
+    ],
+)
+def test_checkpoints_of_something_else_are_refused(tmp_path, change, message):
+    common.save(make_gpt(), tmp_path / "a.pt")
+    checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"a\.pt (is not|is no) .*{message}"):
+        common.load(tmp_path / "a.pt")
+
+
+def test_a_file_that_is_no_dict_is_no_checkpoint(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt is no checkpoint of ours"):
+        common.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(3, dtype=torch.int64),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3).to(torch.float8_e4m3fn),
+        torch.ones(3).to_sparse(),
+        torch.ones(3, device="meta"),
+        [1.0, 2.0],
+    ],
+)
+def test_what_is_no_plain_tensor_of_floats_is_refused_by_name(tensor):
+    with pytest.raises(ValueError, match=r"lm_head.weight is no (plain )?tensor.*, but "):
+        common.check_weight(tensor, "lm_head.weight")
+
+
+def test_a_plain_tensor_of_finite_floats_passes():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        t = torch.ones(3, dtype=dtype)
+        assert common.check_weight(t, "t") is t
+        with pytest.raises(ValueError, match="t holds NaN or infinity"):
+            common.check_weight(t / 0, "t")
+
+
+# A file is replaced whole, or not at all
+
+
+def test_replace_file_leaves_the_old_file_or_the_new_one_and_nothing_behind(tmp_path):
+    path = tmp_path / "no/such/folder/a.txt"
+    with common.replace_file(path) as f:
+        f.write(b"old")
+        assert not path.exists()  # not before it is whole
+    assert path.read_bytes() == b"old"
+    for trouble in (ValueError, KeyboardInterrupt, OSError):
+        with pytest.raises(trouble), common.replace_file(path) as f:
+            f.write(b"half of the ne")
+            raise trouble
+        assert path.read_bytes() == b"old"
+    with common.replace_file(str(path), text=True) as f:
+        f.write("new ³\n")
+    assert path.read_bytes() == "new ³\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_disk_that_torch_finds_full_is_an_oserror(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"a\.pt could not be written: unexpected pos"),
+        common.replace_file(tmp_path / "a.pt"),
+    ):
+        raise RuntimeError("unexpected pos 64 vs 0\nstack")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_the_checkpoint_that_was_there(tmp_path, monkeypatch):
+    common.save(make_gpt(), tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def half(state, f):
+        f.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        common.save(make_gpt(seed=1), tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_an_output_is_a_new_name_or_a_regular_file(tmp_path):
+    common.check_output(tmp_path / "new")
+    (tmp_path / "old").write_text("")
+    common.check_output(tmp_path / "old")
+    (tmp_path / "b.tmp").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for wrong in (tmp_path, tmp_path / "b", tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="no regular file"):
+            common.check_output(wrong)
+        with pytest.raises(ValueError, match="no regular file"), common.replace_file(wrong):
+            pass
+    with pytest.raises(ValueError, match="empty"):
+        common.check_output("")
+
+
+def test_an_output_is_no_input_nor_its_temporary_name_one_by_whatever_path(tmp_path):
+    (tmp_path / "base.pt").write_text("")
+    (tmp_path / "m.pt.tmp").write_text("")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "base.pt")
+    (tmp_path / "sub").mkdir()
+    for output, read in [
+        ("base.pt", "base.pt"),
+        ("sub/../base.pt", "base.pt"),
+        ("link.pt", "base.pt"),
+        ("base.pt", "link.pt"),
+        ("m.pt", "m.pt.tmp"),
+    ]:
+        with pytest.raises(ValueError, match=r"would replace .*, which this command reads"):
+            common.check_output(tmp_path / output, inputs=["other", tmp_path / read])
+    common.check_output(tmp_path / "m.pt", inputs=[tmp_path / "base.pt"])

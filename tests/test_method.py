@@ -1,0 +1,267 @@
+"""The method, in the paper's order (Liu et al. 2022, section 3.3): the start, the equations, the gradient, the cost.
+
+Then what does not matter, and what does: a vector in another place may be the same function, or a different one.
+"""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_gpt, make_ia3, make_idx
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from classroom.gradient import central_difference, gradient_of_l
+from ia3 import IA3, SITES, attach, fingerprint
+from model import GPT, GPTConfig
+
+# The start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_ones_are_the_base_bit_for_bit(device, dtype):
+    model = make_gpt().to(device, dtype)
+    idx = make_idx(model).to(device)
+    base = model(idx)[0]
+    for sites in (("k",), ("v",), ("ff",), SITES):
+        vectors = attach(model, sites=sites)
+        assert list(vectors.matrices()) == [f"l_{site}" for site in sites]
+        assert all((p == 1).all() for p in vectors.parameters())
+        assert torch.equal(model(idx)[0], base)
+
+
+def test_attach_freezes_the_base_and_only_the_base():
+    model = make_gpt()
+    vectors = attach(model, sites=("k", "ff"))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"ia3.l_k", "ia3.l_ff"}
+    assert model.ia3 is vectors and vectors.l_v is None
+    model(make_idx(model), make_idx(model, seed=1))[1].backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {"ia3.l_k", "ia3.l_ff"}
+    again = attach(model, vectors.requires_grad_(False))
+    assert again is vectors and all(p.requires_grad for p in vectors.parameters())
+    other = attach(model)
+    assert model.ia3 is other and all(p.requires_grad for p in vectors.parameters())  # they are their holder's
+
+
+# The equations
+
+
+def reference(model, idx):
+    """The paper's equations, one position, head and layer at a time, in plain tensor algebra."""
+    state, config, v = model.state_dict(), model.config, model.ia3
+    C, d = config.n_embd, config.n_embd // config.n_head
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    x = state["transformer.wte.weight"][idx] + state["transformer.wpe.weight"][: len(idx)]
+    for i in range(config.n_layer):
+        h = f"transformer.h.{i}"
+        W, b = state[f"{h}.attn.c_attn.weight"], state[f"{h}.attn.c_attn.bias"]
+        y = norm(x, f"{h}.ln_1")
+        Q, K, V = y @ W[:C].T + b[:C], y @ W[C : 2 * C].T + b[C : 2 * C], y @ W[2 * C :].T + b[2 * C :]
+        out = torch.zeros_like(Q)
+        for head in range(config.n_head):
+            c = slice(head * d, (head + 1) * d)
+            for t in range(len(idx)):
+                scores = torch.stack([Q[t, c] @ (v.l_k[i, c] * K[s, c]) / d**0.5 for s in range(t + 1)])
+                out[t, c] = sum(a * (v.l_v[i, c] * V[s, c]) for s, a in enumerate(scores.softmax(0)))
+        x = x + out @ state[f"{h}.attn.c_proj.weight"].T + state[f"{h}.attn.c_proj.bias"]
+        u = norm(x, f"{h}.ln_2") @ state[f"{h}.mlp.c_fc.weight"].T + state[f"{h}.mlp.c_fc.bias"]
+        gelu = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
+        x = x + (v.l_ff[i] * gelu) @ state[f"{h}.mlp.c_proj.weight"].T + state[f"{h}.mlp.c_proj.bias"]
+    return norm(x, "transformer.ln_f") @ state["lm_head.weight"].T
+
+
+def test_the_forward_pass_is_the_papers_equations():
+    """Two orders of summation in float64 over at most 64 terms: 1e-12 of the logits' size."""
+    model = make_gpt().double()
+    make_ia3(model).double()
+    idx = make_idx(model, rows=1)
+    with torch.no_grad():
+        truth = reference(model, idx[0])
+        assert (model(idx)[0][0] - truth).abs().max() < 1e-12 * truth.abs().max()
+
+
+def test_the_product_is_taken_in_float32_and_rounded_once(device):
+    """1 + 2^-8 + 2^-12 is no bfloat16 number: rounded before the product it would be 1, or 1 + 2^-7."""
+    block = make_gpt().to(device, torch.bfloat16).transformer.h[0]
+    l = torch.full((64,), 1 + 2**-8 + 2**-12, device=device)
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    with torch.no_grad():
+        qkv = block.attn.c_attn(x)
+        for rows, l_k, l_v in ((slice(16, 32), l[:16], None), (slice(32, 48), None, l[:16])):
+            scaled = qkv.clone()
+            scaled[..., rows] = (qkv[..., rows].float() * l[:16]).bfloat16()
+            expected = run_with_output(block.attn.c_attn, scaled, lambda: block.attn(x))
+            assert torch.equal(block.attn(x, l_k, l_v), expected)
+        h = F.gelu(block.mlp.c_fc(x), approximate="tanh")
+        assert torch.equal(block.mlp(x, l), block.mlp.c_proj((h.float() * l).bfloat16()))
+
+
+def run_with_output(module, output, call):
+    """Return call(), with module returning output."""
+    hook = module.register_forward_hook(lambda *_: output)
+    result = call()
+    hook.remove()
+    return result
+
+
+def test_a_base_in_bfloat16_takes_float32_vectors(device):
+    model = make_gpt().to(device, torch.bfloat16)
+    vectors = attach(model)
+    assert {p.dtype for p in vectors.parameters()} == {torch.float32}
+    logits, loss = model(make_idx(model).to(device), make_idx(model, seed=1).to(device))
+    assert logits.dtype == torch.bfloat16
+    loss.backward()
+    assert {p.grad.dtype for p in vectors.parameters()} == {torch.float32}
+
+
+# The gradient
+
+
+def test_gradients_are_the_closed_form(monkeypatch):
+    """For l_k the sum over batch and time of ∂L/∂(l_k ⊙ k) ⊙ k; for l_v and l_ff alike."""
+    model = make_gpt().double()
+    vectors = make_ia3(model).double()
+    scaled = {"k": [], "v": [], "ff": []}  # what reaches the attention and the down-projection, a tensor a layer
+    plain = {"k": [], "v": [], "ff": []}
+    sdpa = F.scaled_dot_product_attention
+
+    def watch(site, tensor):
+        tensor.retain_grad()
+        scaled[site].append(tensor)
+
+    def watched_sdpa(q, k, v, **options):
+        watch("k", k)
+        watch("v", v)
+        return sdpa(q, k, v, **options)
+
+    def keep_k_and_v(module, inputs, out):
+        plain["k"].append(out[..., 16:32].detach())
+        plain["v"].append(out[..., 32:].detach())
+
+    def keep_hidden(module, inputs, out):
+        plain["ff"].append(F.gelu(out.detach(), approximate="tanh"))
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched_sdpa)
+    for block in model.transformer.h:
+        block.attn.c_attn.register_forward_hook(keep_k_and_v)
+        block.mlp.c_fc.register_forward_hook(keep_hidden)
+        block.mlp.c_proj.register_forward_pre_hook(lambda module, inputs: watch("ff", inputs[0]))
+    model(make_idx(model), make_idx(model, seed=1))[1].backward()
+    for site in SITES:
+        for i in range(model.config.n_layer):
+            upstream = scaled[site][i].grad
+            if site != "ff":
+                upstream = upstream.transpose(1, 2).flatten(2)  # (B, n_head, T, d_head) → (B, T, C)
+            expected = gradient_of_l(plain[site][i], upstream)
+            assert torch.allclose(vectors.matrices()[f"l_{site}"].grad[i], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_gradients_are_finite_differences():
+    """Central differences with step ε = 1e-6 in float64 are off by O(ε²) + rounding/ε, about 1e-9."""
+    model = make_gpt().double()
+    vectors = make_ia3(model).double()
+    idx, targets = make_idx(model), make_idx(model, seed=1)
+    model(idx, targets)[1].backward()
+    for p in vectors.parameters():
+        for place in [(0, 0), (1, 7), (1, p.size(1) - 1)]:
+            before = p.detach().clone()
+            slope = central_difference(lambda: model(idx, targets)[1].item(), p, place)
+            assert abs(slope - p.grad[place].item()) < 1e-7
+            assert torch.equal(p, before)
+
+
+# What it costs
+
+
+def test_the_fraction_trained_is_one_in_two_n_embd():
+    """6·n_layer·n_embd values over 12·n_layer·n_embd² weights in the blocks' matrices."""
+    model = make_gpt(n_layer=3, n_embd=32)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".h." in name and p.dim() == 2)
+    assert attach(model).count() * 2 * 32 == matrices
+
+
+def test_count():
+    gpt2 = GPTConfig(1024, 50257, 12, 12, 768)
+    assert gpt2.widths == (768, 768, 3072)
+    assert IA3(gpt2).count() == 55_296
+    assert IA3(gpt2, ["k"]).count() == IA3(gpt2, ["v"]).count() == 12 * 768
+    assert IA3(gpt2, ["ff"]).count() == 12 * 4 * 768
+    assert IA3(make_gpt(n_layer=3).config, ["k", "ff"]).count() == 3 * 5 * 16
+
+
+def test_the_repr_says_what_matters():
+    model = make_gpt()
+    text = repr(attach(model))
+    assert "l_ff (2, 64)" in text and "192 values" in text and fingerprint(model)[:8] in text
+    assert "unknown" in repr(IA3(model.config))
+
+
+def test_a_step_needs_two_thirds_of_the_matrix_products():
+    """No gradient of a weight: 4 of the 6 units of full fine-tuning, and the first layer's input needs none either."""
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=6, n_head=2, n_embd=96))
+
+    def flops():
+        with FlopCounterMode(display=False) as counter:
+            idx = make_idx(model, rows=2)
+            model(idx, idx)[1].backward()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(n for op, n in counts.items() if "mm" in str(op))
+
+    full = flops()
+    attach(model)
+    assert 0.60 < flops() / full <= 2 / 3
+
+
+# What does not matter, and what does
+
+
+def test_moving_l_k_to_q_or_l_v_behind_the_attention_is_the_same_function():
+    """(l_k ⊙ K) q = K (l_k ⊙ q), and attention mixes positions, not channels. Only rounding differs."""
+    model = make_gpt().double()
+    make_ia3(model, sites=("k", "v"))
+    moved = copy.deepcopy(model)
+    C = model.config.n_embd
+    with torch.no_grad():
+        for block, (l_k, l_v, _) in zip(moved.transformer.h, model.ia3.per_layer(), strict=True):
+            block.attn.c_attn.weight[:C] *= l_k[:, None]
+            block.attn.c_attn.bias[:C] *= l_k
+            block.attn.c_proj.weight *= l_v  # columns: what comes out of the attention
+    moved.ia3 = None
+    idx = make_idx(model)
+    assert torch.allclose(model(idx)[0], moved(idx)[0], rtol=1e-11, atol=1e-11)
+
+
+def test_scaling_before_the_gelu_is_another_function():
+    model = make_gpt().double()
+    make_ia3(model, sites=("ff",))
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        for block, (_, _, l_ff) in zip(before.transformer.h, model.ia3.per_layer(), strict=True):
+            block.mlp.c_fc.weight *= l_ff[:, None]
+            block.mlp.c_fc.bias *= l_ff
+    before.ia3 = None
+    idx = make_idx(model)
+    assert (model(idx)[0] - before(idx)[0]).abs().max() > 0.1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("sites", [(), ("q",), ("k", "q"), ["k", ""], "kv", "k", None])
+def test_sites_that_there_are_not_are_refused(sites):
+    with pytest.raises(ValueError, match="sites must be a list of some of k, v, ff"):
+        IA3(make_gpt().config, sites)
+
+
+def test_vectors_of_another_base_and_what_are_no_vectors_are_not_attached(tmp_path):
+    for other in (IA3(make_gpt(n_layer=1).config), IA3(make_gpt(n_embd=32).config), attach(make_gpt(seed=1))):
+        model = make_gpt()
+        with pytest.raises(ValueError, match="another base"):
+            attach(model, other)
+        assert model.ia3 is None and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"attach wants an IA3, not str: IA3\.load"):
+        attach(make_gpt(), f"{tmp_path}/ia3.npz")
