@@ -208,7 +208,7 @@ def to_hf(model, folder):
             weights[name.replace("weight", "bias")] = t.new_zeros(t.size(0))
     end = None
     if model.tokenizer is not None:
-        end = model.tokenizer.n_ids - 1  # the last id of either tokenizer ends a text
+        end = max(model.tokenizer.ids)  # the last id of either tokenizer ends a text
     about = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
