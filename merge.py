@@ -55,9 +55,9 @@ def fold(model):
 def fold_gpt2(block, l_k, l_v, l_ff):
     """A block of GPT-2: c_attn stacks W_q, W_k, W_v, (3·n_embd, n_embd)."""
     n_embd = block.attn.c_attn.in_features
-    fold_rows(block.attn.c_attn, slice(n_embd, 2 * n_embd), l_k)
-    fold_rows(block.attn.c_attn, slice(2 * n_embd, 3 * n_embd), l_v)
-    fold_columns(block.mlp.c_proj, l_ff)
+    fold_rows(block.attn.c_attn, slice(n_embd, 2 * n_embd), l_k)  # W_k and b_k
+    fold_rows(block.attn.c_attn, slice(2 * n_embd, 3 * n_embd), l_v)  # W_v and b_v
+    fold_columns(block.mlp.c_proj, l_ff)  # W_2; its bias stays
 
 
 def fold_llama(block, l_k, l_v, l_ff):
