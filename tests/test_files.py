@@ -68,7 +68,7 @@ class Code:
         return os.system, ("touch ran",)
 
 
-# all that is wanted, and 128 KiB of spaces
+# all that is wanted, and 128 KiB of spaces in each gap between
 LONG = json.dumps({"vectors": ["l_k", "l_v", "l_ff"], "fingerprint": fingerprint(make_gpt())}).replace(" ", " " * 2**17)
 
 
