@@ -241,6 +241,24 @@ def test_verify_measures_what_it_says():
     assert model.ia3 is not None  # what verify folds is its own copy
 
 
+def test_verify_leaves_padding_out():
+    """Rows of 5 and 16 tokens are 21 tokens: what each row alone gives, by its share of them."""
+    model = make_gpt()
+    make_ia3(model)
+    merged = merge(model)
+    merged.transformer.ln_f.weight.data[3] += 0.5
+    idx = make_idx(model, rows=2)
+    report = verify(model, merged, idx, lengths=[5, 16])
+    idx[0, 5:] = 0
+    assert verify(model, merged, idx, lengths=[5, 16]) == report
+    short, long = verify(model, merged, idx[:1, :5]), verify(model, merged, idx[1:])
+    assert report.max_difference == max(short.max_difference, long.max_difference)
+    mean_square = (5 * short.merged_distance**2 + 16 * long.merged_distance**2) / 21
+    assert report.merged_distance == pytest.approx(mean_square**0.5, rel=1e-6)
+    agreement = (5 * short.argmax_agreement + 16 * long.argmax_agreement) / 21
+    assert report.argmax_agreement == pytest.approx(agreement) and short.argmax_agreement != long.argmax_agreement
+
+
 def test_exact_is_within_one_and_a_half_of_the_unmerged_distance_and_1e_11_in_float64():
     def exact(unmerged, merged, float64=0.0):
         return Report(0.0, float64, unmerged, merged, 1.0).is_exact()
@@ -277,6 +295,25 @@ def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_i
     model.ia3 = ia3.IA3.load(folder / "ia3.npz", model)
     idx = make_idx(model)
     assert torch.equal(plain(idx)[0], merge(model)(idx)[0])
+
+
+def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch):
+    folder, flags = files
+    (folder / "text/val.txt").write_bytes(b"x" * (32 + 9 + 1))  # a window, and 9 of the next one's 32 inputs
+    (folder / "examples").mkdir()
+    (folder / "examples/val.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "cde", "completion": "f"}'
+    )
+    seen = []
+
+    def watched(model, merged, idx, lengths):
+        seen.append(lengths)
+        return verify(model, merged, idx, lengths)
+
+    monkeypatch.setattr("merge.verify", watched)
+    assert main(flags) == 0
+    assert main([*flags, "--data", f"{folder}/examples"]) == 0
+    assert seen == [[32, 9], [1, 3]]
 
 
 def test_the_command_line_makes_the_folder_it_writes_to(files):
