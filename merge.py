@@ -28,7 +28,7 @@ from sample import generate
 def merge(model):
     """Return a plain model of model's class with model.ia3 folded in; model is left as it was: nothing to unmerge.
 
-    Products are taken in float64 and rounded once to the weights' dtype. Raises ValueError where model has no vectors,
+    Products are taken in float64, then rounded to the weights' dtype. Raises ValueError where model has no vectors,
     stacked ones, or another base's, and where a weight, a vector or a product is NaN or infinite, with its name.
     """
     if model.ia3 is None or model.ia3.is_stacked():
@@ -82,7 +82,7 @@ def fold_columns(linear, l):
 
 
 def scale(weights, l):
-    """weights ← l · weights in place, in float64, rounded once."""
+    """weights ← l · weights in place: in float64, then rounded (to bfloat16 by way of float32, as torch does it)."""
     weights.copy_(weights.double() * l.double())
 
 

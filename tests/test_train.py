@@ -332,6 +332,15 @@ def test_a_short_window_trains_a_model_that_is_not_cropped(tiny_run):
     assert common.load(folder / "a/ckpt.pt").config.block_size == 16
 
 
+def test_a_training_window_is_the_models_but_at_most_256(tiny_run):
+    folder, flags = tiny_run
+    (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 9)
+    for block_size, window in ((16, 16), (300, 256)):
+        common.save(make_gpt(block_size=block_size), folder / "base.pt")
+        _, data = build(parse(flags))
+        assert data["train"].block_size == data["val"].block_size == window
+
+
 def test_a_frozen_base_is_stored_in_bfloat16_and_its_vectors_in_float32(tiny_run, device):
     folder, flags = tiny_run
     flags += ["--out", f"{folder}/a", "--dtype", "bfloat16", "--device", device]
@@ -378,6 +387,21 @@ def fresh(dropout=0.1):
     model = make_gpt(dropout=dropout)
     attach(model)
     return model
+
+
+def test_every_step_has_its_own_dropout_drawn_from_the_seed(text):
+    def seeds(seed):
+        found = []
+
+        def loss_fn(model, x, y):
+            if model.training:
+                found.append(torch.initial_seed())  # what the generator was last set to
+            return lm_loss(model, x, y)
+
+        train(fresh(), text, config(steps=5, seed=seed), loss_fn)
+        return found
+
+    assert seeds(0) == seeds(0) and len({*seeds(0), *seeds(1)}) == 10
 
 
 # Nothing is lost
@@ -552,6 +576,7 @@ def test_ctrl_c_finishes_the_step_exits_with_130_and_resume_goes_on(tiny_run, ha
     assert main([*flags, "--out", f"{folder}/run", "--resume"]) == 0
     assert main([*flags, "--out", f"{folder}/whole"]) == 0
     assert same(load_vectors(folder / "run/ia3.npz"), load_vectors(folder / "whole/ia3.npz"))
+    assert signal.getsignal(signal.SIGINT) is handler  # nor does a run that nothing stops keep its own
 
 
 def test_a_second_ctrl_c_stops_at_once(tiny_run, handler, monkeypatch, capsys):
