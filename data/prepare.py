@@ -342,7 +342,7 @@ def prepare_sentiment(archive, out):
     for name, (splits, templates) in tasks.items():
         write_task(out / name, splits, templates)
         counts = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
-        print(f"{out / name}: {counts}")
+        print(f"{name}: {counts}")
 
 
 def prepare_texts(archive, out):
