@@ -16,7 +16,6 @@ import common
 import ia3
 from merge import Report, main, merge, verify
 from model import GPT
-from model import GPT
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
 LLAMA3["original_max_position_embeddings"] = 64

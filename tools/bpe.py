@@ -175,7 +175,7 @@ def name_of(step):
 
 
 def write_tokenizer(about, folder):
-    """Write about, as data.Tokenizer has it, as tokenizer.json; tokenizer_config.json is for transformers' AutoTokenizer.
+    """Write about, as data.Tokenizer has it, as tokenizer.json, and tokenizer_config.json for transformers.
 
     Raises ValueError for a pattern that is none of PRE_TOKENIZERS'.
     """
