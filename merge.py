@@ -28,7 +28,7 @@ from sample import generate
 def merge(model):
     """Return a plain model of model's class with model.ia3 folded in; model is left as it was: nothing to unmerge.
 
-    Products are taken in float64 and rounded once to the weights' dtype. Raises ValueError where model has no vectors,
+    Products are taken in float64, then rounded to the weights' dtype. Raises ValueError where model has no vectors,
     stacked ones, or another base's, and where a weight, a vector or a product is NaN or infinite, with its name.
     """
     if model.ia3 is None or model.ia3.is_stacked():
@@ -55,9 +55,9 @@ def fold(model):
 def fold_gpt2(block, l_k, l_v, l_ff):
     """A block of GPT-2: c_attn stacks W_q, W_k, W_v, (3·n_embd, n_embd)."""
     n_embd = block.attn.c_attn.in_features
-    fold_rows(block.attn.c_attn, slice(n_embd, 2 * n_embd), l_k)
-    fold_rows(block.attn.c_attn, slice(2 * n_embd, 3 * n_embd), l_v)
-    fold_columns(block.mlp.c_proj, l_ff)
+    fold_rows(block.attn.c_attn, slice(n_embd, 2 * n_embd), l_k)  # W_k and b_k
+    fold_rows(block.attn.c_attn, slice(2 * n_embd, 3 * n_embd), l_v)  # W_v and b_v
+    fold_columns(block.mlp.c_proj, l_ff)  # W_2; its bias stays
 
 
 def fold_llama(block, l_k, l_v, l_ff):
@@ -82,7 +82,7 @@ def fold_columns(linear, l):
 
 
 def scale(weights, l):
-    """weights ← l · weights in place, in float64, rounded once."""
+    """weights ← l · weights in place: in float64, then rounded (to bfloat16 by way of float32, as torch does it)."""
     weights.copy_(weights.double() * l.double())
 
 
@@ -120,27 +120,32 @@ class Report:
 
 
 @torch.no_grad()
-def verify(model, merged, idx):
+def verify(model, merged, idx, lengths=None):
     """Compare model with merged on idx (B, T) long. Returns a Report.
+
+    lengths: how many tokens of each row are text; what follows is padding and is not compared (None: all is text).
 
     Rounding makes any two ways to compute a logit differ. So the question is not whether merged equals unmerged, but
     whether it is any further from what both approximate: the unmerged weights and vectors, run in float64. Memory: one
     model in float64, and the float64 logits of idx.
     """
-    rows = idx.split(1)  # (1, T) each
+    if lengths is None:
+        lengths = [idx.size(1)] * idx.size(0)
+    rows = [row[:, :n] for row, n in zip(idx.split(1), lengths, strict=True)]  # (1, n) each
     exact = copy.deepcopy(model).double()
     truths = [exact(row)[0] for row in rows]  # (1, T, vocab_size) each
     fold(exact)
     maxima = []
-    means = []
+    sums = []  # over the tokens of a row
     for row, truth in zip(rows, truths, strict=True):
         a = model(row)[0].double()
         b = merged(row)[0].double()
         maxima.append(torch.stack([(a - b).abs().max(), (exact(row)[0] - truth).abs().max()]))
         agreement = (a.argmax(-1) == b.argmax(-1)).double().mean()
-        means.append(torch.stack([(a - truth).square().mean(), (b - truth).square().mean(), agreement]))
+        means = torch.stack([(a - truth).square().mean(), (b - truth).square().mean(), agreement])
+        sums.append(means * row.size(1))
     max_difference, float64_difference = torch.stack(maxima).amax(0).tolist()
-    unmerged, merged_, agreement = torch.stack(means).mean(0).tolist()
+    unmerged, merged_, agreement = (torch.stack(sums).sum(0) / sum(lengths)).tolist()
     return Report(max_difference, float64_difference, math.sqrt(unmerged), math.sqrt(merged_), agreement)
 
 
@@ -160,7 +165,9 @@ def run(argv):
     merged = merge(model)
 
     ids = torch.linspace(0, len(val) - 1, max(min(1024 // window, len(val)), 1)).long().tolist()  # some 1024 tokens
-    report = verify(model, merged, val.windows(ids)[0])
+    idx, targets = val.windows(ids)
+    lengths = [row.nonzero().max().item() + 1 for row in targets >= 0]
+    report = verify(model, merged, idx, lengths)
     prompt = val.prompt(64)
     greedy = [generate(m, prompt, 200, temperature=0) for m in (model, merged)]
     common.save(merged, args.out)

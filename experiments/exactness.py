@@ -1,6 +1,6 @@
 """How exact the merge is, on real text: a table in Markdown.
 
-    python -m experiments.exactness                              # with data/folio.npz
+    python -m experiments.exactness > experiments/results/exactness/table.md     # with data/folio.npz
     python -m experiments.exactness --ia3 out/demo/ia3.npz
 
 Three kinds of vectors (powers of two with signs; trained; random) in three dtypes. Distances are root mean squares
@@ -57,7 +57,8 @@ def run(argv):
     trained = IA3.load(args.ia3, base)
     val = lab.load_data("folio", base, ["val"])["val"]
     idx, _ = val.windows(range(0, len(val), max(len(val) // 32, 1)))
-    print(lab.markdown(HEAD, measure(base, trained, idx)))
+    about = f"{lab.device_name(torch.device('cpu'))}, torch {torch.__version__}; {len(idx)} windows of folio/val."
+    print(f"{about}\n\n{lab.markdown(HEAD, measure(base, trained, idx))}")
     return 0
 
 

@@ -65,6 +65,16 @@ def make_llama(seed=0, **sizes):
     return model.eval()
 
 
+@pytest.fixture(params=[make_gpt, make_llama])
+def make_model(request):
+    """make_gpt, then make_llama: what takes this is tested on both models."""
+    return request.param
+
+
+def blocks(model):
+    return model.transformer.h if isinstance(model, GPT) else model.model.layers
+
+
 def make_ia3(model, seed=0, sites=("k", "v", "ff"), powers_of_two=False):
     """Attach random vectors to model: powers of two from 1/4 to 4 with signs, or N(1, 0.5)."""
     vectors = attach(model, sites=sites)
@@ -84,12 +94,17 @@ def make_idx(model, rows=3, seed=0):
     return torch.randint(0, model.config.vocab_size, (rows, model.config.block_size), generator=dice)
 
 
+def write_run(folder, model):
+    """Write model to folder/base.pt, and text/{train,val}.txt. Returns folder and the flags of a run on them."""
+    common.save(model, folder / "base.pt")
+    (folder / "text").mkdir()
+    (folder / "text/train.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
+    (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 5)
+    flags = f"--base {folder}/base.pt --data {folder}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
+    return folder, flags.split()
+
+
 @pytest.fixture
 def tiny_run(tmp_path):
-    """A folder with base.pt (a random tiny GPT) and text/{train,val}.txt, and the flags of a run on them."""
-    common.save(make_gpt(), tmp_path / "base.pt")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text/train.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
-    (tmp_path / "text/val.txt").write_text("And God saw the light, that it was good. " * 5)
-    flags = f"--base {tmp_path}/base.pt --data {tmp_path}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
-    return tmp_path, flags.split()
+    """write_run of a random tiny GPT."""
+    return write_run(tmp_path, make_gpt())

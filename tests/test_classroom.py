@@ -417,11 +417,12 @@ def test_the_handout_fits_the_table(starter, monkeypatch, tmp_path):
     shipped = (starter / "README.md").read_text(encoding="utf-8")
     headings = [line for line in written.splitlines() if line.startswith("#")]
     assert headings == [line for line in shipped.splitlines() if line.startswith("#")]
-    docs = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("exactness.md", "formats.md")]
+    sources = ("experiments/results/exactness/table.md", "docs/formats.md")
+    docs = [(ROOT / name).read_text(encoding="utf-8") for name in sources]
     diff = list(difflib.ndiff(written.splitlines(), shipped.splitlines()))
     gone = [line[2:] for line in diff if line.startswith("- ")]
     new = [line[2:] for line in diff if line.startswith("+ ")]
-    assert gone == ["*(table: docs/exactness.md)*", "*(table: docs/formats.md)*"]
+    assert gone == ["*(table: experiments/results/exactness/table.md)*", "*(table: docs/formats.md)*"]
     assert len(new) > 10 and set(new) <= set("\n".join(docs).splitlines())
 
     monkeypatch.setattr(make, "ROOT", tmp_path)

@@ -17,15 +17,19 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3
+from conftest import make_gpt, make_ia3, make_llama
+from safetensors.torch import load_file as load_safe
+from safetensors.torch import save_file as save_safe
 
 import common
 import sample
 import train
+from experiments import ranking
+from tools import convert, plot
 
 pytestmark = pytest.mark.slow
-BYTES = 75  # damaged copies of each file
-MEANING = 75
+DAMAGES = 160  # copies of each file, half of them damaged in their bytes, half in their meaning
+PICTURES = 20  # the same of what is drawn: a picture takes a second
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,16 @@ def folder(tmp_path_factory):
         line = json.dumps({"prompt": "a", "completion": "b"})
         (folder / f"jsonl/{split}.jsonl").write_text(f"{line}\n{line}\n")
         np.arange(64, dtype=np.uint16).tofile(folder / f"bin/{split}.bin")
+    (folder / "choices").mkdir()
+    for split in ("train", "val"):
+        line = json.dumps({"prompt": "a", "choices": ["b", "cd"], "label": 1})
+        (folder / f"choices/{split}.jsonl").write_text(f"{line}\n{line}\n")
     assert train.main(train_flags(folder, "text", folder / "run")) == 0
+    common.save(make_llama(n_layer=1, block_size=8), folder / "llama.pt")
+    convert.to_hf(common.load(folder / "base.pt"), folder / "hf")
+    shutil.copytree(folder / "hf", folder / "safe")
+    save_safe(torch.load(folder / "hf/pytorch_model.bin", weights_only=True), folder / "safe/model.safetensors")
+    convert.to_peft(make_ia3(model), folder / "adapter", "base.pt")
     return folder
 
 
@@ -58,6 +71,28 @@ def read_base(folder):
 
 def read_vectors(folder):
     return sample.main(f"--base {folder}/base.pt --ia3 {folder}/ia3.npz --prompt A --tokens 1 --device cpu".split())
+
+
+def read_llama(folder):
+    return sample.main(f"--base {folder}/llama.pt --prompt A --tokens 1 --device cpu".split())
+
+
+def choose(folder):
+    flags = f"--base {folder}/base.pt --data {folder}/choices --out {folder}/new --steps 1 --batch-size 2"
+    return ranking.main([*flags.split(), "--device", "cpu"])
+
+
+def convert_hf(name):
+    return lambda folder: convert.main(["hf", f"{folder}/{name}", "--out", f"{folder}/new/base.pt"])
+
+
+def convert_adapter(folder):
+    flags = f"from-peft --base {folder}/base.pt --adapter {folder}/adapter --out {folder}/new/ia3.npz"
+    return convert.main(flags.split())
+
+
+def draw(folder):
+    return plot.main([f"{folder}/run"])
 
 
 def resume(folder):
@@ -76,6 +111,15 @@ READERS = [
     ("text/train.txt", train_on("text")),
     ("jsonl/train.jsonl", train_on("jsonl")),
     ("bin/train.bin", train_on("bin")),
+    ("choices/train.jsonl", choose),
+    ("llama.pt", read_llama),
+    ("hf/pytorch_model.bin", convert_hf("hf")),
+    ("hf/config.json", convert_hf("hf")),
+    ("safe/model.safetensors", convert_hf("safe")),
+    ("adapter/adapter_model.safetensors", convert_adapter),
+    ("adapter/adapter_config.json", convert_adapter),
+    ("run/metrics.csv", draw),
+    ("run/ia3.npz", draw),
 ]
 
 
@@ -141,7 +185,7 @@ def damage_meaning(tree, dice):
 
 def rewrite(path, dice):
     """Damage the meaning of the file at path; False for a kind of file that has none beyond its bytes."""
-    if path.suffix == ".pt":
+    if path.suffix in (".pt", ".bin") and path.parent.name != "bin":
         torch.save(damage_meaning(torch.load(path, weights_only=True), dice), path)
     elif path.suffix == ".npz":
         with np.load(path) as file:
@@ -154,6 +198,11 @@ def rewrite(path, dice):
         arrays = {str(name): np.asarray(a) for name, a in arrays.items() if not isinstance(a, torch.Tensor)}
         text = json.dumps(about, default=lambda _: None)
         np.savez(path, about=np.bytes_(text), **{name: a for name, a in arrays.items() if a.dtype != object})
+    elif path.suffix == ".safetensors":
+        tensors = damage_meaning(load_safe(path), dice)
+        save_safe({name: t.contiguous() for name, t in tensors.items() if is_storable(t)}, path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(damage_meaning(json.loads(path.read_text()), dice), default=lambda _: None))
     elif path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         damaged = damage_meaning(rows, dice)
@@ -161,6 +210,10 @@ def rewrite(path, dice):
     else:
         return False
     return True
+
+
+def is_storable(t):
+    return isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
 
 
 # --- what must hold ---
@@ -184,13 +237,14 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(folder, tmp_path, capsys,
     shutil.copytree(folder, work)
     path = work / name
     good = path.read_bytes()
-    for seed in range(BYTES + MEANING):
+    n = PICTURES if command is draw else DAMAGES
+    for seed in range(n):
         dice = random.Random(f"{name} {seed}")
         shutil.rmtree(work / "run")
         shutil.copytree(folder / "run", work / "run")
-        path.write_bytes(good if seed >= BYTES else damage_bytes(good, dice))
-        if seed >= BYTES and not rewrite(path, dice):
-            break
+        path.write_bytes(good)
+        if seed % 2 == 0 or not rewrite(path, dice):
+            path.write_bytes(damage_bytes(good, dice))
         print(f"{name}, damage {seed}", flush=True)  # shown where it fails
         check_read(work, name, command, capsys)
 

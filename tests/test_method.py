@@ -7,20 +7,21 @@ import copy
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx
-from torch.nn import functional as F
+from conftest import blocks, make_gpt, make_ia3, make_idx, make_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from classroom.gradient import central_difference, gradient_of_l
 from ia3 import IA3, SITES, attach, fingerprint
+from llama import LlamaConfig
 from model import GPT, GPTConfig
+from sample import Cache
 
 # The start
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_ones_are_the_base_bit_for_bit(device, dtype):
-    model = make_gpt().to(device, dtype)
+def test_ones_are_the_base_bit_for_bit(make_model, device, dtype):
+    model = make_model().to(device, dtype)
     idx = make_idx(model).to(device)
     base = model(idx)[0]
     for sites in (("k",), ("v",), ("ff",), SITES):
@@ -30,8 +31,8 @@ def test_ones_are_the_base_bit_for_bit(device, dtype):
         assert torch.equal(model(idx)[0], base)
 
 
-def test_attach_freezes_the_base_and_only_the_base():
-    model = make_gpt()
+def test_attach_freezes_the_base_and_only_the_base(make_model):
+    model = make_model()
     vectors = attach(model, sites=("k", "ff"))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"ia3.l_k", "ia3.l_ff"}
     assert model.ia3 is vectors and vectors.l_v is None
@@ -47,7 +48,7 @@ def test_attach_freezes_the_base_and_only_the_base():
 
 
 def reference(model, idx):
-    """The paper's equations, one position, head and layer at a time, in plain tensor algebra."""
+    """The paper's equations on GPT-2, one position, head and layer at a time, in plain tensor algebra."""
     state, config, v = model.state_dict(), model.config, model.ia3
     C, d = config.n_embd, config.n_embd // config.n_head
 
@@ -84,32 +85,36 @@ def test_the_forward_pass_is_the_papers_equations():
         assert (model(idx)[0][0] - truth).abs().max() < 1e-12 * truth.abs().max()
 
 
-def test_the_product_is_taken_in_float32_and_rounded_once(device):
-    """1 + 2^-8 + 2^-12 is no bfloat16 number: rounded before the product it would be 1, or 1 + 2^-7."""
-    block = make_gpt().to(device, torch.bfloat16).transformer.h[0]
-    l = torch.full((64,), 1 + 2**-8 + 2**-12, device=device)
-    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    with torch.no_grad():
-        qkv = block.attn.c_attn(x)
-        for rows, l_k, l_v in ((slice(16, 32), l[:16], None), (slice(32, 48), None, l[:16])):
-            scaled = qkv.clone()
-            scaled[..., rows] = (qkv[..., rows].float() * l[:16]).bfloat16()
-            expected = run_with_output(block.attn.c_attn, scaled, lambda: block.attn(x))
-            assert torch.equal(block.attn(x, l_k, l_v), expected)
-        h = F.gelu(block.mlp.c_fc(x), approximate="tanh")
-        assert torch.equal(block.mlp(x, l), block.mlp.c_proj((h.float() * l).bfloat16()))
+@torch.no_grad()
+def test_the_product_is_taken_in_float32_and_rounded_once(make_model, device):
+    """Seen where the vectors change nothing else: in the first layer, a cache's values and its keys of token 0 (which
+    no rotation turns), and what the down-projection is given."""
+    model = make_model().to(device, torch.bfloat16)
+    idx = make_idx(model).to(device)
+    given = {}
+    mlp = blocks(model)[0].mlp
+    down = mlp.c_proj if isinstance(model, GPT) else mlp.down_proj
+    down.register_forward_pre_hook(lambda module, inputs: given.update(h=inputs[0]))
+
+    def first_layer():
+        cache = Cache(model, 3, 16)
+        model(idx, cache=cache)
+        k, v = cache.layers[0].k[:, :, 0], cache.layers[0].v[:, :, 0]  # (B, heads of keys, d_head)
+        return k.flatten(1), v.flatten(1), given["h"]
+
+    k, v, _ = first_layer()
+    vectors = make_ia3(model, sites=("k", "v"))
+    scaled_k, scaled_v, _ = first_layer()
+    assert torch.equal(scaled_k, (vectors.l_k[0] * k.float()).bfloat16())
+    assert torch.equal(scaled_v, (vectors.l_v[0] * v.float()).bfloat16())
+    model.ia3 = None
+    h = first_layer()[2]
+    vectors = make_ia3(model, sites=("ff",))
+    assert torch.equal(first_layer()[2], (vectors.l_ff[0] * h.float()).bfloat16())
 
 
-def run_with_output(module, output, call):
-    """Return call(), with module returning output."""
-    hook = module.register_forward_hook(lambda *_: output)
-    result = call()
-    hook.remove()
-    return result
-
-
-def test_a_base_in_bfloat16_takes_float32_vectors(device):
-    model = make_gpt().to(device, torch.bfloat16)
+def test_a_base_in_bfloat16_takes_float32_vectors(make_model, device):
+    model = make_model().to(device, torch.bfloat16)
     vectors = attach(model)
     assert {p.dtype for p in vectors.parameters()} == {torch.float32}
     logits, loss = model(make_idx(model).to(device), make_idx(model, seed=1).to(device))
@@ -121,48 +126,41 @@ def test_a_base_in_bfloat16_takes_float32_vectors(device):
 # The gradient
 
 
-def test_gradients_are_the_closed_form(monkeypatch):
-    """For l_k the sum over batch and time of ∂L/∂(l_k ⊙ k) ⊙ k; for l_v and l_ff alike."""
-    model = make_gpt().double()
+def test_gradients_are_the_closed_form(make_model):
+    """For l_k the sum over batch and time of ∂L/∂(l_k ⊙ k) ⊙ k, where ∂L/∂k = l_k ⊙ ∂L/∂(l_k ⊙ k); l_v, l_ff alike."""
+    model = make_model().double()
     vectors = make_ia3(model).double()
-    scaled = {"k": [], "v": [], "ff": []}  # what reaches the attention and the down-projection, a tensor a layer
-    plain = {"k": [], "v": [], "ff": []}
-    sdpa = F.scaled_dot_product_attention
+    keys_and_values, hidden = [], []  # a layer's c_attn, or k_proj and v_proj; and l_ff ⊙ h
 
-    def watch(site, tensor):
-        tensor.retain_grad()
-        scaled[site].append(tensor)
+    def watch(kept, tensor):
+        tensor.requires_grad_().retain_grad()
+        kept.append(tensor)
 
-    def watched_sdpa(q, k, v, **options):
-        watch("k", k)
-        watch("v", v)
-        return sdpa(q, k, v, **options)
-
-    def keep_k_and_v(module, inputs, out):
-        plain["k"].append(out[..., 16:32].detach())
-        plain["v"].append(out[..., 32:].detach())
-
-    def keep_hidden(module, inputs, out):
-        plain["ff"].append(F.gelu(out.detach(), approximate="tanh"))
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched_sdpa)
-    for block in model.transformer.h:
-        block.attn.c_attn.register_forward_hook(keep_k_and_v)
-        block.mlp.c_fc.register_forward_hook(keep_hidden)
-        block.mlp.c_proj.register_forward_pre_hook(lambda module, inputs: watch("ff", inputs[0]))
+    for block in blocks(model):
+        if isinstance(model, GPT):
+            linears, down = [block.attn.c_attn], block.mlp.c_proj
+        else:
+            linears, down = [block.self_attn.k_proj, block.self_attn.v_proj], block.mlp.down_proj
+        for linear in linears:
+            linear.register_forward_hook(lambda module, inputs, out: watch(keys_and_values, out))
+        down.register_forward_pre_hook(lambda module, inputs: watch(hidden, inputs[0]))
     model(make_idx(model), make_idx(model, seed=1))[1].backward()
-    for site in SITES:
-        for i in range(model.config.n_layer):
-            upstream = scaled[site][i].grad
-            if site != "ff":
-                upstream = upstream.transpose(1, 2).flatten(2)  # (B, n_head, T, d_head) → (B, T, C)
-            expected = gradient_of_l(plain[site][i], upstream)
-            assert torch.allclose(vectors.matrices()[f"l_{site}"].grad[i], expected, rtol=1e-10, atol=1e-14)
+    for i, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
+        if isinstance(model, GPT):
+            (_, k, v), (_, k_grad, v_grad) = keys_and_values[i].split(16, 2), keys_and_values[i].grad.split(16, 2)
+        else:
+            k, v = keys_and_values[2 * i : 2 * i + 2]
+            k_grad, v_grad = k.grad, v.grad
+        h, h_grad = hidden[i] / l_ff, hidden[i].grad
+        cases = [(vectors.l_k, k, k_grad / l_k), (vectors.l_v, v, v_grad / l_v), (vectors.l_ff, h, h_grad)]
+        for matrix, plain, upstream in cases:
+            expected = gradient_of_l(plain, upstream)
+            assert torch.allclose(matrix.grad[i], expected, rtol=1e-10, atol=1e-14)
 
 
-def test_gradients_are_finite_differences():
+def test_gradients_are_finite_differences(make_model):
     """Central differences with step ε = 1e-6 in float64 are off by O(ε²) + rounding/ε, about 1e-9."""
-    model = make_gpt().double()
+    model = make_model().double()
     vectors = make_ia3(model).double()
     idx, targets = make_idx(model), make_idx(model, seed=1)
     model(idx, targets)[1].backward()
@@ -191,6 +189,20 @@ def test_count():
     assert IA3(gpt2, ["k"]).count() == IA3(gpt2, ["v"]).count() == 12 * 768
     assert IA3(gpt2, ["ff"]).count() == 12 * 4 * 768
     assert IA3(make_gpt(n_layer=3).config, ["k", "ff"]).count() == 3 * 5 * 16
+
+
+@pytest.mark.parametrize(
+    "n_layer, n_embd, n_head, n_kv_head, n_hidden, widths, count",
+    [
+        (32, 4096, 32, 32, 11008, (4096, 4096, 11008), 614_400),  # LLaMA-7B
+        (32, 4096, 32, 8, 14336, (1024, 1024, 14336), 524_288),  # Llama-3-8B
+        (30, 576, 9, 3, 1536, (192, 192, 1536), 57_600),  # SmolLM2-135M
+    ],
+)
+def test_count_on_a_llama(n_layer, n_embd, n_head, n_kv_head, n_hidden, widths, count):
+    """l_k and l_v are as wide as the keys and values are, which several heads of queries may share."""
+    config = LlamaConfig(2048, 32000, n_layer, n_head, n_kv_head, n_embd, n_hidden, 1e4, 1e-5, tied=False)
+    assert config.widths == widths and IA3(config).count() == count
 
 
 def test_the_repr_says_what_matters():
@@ -257,11 +269,13 @@ def test_sites_that_there_are_not_are_refused(sites):
         IA3(make_gpt().config, sites)
 
 
-def test_vectors_of_another_base_and_what_are_no_vectors_are_not_attached(tmp_path):
-    for other in (IA3(make_gpt(n_layer=1).config), IA3(make_gpt(n_embd=32).config), attach(make_gpt(seed=1))):
-        model = make_gpt()
+def test_vectors_of_another_base_and_what_are_no_vectors_are_not_attached(make_model, tmp_path):
+    (another,) = {make_gpt, make_llama} - {make_model}
+    others = [IA3(make_model(n_layer=1).config), IA3(make_model(n_embd=32).config), attach(make_model(seed=1))]
+    for other in [*others, IA3(another().config)]:
+        model = make_model()
         with pytest.raises(ValueError, match="another base"):
             attach(model, other)
         assert model.ia3 is None and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match=r"attach wants an IA3, not str: IA3\.load"):
-        attach(make_gpt(), f"{tmp_path}/ia3.npz")
+        attach(make_model(), f"{tmp_path}/ia3.npz")

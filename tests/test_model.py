@@ -45,21 +45,30 @@ def test_no_position_sees_what_follows(device):
     assert not torch.isclose(before[:, 8:], after[:, 8:]).all(-1).any()
 
 
-def test_dropout_is_where_gpt2_has_it():
-    """On the embeddings, on the attention's weights and after it, and after the MLP; in training only."""
-    for dropout, same in ((0.0, True), (0.5, False)):
-        model = make_gpt(dropout=dropout)
-        idx = make_idx(model)
-        assert torch.equal(model(idx)[0], model(idx)[0])
-        parts = (model.transformer.drop, model.transformer.h[0].attn, model.transformer.h[0].mlp)
-        for part in parts:
-            x = torch.ones(1, 8, 16)
-            before = part(x)
-            part.train()
-            assert torch.equal(part(x), before) == same
-    attention = make_gpt(dropout=0.5).transformer.h[0].attn.train()
-    attention.resid_dropout.eval()
-    assert not torch.equal(attention(x), attention(x))
+def test_dropout_is_where_gpt2_has_it_and_in_training_only(monkeypatch):
+    """On the embeddings and on what attention and MLP add: where all of that is dropped, ln_f's bias is left.
+    And on the attention's weights."""
+    model = make_gpt(dropout=0.5)
+    model.transformer.ln_f.bias.requires_grad_(False)
+    idx = make_idx(model)
+    weights = []
+    sdpa = F.scaled_dot_product_attention
+
+    def watched_sdpa(q, k, v, dropout_p, is_causal):
+        weights.append(dropout_p)
+        return sdpa(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched_sdpa)
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace: x * 0 if training and p == 0.5 else x)
+    assert torch.equal(model(idx)[0], make_gpt()(idx)[0])
+    model.train()
+    bias = model.transformer.ln_f.bias
+    assert torch.equal(model.hidden(idx), bias.expand(3, 16, 16))
+    assert weights == [0.0] * 4 + [0.5] * 2  # two layers of either model in eval, then two in training
+    for drop in (model.transformer.drop, model.transformer.h[1].attn.resid_dropout, model.transformer.h[1].mlp.dropout):
+        drop.eval()
+        assert not torch.equal(model.hidden(idx), bias.expand(3, 16, 16))
+        drop.train()
 
 
 def test_loss_is_the_mean_over_targets_that_are_not_minus_one(device):

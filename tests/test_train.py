@@ -60,6 +60,35 @@ def test_full_fine_tuning_moves_every_tensor(text):
     assert not any(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
+def test_a_run_is_adamw_on_the_batches_of_its_steps(text):
+    """By hand: clip to the norm, then Adam's equations (Kingma and Ba 2015, algorithm 1), without decay for vectors.
+
+    In float64, where the order of sums costs 1e-12 of a gradient; where that is near Adam's ε of 1e-8, 1e-4 of it.
+    """
+    c = config(steps=4, lr=0.05, grad_clip=0.5)
+    model = make_gpt().double()
+    vectors = attach(model).double()
+    train(model, text, c)
+
+    plain = make_gpt().double()
+    p = attach(plain).double()
+    m = {name: torch.zeros_like(l) for name, l in p.matrices().items()}
+    v = {name: torch.zeros_like(l) for name, l in p.matrices().items()}
+    for step in range(4):
+        p.zero_grad()
+        plain(*text["train"].batch(c.seed, step, c.batch_size))[1].backward()
+        norm = torch.cat([l.grad.flatten() for l in p.parameters()]).norm()
+        for name, l in p.matrices().items():
+            g = l.grad * min(1, 0.5 / norm)
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.99 * v[name] + 0.01 * g**2
+            m_hat = m[name] / (1 - 0.9 ** (step + 1))
+            v_hat = v[name] / (1 - 0.99 ** (step + 1))
+            l.data -= learning_rate(step, c) * m_hat / (v_hat.sqrt() + 1e-8)
+    for name, l in p.matrices().items():
+        assert (l - vectors.matrices()[name]).abs().max() < 1e-4 * c.lr, name
+
+
 def test_what_requires_a_gradient_is_trained_and_nothing_else(text):
     model = make_gpt().requires_grad_(False)
     model.transformer.ln_f.weight.requires_grad_(True)
@@ -303,6 +332,15 @@ def test_a_short_window_trains_a_model_that_is_not_cropped(tiny_run):
     assert common.load(folder / "a/ckpt.pt").config.block_size == 16
 
 
+def test_a_training_window_is_the_models_but_at_most_256(tiny_run):
+    folder, flags = tiny_run
+    (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 9)
+    for block_size, window in ((16, 16), (300, 256)):
+        common.save(make_gpt(block_size=block_size), folder / "base.pt")
+        _, data = build(parse(flags))
+        assert data["train"].block_size == data["val"].block_size == window
+
+
 def test_a_frozen_base_is_stored_in_bfloat16_and_its_vectors_in_float32(tiny_run, device):
     folder, flags = tiny_run
     flags += ["--out", f"{folder}/a", "--dtype", "bfloat16", "--device", device]
@@ -349,6 +387,21 @@ def fresh(dropout=0.1):
     model = make_gpt(dropout=dropout)
     attach(model)
     return model
+
+
+def test_every_step_has_its_own_dropout_drawn_from_the_seed(text):
+    def seeds(seed):
+        found = []
+
+        def loss_fn(model, x, y):
+            if model.training:
+                found.append(torch.initial_seed())  # what the generator was last set to
+            return lm_loss(model, x, y)
+
+        train(fresh(), text, config(steps=5, seed=seed), loss_fn)
+        return found
+
+    assert seeds(0) == seeds(0) and len({*seeds(0), *seeds(1)}) == 10
 
 
 # Nothing is lost
@@ -458,18 +511,24 @@ def test_a_last_pt_that_is_damaged_or_older_is_refused_in_one_line(text, tmp_pat
         train(fresh(), text, c)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(text, tmp_path):
+@pytest.mark.parametrize(
+    "training, message", [(True, "loss inf, gradient .* at step 1"), (False, "val loss inf at step 1")]
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(text, tmp_path, training, message):
+    """A training loss that is infinite while its gradient is fine, or one on val, from the second step on."""
     model = fresh()
 
-    def loss_fn(m, x, y):
-        loss = lm_loss(m, x, y)
-        return loss * math.nan if model.training and m.ia3.l_k[0, 0] != 1 else loss
+    def loss_fn(model, x, y):
+        loss = lm_loss(model, x, y)
+        if model.training == training and model.ia3.l_k[0, 0] != 1:
+            loss = loss + math.inf
+        return loss
 
-    with pytest.raises(FloatingPointError, match=r"nan.* at step 1: try a smaller lr"):
-        train(model, text, config(out=f"{tmp_path}/run", eval_interval=1), lambda m, x, y: loss_fn(m, x, y))
+    with pytest.raises(FloatingPointError, match=f"{message}: try a smaller lr"):
+        train(model, text, config(out=f"{tmp_path}/run", eval_interval=1), loss_fn)
     assert all(p.isfinite().all() for p in model.ia3.parameters())
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert saved["step"] == 1 and all(t.isfinite().all() for t in saved["trained"].values())
+    assert saved["step"] == (1 if training else 0) and all(t.isfinite().all() for t in saved["trained"].values())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(text):
@@ -481,6 +540,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(text):
 
     with pytest.raises(FloatingPointError, match=r"gradient (inf|nan) at step 0"):
         train(model, text, config(), loss_fn)
+
+
+@pytest.fixture
+def handler():
+    """Python's own handler of Ctrl-C, also where the tests run in the background, whose shell lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_in_step(monkeypatch, step, times):
@@ -497,9 +564,8 @@ def interrupt_in_step(monkeypatch, step, times):
     monkeypatch.setattr("train.lm_loss", loss_fn)
 
 
-def test_ctrl_c_finishes_the_step_exits_with_130_and_resume_goes_on(tiny_run, monkeypatch, capsys):
+def test_ctrl_c_finishes_the_step_exits_with_130_and_resume_goes_on(tiny_run, handler, monkeypatch, capsys):
     folder, flags = tiny_run
-    handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, 2, times=1)
         assert main([*flags, "--out", f"{folder}/run"]) == 130
@@ -510,11 +576,11 @@ def test_ctrl_c_finishes_the_step_exits_with_130_and_resume_goes_on(tiny_run, mo
     assert main([*flags, "--out", f"{folder}/run", "--resume"]) == 0
     assert main([*flags, "--out", f"{folder}/whole"]) == 0
     assert same(load_vectors(folder / "run/ia3.npz"), load_vectors(folder / "whole/ia3.npz"))
+    assert signal.getsignal(signal.SIGINT) is handler  # nor does a run that nothing stops keep its own
 
 
-def test_a_second_ctrl_c_stops_at_once(tiny_run, monkeypatch, capsys):
+def test_a_second_ctrl_c_stops_at_once(tiny_run, handler, monkeypatch, capsys):
     folder, flags = tiny_run
-    handler = signal.getsignal(signal.SIGINT)
     interrupt_in_step(monkeypatch, 3, times=2)
     assert main([*flags, "--out", f"{folder}/run"]) == 130
     assert capsys.readouterr().err.count("\n") == 1 and signal.getsignal(signal.SIGINT) is handler

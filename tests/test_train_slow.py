@@ -68,14 +68,23 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-import common, data
+import common, data, train as loop
 from ia3 import attach
 from train import TrainConfig, train
 
 folder = sys.argv[1]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
+wrote = []
+write_metrics = loop.write_metrics
 
+
+def counted(history, out):
+    wrote.append(out)
+    write_metrics(history, out)
+
+
+loop.write_metrics = counted
 
 def run(name, stop_at=None, resume=False):
     model = common.load(f"{folder}/base.pt")
@@ -97,7 +106,7 @@ whole = run("whole")
 run("part", stop_at=6)
 resumed = run("part", resume=True)
 draw = torch.rand(3)  # where this process's generator stands: two that stand alike would drop out the same
-torch.save({"whole": whole, "resumed": resumed, "draw": draw}, f"{folder}/rank{rank}.pt")
+torch.save({"whole": whole, "resumed": resumed, "draw": draw, "wrote": len(wrote)}, f"{folder}/rank{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -109,6 +118,7 @@ def test_with_dropout_in_two_processes_a_resumed_run_has_the_bits_of_a_whole_one
     out = torchrun(f"{folder}/worker.py", f"{folder}")
     assert [line.split()[1].split("/")[0] for line in out.splitlines() if "step" in line] == [*"0367", *"03", *"67"]
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [rank["wrote"] for rank in ranks] == [4 + 3 + 3, 0]  # one process writes: two would race for one name
     assert not torch.equal(ranks[0]["draw"], ranks[1]["draw"])
     for name, p in ranks[0]["whole"].items():
         assert (p != 1).any()

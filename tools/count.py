@@ -19,8 +19,8 @@ LLAMAS = {  # (n_layer, n_head, n_kv_head, n_embd, n_hidden), vocabulary, tied
     # its config.json on the hub
     "SmolLM2-135M": ((30, 9, 3, 576, 1536), 49152, True),
 }
-# T0 (Sanh et al. 2021, arXiv:2110.08207) has the shape of T5 1.1 XXL: an encoder and a decoder, no biases, a gated MLP,
-# an embedding apart from the head. These are the sizes in bigscience/T0's config.json on the hub
+# T0 (Sanh et al. 2021, arXiv:2110.08207) has the shape of T5 1.1 XXL: an encoder and a decoder, no biases, a gated
+# MLP, an embedding apart from the head. These are its config.json's sizes on the hub, bigscience/T0
 T0 = {
     "n_layer": 24,  # of each
     "n_embd": 4096,
