@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx, make_llama
+from conftest import make_gpt, make_ia3, make_idx, make_llama, make_llama_with_bpe
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
@@ -24,7 +24,7 @@ import common
 from data import Tokenizer
 from ia3 import IA3
 from merge import merge
-from tools import bpe, convert, files
+from tools import convert, files
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -369,19 +369,6 @@ def test_ctrl_c_is_one_line_and_130(folder, capsys, monkeypatch):
 # --- LLaMA ---
 
 
-def make_bpe():
-    """A byte-level BPE as data.Tokenizer has it: the bytes from 1 on, seven merged tokens, and two special ones."""
-    ranks = {bytes([i]): i + 1 for i in range(256)}
-    ranks |= {token: 257 + i for i, token in enumerate((b"th", b" th", b"the", b" the", b"12", b"  ", b"123"))}
-    return {"pattern": bpe.SMOLLM2, "ranks": ranks, "special_tokens": {"<end>": 0, "<start>": 264}}
-
-
-def make_llama_with_bpe(**sizes):
-    model = make_llama(vocab_size=280, **sizes)
-    model.tokenizer = Tokenizer(make_bpe(), 280)
-    return model
-
-
 @pytest.fixture
 def llama(tmp_path, monkeypatch):
     """A working directory with hf/, a folder of a random tiny LLaMA, base.pt of it, ia3.npz and adapter/."""
@@ -560,7 +547,8 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: change_config(rope_theta="10000"), "hf/config.json: "),
         (lambda: change_config(rope_theta=10**400), "hf/config.json: "),
         (lambda: change_config(rms_norm_eps=None), "hf/config.json: "),
-        (lambda: change_config(tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
+        (lambda: change_config(tie_word_embeddings="no"), "hf/config.json: tied must be True or False, not 'no'"),
+        (lambda: change_config(mlp_bias=1), "hf/config.json: mlp_bias must be True or False, not 1"),
         (lambda: change_config(tie_word_embeddings=False), "there is no lm_head.weight"),
         (lambda: change_config(attention_bias=False), "is not LLaMA's"),
         (
@@ -589,6 +577,7 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: make_shards({NORM: "model-1.safetensors"}), f"model-1.safetensors has no {NORM}"),
         (lambda: (make_shards(), cut("hf/model-2.safetensors")), "hf/model-2.safetensors is damaged"),
         (lambda: (make_shards(), change_json("hf/model.safetensors.index.json", weight_map=[])), "has no weight_map"),
+        (lambda: (make_shards(), change_json("hf/model.safetensors.index.json", weight_map={})), "has no weight_map"),
         (lambda: (make_shards(), cut("hf/model.safetensors.index.json")), "index.json is not JSON"),
     ],
 )
@@ -675,7 +664,7 @@ def test_tokenizers_that_are_another_kind(llama, capsys, spoil, message):
 
 def test_a_tokenizer_whose_pattern_has_no_counterpart_stays(llama, capsys):
     model = make_llama_with_bpe()
-    model.tokenizer = Tokenizer(make_bpe() | {"pattern": "."}, 280)
+    model.tokenizer = Tokenizer(model.tokenizer.about | {"pattern": "."}, 280)
     common.save(model, "other.pt")
     check(llama, capsys, "to-hf --base other.pt --out new", "the tokenizer's pattern . has no counterpart")
     common.save(make_llama(), "bytes.pt")  # a tokenizer that is a name needs no file, but another's would be read
@@ -745,11 +734,12 @@ def test_no_output_replaces_a_part_of_a_llama(llama, capsys, flags):
 
 
 @pytest.mark.slow
-def test_a_number_beyond_all_floats_in_a_llamas_checkpoint(llama, capsys):
-    checkpoint = torch.load("base.pt", weights_only=True)
-    checkpoint["model_args"]["rope_base"] = 10**400
-    torch.save(checkpoint, "other.pt")
-    check(llama, capsys, "count other.pt", "other.pt is not a checkpoint")
+def test_sizes_of_a_llamas_checkpoint_that_are_none(llama, capsys):
+    for name, value in (("rope_base", 10**400), ("attention_bias", b"yes"), ("tied", 1)):
+        checkpoint = torch.load("base.pt", weights_only=True)
+        checkpoint["model_args"][name] = value
+        torch.save(checkpoint, "other.pt")
+        check(llama, capsys, "to-hf --base other.pt --out new", "other.pt is not a checkpoint: ")
 
 
 # --- published weights ---
