@@ -53,6 +53,9 @@ class LlamaConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
             setattr(self, name, float(getattr(self, name)))  # 10000 and 10000.0 are one base, with one fingerprint
+        for name in ("tied", "attention_bias", "mlp_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
             if kind != "llama3":

@@ -14,6 +14,7 @@ from data import Tokenizer
 from ia3 import attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
+from tools.bpe import SMOLLM2
 
 # shapes are tiny here: threads would only wait for each other, ten times as long as they work where others run, too
 torch.set_num_threads(1)
@@ -73,6 +74,19 @@ def make_model(request):
 
 def blocks(model):
     return model.transformer.h if isinstance(model, GPT) else model.model.layers
+
+
+def make_bpe():
+    """A byte-level BPE as data.Tokenizer has it: the bytes from 1 on, seven merged tokens, and two special ones."""
+    ranks = {bytes([i]): i + 1 for i in range(256)}
+    ranks |= {token: 257 + i for i, token in enumerate((b"th", b" th", b"the", b" the", b"12", b"  ", b"123"))}
+    return {"pattern": SMOLLM2, "ranks": ranks, "special_tokens": {"<end>": 0, "<start>": 264}}
+
+
+def make_llama_with_bpe(**sizes):
+    model = make_llama(vocab_size=280, **sizes)
+    model.tokenizer = Tokenizer(make_bpe(), 280)
+    return model
 
 
 def make_ia3(model, seed=0, sites=("k", "v", "ff"), powers_of_two=False):

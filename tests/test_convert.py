@@ -1,6 +1,6 @@
 """tools/convert.py: what it reads, writes and refuses; published weights, from a small local server; and the count.
 
-That the numbers are GPT-2's and PEFT's is shown in tests/oracles/.
+That the numbers are GPT-2's, LLaMA's and PEFT's, and the ids the tokenizers library's, is shown in tests/oracles/.
 """
 
 import contextlib
@@ -11,18 +11,20 @@ import json
 import os
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx
+from conftest import make_gpt, make_ia3, make_idx, make_llama, make_llama_with_bpe
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
 import common
+from data import Tokenizer
 from ia3 import IA3
 from merge import merge
-from tools import convert
+from tools import convert, files
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -364,6 +366,382 @@ def test_ctrl_c_is_one_line_and_130(folder, capsys, monkeypatch):
     assert snapshot(folder) == before
 
 
+# --- LLaMA ---
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """A working directory with hf/, a folder of a random tiny LLaMA, base.pt of it, ia3.npz and adapter/."""
+    monkeypatch.chdir(tmp_path)
+    model = make_llama_with_bpe()
+    common.save(model, "base.pt")
+    convert.to_hf(model, "hf")
+    vectors = make_ia3(model)
+    vectors.save("ia3.npz")
+    convert.to_peft(vectors, "adapter", "base.pt")
+    return tmp_path
+
+
+def make_shards(change=None):
+    """Put hf's weights into two .safetensors and an index, the norms into the second; change: of {name: shard}."""
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    os.remove("hf/pytorch_model.bin")
+    where = {name: f"model-{1 + ('norm' in name)}.safetensors" for name in weights}
+    for shard in ("model-1.safetensors", "model-2.safetensors"):
+        tensors = {name: t for name, t in weights.items() if where[name] == shard}
+        save_safe(tensors | {"model.not.in.the.index": torch.ones(1)}, f"hf/{shard}")
+    where |= change or {}
+    Path("hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tied": False, "attention_bias": False, "mlp_bias": False},
+        {"rope_scaling": LLAMA3, "rope_base": 5e5, "norm_eps": 1e-6, "mlp_bias": False},
+        {"n_kv_head": 4, "attention_bias": False},
+    ],
+    ids=["gqa", "untied", "llama3", "mha"],
+)
+def test_a_llama_goes_out_and_comes_back(tmp_path, monkeypatch, capsys, sizes, dtype):
+    """Bit for bit, in the dtype that is stored, with its tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    model = make_llama_with_bpe(**sizes).to(dtype)
+    common.save(model, "base.pt")
+    assert convert.main("to-hf --base base.pt --out hf".split()) == 0
+    assert sorted(os.listdir("hf")) == ["config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"]
+    assert convert.main("hf hf --out new.pt".split()) == 0
+    assert f"parameters in {str(dtype)[6:]}, tokenizer a byte-level BPE of 265 ids" in capsys.readouterr().out
+    back = common.load("new.pt", dtype=None)
+    assert is_same(back, model) and {p.dtype for p in back.parameters()} == {dtype}
+    assert back.config == model.config and back.tokenizer.about == model.tokenizer.about
+    tied = back.lm_head.weight is back.model.embed_tokens.weight
+    assert tied == model.config.tied
+
+
+def test_a_llamas_vectors_are_merged_in_float32_and_its_adapter_comes_back(llama, capsys):
+    model = make_llama_with_bpe().bfloat16()
+    common.save(model, "base.pt")
+    make_ia3(model).save("ia3.npz")
+    assert convert.main("to-hf --base base.pt --ia3 ia3.npz --out home".split()) == 0
+    base = common.load("base.pt")
+    base.ia3 = IA3.load("ia3.npz", base)
+    home = convert.from_hf("home")
+    assert is_same(home, merge(base)) and home.lm_head.weight.dtype == torch.float32
+    capsys.readouterr()
+    assert convert.main("to-peft --base base.pt --ia3 ia3.npz --out a".split()) == 0
+    assert convert.main("from-peft --base base.pt --adapter a --out back.npz".split()) == 0
+    assert "queries" not in (out := capsys.readouterr().out) and "folded" not in out
+    back = IA3.load("back.npz", base).matrices()
+    assert all(torch.equal(t, back[name]) for name, t in base.ia3.matrices().items())
+
+
+def test_shards_are_read_one_at_a_time(llama, monkeypatch):
+    make_shards()
+    read = files.read_tensors
+    mapped = []  # the tensors of the shard before
+
+    def watch(path):
+        assert sum(t() is not None for t in mapped) <= 1  # the last, which the reader still has in its hand
+        tensors, about = read(path)
+        mapped[:] = [weakref.ref(t) for t in tensors.values()]
+        return tensors, about
+
+    monkeypatch.setattr(files, "read_tensors", watch)
+    for source in ("hf", "hf/model.safetensors.index.json"):
+        assert is_same(convert.from_hf(source), make_llama_with_bpe())
+    assert len(mapped) == 6  # two norms in each of two layers, the last norm, and one that is not in the index
+
+
+def test_a_single_safetensors_file_and_what_older_versions_stored(llama):
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()  # tied, and stored all the same
+    save_safe(weights, "hf/model.safetensors")
+    os.remove("hf/pytorch_model.bin")
+    assert is_same(convert.from_hf("hf"), make_llama_with_bpe())
+    os.remove("hf/tokenizer.json")
+    assert convert.from_hf("hf").tokenizer is None
+
+
+def test_both_spellings_of_the_rotary_parameters(llama):
+    about = json.loads(Path("hf/config.json").read_text())
+    del about["rope_theta"], about["rope_scaling"]
+    scaling = {name: value for name, value in LLAMA3.items() if name != "rope_type"}
+    spellings = [
+        ({}, 10000.0, None),
+        ({"rope_theta": 5e5}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5, None),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, LLAMA3),
+        ({"rope_theta": 5e5, "rope_scaling": scaling | {"type": "llama3"}}, 5e5, LLAMA3),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 5e5, LLAMA3),
+    ]
+    for spelling, base, expected in spellings:
+        Path("hf/config.json").write_text(json.dumps(about | spelling))
+        config = convert.from_hf("hf").config
+        assert (config.rope_base, config.rope_scaling) == (base, expected)
+
+
+def change_llama(**changes):
+    """Put tensors into hf/pytorch_model.bin, or take them out (None); __ stands for a dot."""
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    for name, t in changes.items():
+        name = "model." + name.replace("__", ".")
+        weights.pop(name, None)
+        if t is not None:
+            weights[name] = t
+    torch.save(weights, "hf/pytorch_model.bin")
+
+
+def change_config(**changes):
+    change_json("hf/config.json", **changes)
+
+
+def change_head():
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    torch.save(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, "hf/pytorch_model.bin")
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda: change_config(model_type="mistral"), "of type 'mistral': known are 'gpt2' and 'llama'"),
+        (lambda: change_config(model_type=["llama"]), "of type ['llama']"),
+        (lambda: change_config(num_hidden_layers=None), "n_layer must be a whole number"),
+        (lambda: change_config(num_hidden_layers=10**9), "n_layer is 1000000000, but there are only"),
+        (lambda: change_config(num_hidden_layers=1), "is not LLaMA's"),
+        (lambda: change_config(num_hidden_layers=3), "there is no model.layers.2."),
+        (lambda: change_config(num_attention_heads=4.0), "n_head must be a whole number of at least 1, not 4.0"),
+        (lambda: change_config(num_key_value_heads=3), "n_head 4 is not divisible by n_kv_head 3"),
+        (lambda: change_config(num_key_value_heads=0), "n_kv_head must be a whole number"),
+        (lambda: change_config(num_key_value_heads=None), "k_proj"),
+        (lambda: change_config(hidden_size=2**70), "hf/pytorch_model.bin"),
+        (lambda: change_config(hidden_size=2**40), "hf/pytorch_model.bin"),
+        (lambda: change_config(head_dim=8), "head_dim is 8, and this LLaMA has only None"),
+        (lambda: change_config(hidden_act="gelu"), "hidden_act is 'gelu', and this LLaMA has only 'silu'"),
+        (lambda: change_config(sliding_window=4096), "sliding_window is 4096"),
+        (lambda: change_config(use_sliding_window=True), "use_sliding_window is True"),
+        (lambda: change_config(num_local_experts=8), "num_local_experts is 8"),
+        (lambda: change_config(num_experts=8), "num_experts is 8"),
+        (lambda: change_config(quantization_config={"quant_method": "fp8"}), "quantization_config is {'quant_method'"),
+        (lambda: change_config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling of type 'linear'"),
+        (lambda: change_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling of type 'yarn'"),
+        (lambda: change_config(rope_parameters={"rope_type": "dynamic"}), "rope_scaling of type 'dynamic'"),
+        (lambda: change_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
+        (lambda: change_config(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+        (lambda: change_config(rope_scaling={"rope_type": "llama3"}), "rope_scaling wants factor"),
+        (lambda: change_config(rope_scaling=LLAMA3 | {"factor": "8"}, rope_theta=-1), "rope_base must be above 0"),
+        (lambda: change_config(rope_scaling=LLAMA3 | {"factor": []}), "hf/config.json: "),
+        (lambda: change_config(rope_scaling="llama3"), "hf/config.json: "),
+        (lambda: change_config(rope_theta="10000"), "hf/config.json: "),
+        (lambda: change_config(rope_theta=10**400), "hf/config.json: "),
+        (lambda: change_config(rms_norm_eps=None), "hf/config.json: "),
+        (lambda: change_config(tie_word_embeddings="no"), "hf/config.json: tied must be True or False, not 'no'"),
+        (lambda: change_config(mlp_bias=1), "hf/config.json: mlp_bias must be True or False, not 1"),
+        (lambda: change_config(tie_word_embeddings=False), "there is no lm_head.weight"),
+        (lambda: change_config(attention_bias=False), "is not LLaMA's"),
+        (
+            lambda: change_config(vocab_size=264),
+            "tokenizer.json: a tokenizer's ids must be whole numbers from 0",
+        ),
+        (lambda: change_config(vocab_size=281), "(280, 16), where (281, 16) is wanted"),
+        (change_head, "lm_head.weight is not model.embed_tokens.weight"),
+        (lambda: change_llama(layers__1__mlp__up_proj__weight=None), "there is no model.layers.1.mlp.up_proj.weight"),
+        (lambda: change_llama(layers__1__mlp__experts=W), "model.layers.1.mlp.experts is not LLaMA's"),
+        (lambda: change_llama(norm__weight=torch.ones(17)), "model.norm.weight is (17,), where (16,) is wanted"),
+        (lambda: change_llama(norm__weight=torch.full((16,), torch.nan)), "model.norm.weight holds NaN or infinity"),
+        (lambda: change_llama(norm__weight=torch.ones(1).expand(10**12)), "model.norm.weight is (1000000000000,)"),
+        (lambda: change_llama(norm__weight=torch.ones(16).to(torch.float8_e4m3fn)), "but torch.float8_e4m3fn"),
+        (lambda: change_llama(norm__weight=torch.ones(16).to_sparse()), "torch.sparse_coo"),
+        (lambda: change_llama(norm__weight=torch.ones(16, device="meta")), "on meta"),
+        (lambda: change_llama(norm__weight="words"), "model.norm.weight is no tensor, but a str"),
+        (lambda: torch.save({NORM: Code()}, "hf/pytorch_model.bin"), "carries code"),
+        (lambda: os.remove("hf/pytorch_model.bin"), "hf holds no model.safetensors or model.safetensors.index.json or"),
+        (lambda: make_shards({NORM: "../hf/model-2.safetensors"}), "'../hf/model-2.safetensors' is no .safetensors"),
+        (lambda: make_shards({NORM: f"{os.getcwd()}/hf/model-2.safetensors"}), "is no .safetensors file of its folder"),
+        (lambda: make_shards({NORM: "model-2.bin"}), "'model-2.bin' is no .safetensors file of its folder"),
+        (lambda: make_shards({NORM: ""}), "'' is no .safetensors file of its folder"),
+        (lambda: make_shards({NORM: 2}), "2 is no .safetensors file of its folder"),
+        (lambda: make_shards({NORM: "model-3.safetensors"}), "hf/model-3.safetensors"),
+        (lambda: make_shards({NORM: "model-1.safetensors"}), f"model-1.safetensors has no {NORM}"),
+        (lambda: (make_shards(), cut("hf/model-2.safetensors")), "hf/model-2.safetensors is damaged"),
+        (lambda: (make_shards(), change_json("hf/model.safetensors.index.json", weight_map=[])), "has no weight_map"),
+        (lambda: (make_shards(), change_json("hf/model.safetensors.index.json", weight_map={})), "has no weight_map"),
+        (lambda: (make_shards(), cut("hf/model.safetensors.index.json")), "index.json is not JSON"),
+    ],
+)
+def test_folders_that_are_not_llamas(llama, capsys, spoil, message):
+    spoil()
+    check(llama, capsys, "hf hf --out new.pt", message)
+    assert not os.path.exists("code-was-run")
+
+
+def change_tokenizer(key, value):
+    """Set a place in hf/tokenizer.json, such as model.type."""
+    about = json.loads(Path("hf/tokenizer.json").read_text())
+    node = about
+    *way, last = key.split(".")
+    for step in way:
+        node = node[step]
+    node[last] = value
+    Path("hf/tokenizer.json").write_text(json.dumps(about))
+
+
+def change_vocab(change):
+    vocab = json.loads(Path("hf/tokenizer.json").read_text())["model"]["vocab"]
+    change_tokenizer("model.vocab", {token: i for token, i in (vocab | change).items() if i is not None})
+
+
+def change_merges(change):
+    merges = json.loads(Path("hf/tokenizer.json").read_text())["model"]["merges"]
+    assert merges[:3] == [["t", "h"], ["Ġ", "th"], ["th", "e"]]
+    change_tokenizer("model.merges", change(merges))
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\d+|\D+"}, "behavior": "Isolated", "invert": False}
+PLAIN_TOKEN = {"id": 0, "content": "<end>", "special": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda: Path("hf/tokenizer.json").write_text("{"), "hf/tokenizer.json is not JSON"),
+        (lambda: Path("hf/tokenizer.json").write_text("{}"), "hf/tokenizer.json: KeyError: 'model'"),
+        (lambda: change_tokenizer("model", []), "hf/tokenizer.json: AttributeError"),
+        (lambda: change_tokenizer("model.type", "Unigram"), "a tokenizer of type 'Unigram'"),
+        (lambda: change_tokenizer("model.type", "WordPiece"), "a tokenizer of type 'WordPiece'"),
+        (lambda: change_tokenizer("model.byte_fallback", True), "byte_fallback is True"),
+        (lambda: change_tokenizer("model.unk_token", "<unk>"), "unk_token is '<unk>'"),
+        (lambda: change_tokenizer("model.dropout", 0.1), "dropout is 0.1"),
+        (lambda: change_tokenizer("model.end_of_word_suffix", "</w>"), "end_of_word_suffix is '</w>'"),
+        (lambda: change_tokenizer("normalizer", {"type": "NFC"}), 'the normalizer {"type": "NFC"} is not known'),
+        (lambda: change_tokenizer("pre_tokenizer", None), "the pre_tokenizer null is not known"),
+        (lambda: change_tokenizer("pre_tokenizer", {"type": "Metaspace"}), 'pre_tokenizer {"type": "Metaspace"}'),
+        (
+            lambda: change_tokenizer("pre_tokenizer", BYTE_LEVEL | {"add_prefix_space": True}),
+            '"add_prefix_space": true',
+        ),
+        (lambda: change_tokenizer("pre_tokenizer", BYTE_LEVEL | {"use_regex": False}), '"use_regex": false'),
+        (lambda: change_tokenizer("pre_tokenizer.pretokenizers", [SPLIT, BYTE_LEVEL]), '"Regex": "'),
+        (lambda: change_tokenizer("pre_tokenizer.pretokenizers", [{"type": "Digits"}, BYTE_LEVEL]), '"Digits"'),
+        (lambda: change_tokenizer("pre_tokenizer.pretokenizers", 5), "hf/tokenizer.json: TypeError"),
+        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN]), "'<end>' is an added token, but no special one"),
+        (lambda: change_tokenizer("added_tokens", [{"id": 0}]), "'content'"),
+        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"id": 1, "special": True}]), "the same id"),
+        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"content": "", "special": True}]), "special_tokens"),
+        (lambda: change_merges(lambda m: [m[1], m[0], *m[2:]]), "the merges are not in the order of the ids"),
+        (lambda: change_merges(lambda m: [m[0], *m[2:]]), "the merges do not make the token b' th' as the ids do"),
+        (lambda: change_merges(lambda m: [*m[:2], ["t", "he"], *m[3:]]), "b't' and b'he' is none of two tokens"),
+        (lambda: change_merges(lambda m: [*m, ["x", "y"]]), "the merge of b'x' and b'y' is none of two tokens"),
+        (lambda: change_merges(lambda m: [*m, "xyz"]), "hf/tokenizer.json: "),
+        (lambda: change_merges(lambda m: [*m, 5]), "hf/tokenizer.json: TypeError"),
+        (lambda: change_vocab({"th": None}), "the merge of b't' and b'h' is none of two tokens"),
+        (lambda: change_vocab({"日": 270}), "the token '日' is not in the spelling of byte-level BPE"),
+        (lambda: change_vocab({"th": "257"}), "hf/tokenizer.json: TypeError"),
+        (lambda: change_vocab({"x": 10**6}), "hf/tokenizer.json: a tokenizer's ids must be whole numbers"),
+        (lambda: change_vocab({"x": -1}), "a tokenizer's ids must be whole numbers"),
+        (lambda: change_vocab({"x": 5.0}), "a tokenizer's ids must be whole numbers"),
+        (lambda: change_vocab({"": 270}), "hf/tokenizer.json: "),
+    ],
+)
+def test_tokenizers_that_are_another_kind(llama, capsys, spoil, message):
+    spoil()
+    check(llama, capsys, "hf hf --out new.pt", message)
+
+
+def test_a_tokenizer_whose_pattern_has_no_counterpart_stays(llama, capsys):
+    model = make_llama_with_bpe()
+    model.tokenizer = Tokenizer(model.tokenizer.about | {"pattern": "."}, 280)
+    common.save(model, "other.pt")
+    check(llama, capsys, "to-hf --base other.pt --out new", "the tokenizer's pattern . has no counterpart")
+    common.save(make_llama(), "bytes.pt")  # a tokenizer that is a name needs no file, but another's would be read
+    check(llama, capsys, "to-hf --base bytes.pt --out hf", "another model's tokenizer.json")
+    assert convert.main("to-hf --base bytes.pt --out new".split()) == 0
+    assert sorted(os.listdir("new")) == ["config.json", "pytorch_model.bin"]
+    assert json.loads(Path("new/config.json").read_text())["eos_token_id"] == 256
+
+
+def change_adapter(**changes):
+    """Put vectors into the adapter, or take them out (None), under the names that PEFT uses."""
+    tensors = load_safe(ADAPTER)
+    for name, t in changes.items():
+        name = "base_model.model.model." + name.replace("__", ".")
+        tensors.pop(name, None)
+        if t is not None:
+            tensors[name] = t
+    save_safe(tensors, ADAPTER, {"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda: change_adapter(layers__1__self_attn__k_proj__ia3_l=None), "has no layers.1.self_attn.k_proj.ia3_l"),
+        (lambda: change_adapter(layers__0__mlp__down_proj__ia3_l=None), "has no layers.0.mlp.down_proj.ia3_l"),
+        (
+            lambda: change_adapter(layers__2__self_attn__v_proj__ia3_l=torch.ones(8, 1)),
+            "layers.2.self_attn.v_proj.ia3_l",
+        ),
+        (lambda: change_adapter(layers__0__self_attn__q_proj__ia3_l=torch.ones(16, 1)), "q_proj.ia3_l is no (IA)³"),
+        (lambda: change_adapter(layers__0__mlp__up_proj__ia3_l=torch.ones(40, 1)), "up_proj.ia3_l is no (IA)³"),
+        (
+            lambda: change_adapter(layers__0__self_attn__k_proj__ia3_l=torch.ones(1, 8)),
+            "(1, 8), where (8, 1) is wanted",
+        ),
+        (lambda: change_adapter(layers__0__self_attn__v_proj__ia3_l=torch.ones(16, 1)), "(16, 1), where (8, 1)"),
+        (lambda: change_adapter(layers__0__mlp__down_proj__ia3_l=torch.ones(16, 1)), "(16, 1), where (1, 40)"),
+        (lambda: change_adapter(layers__0__mlp__down_proj__ia3_l=torch.full((1, 40), torch.inf)), "ia3_l holds NaN"),
+        (lambda: common.save(make_llama_with_bpe(seed=1), "base.pt"), "another base of this shape"),
+        (lambda: common.save(make_gpt(), "base.pt"), "another base of this shape"),
+        (lambda: (change_adapter(), common.save(make_gpt(), "base.pt")), "is no (IA)³ vector of this base"),
+    ],
+)
+def test_a_llamas_adapters_that_do_not_fit(llama, capsys, spoil, message):
+    spoil()
+    check(llama, capsys, "from-peft --base base.pt --adapter adapter --out new.npz", message)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "hf hf --out hf/tokenizer.json",
+        "hf hf --out hf/model-2.safetensors",
+        "hf hf --out hf/model.safetensors.index.json",
+        "hf hf/model.safetensors.index.json --out hf/model-1.safetensors",
+        "to-hf --base out/tokenizer.json --out out",
+        "to-hf --base base.pt --ia3 out/tokenizer_config.json --out out",
+    ],
+)
+def test_no_output_replaces_a_part_of_a_llama(llama, capsys, flags):
+    make_shards()
+    os.mkdir("out")
+    Path("out/tokenizer.json").write_bytes(Path("base.pt").read_bytes())
+    Path("out/tokenizer_config.json").write_bytes(Path("ia3.npz").read_bytes())
+    check(llama, capsys, flags, "which this command reads")
+
+
+@pytest.mark.slow
+def test_sizes_of_a_llamas_checkpoint_that_are_none(llama, capsys):
+    for name, value in (("rope_base", 10**400), ("attention_bias", b"yes"), ("tied", 1)):
+        checkpoint = torch.load("base.pt", weights_only=True)
+        checkpoint["model_args"][name] = value
+        torch.save(checkpoint, "other.pt")
+        check(llama, capsys, "to-hf --base other.pt --out new", "other.pt is not a checkpoint: ")
+
+
 # --- published weights ---
 
 
@@ -553,3 +931,16 @@ def test_the_count(folder, capsys):
     assert rows[4][5:8] == [f"{192 / sum(p.numel() for p in base.parameters()):.4%}", f"{192 / blocks:.4%}", "3.1250%"]
     assert rows[4][1:3] == ["2", "16"] and rows[0][7] == "0.0651%"
     assert rows[4][8] == f"{os.path.getsize('ia3.npz'):,}"
+
+
+def test_the_count_of_llamas_and_t0(llama, capsys):
+    """Under a hundredth of a percent at a width of 4096, where GPT-2's block would want more than 5000."""
+    assert convert.main("count LLaMA-7B Llama-3-8B SmolLM2-135M T0-11B base.pt".split()) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[4] for row in rows] == ["614,400", "524,288", "57,600", "1,081,344", "112"]
+    assert [row[5] for row in rows[:4]] == ["0.0091%", "0.0065%", "0.0428%", "0.0097%"]
+    base = make_llama_with_bpe()
+    blocks = sum(p.numel() for p in base.model.layers.parameters())
+    assert rows[4][3:7] == [f"{sum(p.numel() for p in base.parameters()):,}", "112", rows[4][5], f"{112 / blocks:.4%}"]
+    assert [row[7] for row in rows] == ["-"] * 5  # the law is of GPT-2's blocks
+    assert rows[4][8] == f"{os.path.getsize('ia3.npz'):,}" and rows[3][8] == "-"

@@ -17,7 +17,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_llama
+from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
@@ -57,6 +57,12 @@ def folder(tmp_path_factory):
     shutil.copytree(folder / "hf", folder / "safe")
     save_safe(torch.load(folder / "hf/pytorch_model.bin", weights_only=True), folder / "safe/model.safetensors")
     convert.to_peft(make_ia3(model), folder / "adapter", "base.pt")
+    convert.to_hf(make_llama_with_bpe(n_layer=1, block_size=8), folder / "llama")
+    weights = torch.load(folder / "llama/pytorch_model.bin", weights_only=True)
+    (folder / "llama/pytorch_model.bin").unlink()
+    save_safe(weights, folder / "llama/model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-1.safetensors")}
+    (folder / "llama/model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -116,6 +122,9 @@ READERS = [
     ("hf/pytorch_model.bin", convert_hf("hf")),
     ("hf/config.json", convert_hf("hf")),
     ("safe/model.safetensors", convert_hf("safe")),
+    ("llama/config.json", convert_hf("llama")),
+    ("llama/tokenizer.json", convert_hf("llama")),
+    ("llama/model.safetensors.index.json", convert_hf("llama")),
     ("adapter/adapter_model.safetensors", convert_adapter),
     ("adapter/adapter_config.json", convert_adapter),
     ("run/metrics.csv", draw),

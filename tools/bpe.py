@@ -9,6 +9,7 @@ that is a token as it is. That is the same where, and only where, the merges say
 import json
 from itertools import pairwise
 
+from data import Tokenizer
 from tools.files import read_json, write_json
 
 # How a text is cut into pieces, which are then merged each by itself: GPT-2's way, words with the space before them;
@@ -121,15 +122,15 @@ def halves(token, ranks):
 # --- tokenizer.json ---
 
 
-def read_tokenizer(path):
-    """Read a tokenizer.json of the byte-level BPE kind. Returns what data.Tokenizer takes.
+def read_tokenizer(path, vocab_size):
+    """Read a tokenizer.json of the byte-level BPE kind. Returns a data.Tokenizer.
 
     What it adds to a text around it (its post_processor, such as a token that begins every text) is left out. Raises
     OSError where there is no such file and ValueError, with the name of it, for what data.Tokenizer does not do.
     """
     about = read_json(path)
     try:
-        return tokenizer(about)
+        return Tokenizer(tokenizer(about), vocab_size)
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         way_out = "without the file, the model comes in without a tokenizer"
@@ -175,7 +176,7 @@ def name_of(step):
 
 
 def write_tokenizer(about, folder):
-    """Write about, as data.Tokenizer has it, as tokenizer.json, and tokenizer_config.json for transformers.
+    """Write about, as data.Tokenizer has it, as tokenizer.json, and tokenizer_config.json, which AutoTokenizer wants.
 
     Raises ValueError for a pattern that is none of PRE_TOKENIZERS'.
     """

@@ -21,7 +21,6 @@ import tempfile
 import torch
 
 import common
-from data import Tokenizer
 from ia3 import IA3
 from merge import merge
 from model import GPT
@@ -71,7 +70,7 @@ def from_hf(path):
         raise ValueError(f"{config_path}: {e}") from None
     tokenizer = None
     if kind == "llama" and os.path.isfile(f"{folder}/tokenizer.json"):
-        tokenizer = Tokenizer(bpe.read_tokenizer(f"{folder}/tokenizer.json"), config.vocab_size)
+        tokenizer = bpe.read_tokenizer(f"{folder}/tokenizer.json", config.vocab_size)
     try:
         if kind == "gpt2":
             return hf_gpt2.gpt2(config, dict(each_tensor(files)))

@@ -71,7 +71,7 @@ def shards(index_path):
     """
     names_of = {}
     weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path} has no weight_map")
     for name, file in weight_map.items():
         if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):

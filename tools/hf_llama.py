@@ -41,9 +41,6 @@ def llama_config(about):
     computed = {  # key: the values that our Llama computes, LLaMA's default first
         "hidden_act": ("silu", "swish"),
         "head_dim": (None, config.n_embd // config.n_head),
-        "tie_word_embeddings": (False, True),
-        "attention_bias": (False, True),
-        "mlp_bias": (False, True),
         "partial_rotary_factor": (None, 1),
         "sliding_window": (None,),
         "use_sliding_window": (None, False),

@@ -5,20 +5,25 @@ in float32 whatever the model is held in, so in float64 the fixture `float64` pu
 attention is SDPA, since its own softmax computes in float32 as well.
 """
 
+import json
 import math
 
 import pytest
 import torch
 import transformers
-from peft import IA3Config, get_peft_model
+from conftest import make_ia3
+from peft import IA3Config, PeftModel, get_peft_model
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from ia3 import attach
+import common
+from ia3 import IA3, attach
 from llama import Llama, LlamaConfig
 from merge import merge
 from sample import generate
+from tools import convert
+from tools.count import find_model
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 # d_head 8 has the speeds 1, 1/10, 1/100, 1/1000: this keeps the first, slows the last two by 8, the second by less
@@ -231,3 +236,137 @@ def test_merged_weights(kind, dtype):
     assert merged.keys() == expected.keys()
     for name, t in expected.items():
         assert torch.equal(merged[name], t), name  # one product and one rounding on either side: the same bits
+
+
+# --- folders and adapters ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_theirs_comes_in(tmp_path, kind, dtype):
+    """Weights bit for bit, in the dtype that is stored; in one file, and in shards."""
+    theirs, ours = make_both(kind, dtype)
+    for folder, size in ((tmp_path / "one", "1GB"), (tmp_path / "shards", "10KB")):
+        theirs.save_pretrained(folder, max_shard_size=size)
+        back = convert.from_hf(folder)
+        assert back.config == ours.config
+        for name, t in ours.state_dict().items():
+            assert torch.equal(back.state_dict()[name], t) and back.state_dict()[name].dtype == dtype, name
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert not (tmp_path / "shards/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_ours_is_opened(tmp_path, kind, dtype, float64):
+    theirs, ours = make_both(kind, dtype)
+    convert.to_hf(ours, tmp_path)
+    opened, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert opened.dtype == dtype
+    for name, t in theirs.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], t), name
+    for key in ("rope_parameters", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "hidden_act"):
+        assert getattr(opened.config, key) == getattr(theirs.config, key), key
+    idx, _ = make_batch()
+    with torch.no_grad():
+        assert (opened.double().eval()(idx).logits - ours.double()(idx)[0]).abs().max() <= 1e-10
+
+
+def test_the_older_spelling_of_theirs_comes_in(tmp_path):
+    """As transformers 4 wrote the rotary parameters: beside each other, and read by both alike."""
+    theirs, ours = make_both("llama3", torch.float32)
+    theirs.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    scaling = about.pop("rope_parameters")
+    about |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert convert.from_hf(tmp_path).config == ours.config
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config.rope_parameters == LLAMA3
+
+
+def test_a_merged_llama_goes_home(tmp_path):
+    theirs, ours = make_both("biases", torch.float32)
+    common.save(ours, tmp_path / "base.pt")
+    make_ia3(ours).save(tmp_path / "ia3.npz")
+    flags = ["--base", f"{tmp_path}/base.pt", "--ia3", f"{tmp_path}/ia3.npz", "--out", f"{tmp_path}/home"]
+    assert convert.main(["to-hf", *flags]) == 0
+    opened = LlamaForCausalLM.from_pretrained(tmp_path / "home").state_dict()
+    merged = merge(ours).state_dict()
+    assert not torch.equal(merged["model.layers.0.mlp.down_proj.weight"], theirs.model.layers[0].mlp.down_proj.weight)
+    for name, t in merged.items():
+        assert torch.equal(opened[name], t), name
+
+
+@pytest.mark.parametrize("kind", ["gqa-1", "gqa-2", "biases"])
+def test_an_adapter_of_theirs_comes_in_bit_for_bit(tmp_path, kind):
+    theirs, ours = make_both(kind, torch.float32)
+    peft = make_peft(theirs).float()
+    peft.save_pretrained(tmp_path)
+    vectors, l_q = convert.from_peft(tmp_path, ours)
+    assert l_q is None
+    for i, (k, v, ff) in enumerate(vectors_of(peft)):
+        assert torch.equal(vectors.l_k[i], k[:, 0])
+        assert torch.equal(vectors.l_v[i], v[:, 0])
+        assert torch.equal(vectors.l_ff[i], ff[0])
+
+
+@pytest.mark.parametrize("sites", [("k", "v", "ff"), ("k",), ("v", "ff"), ("ff",)])
+def test_an_adapter_of_ours_goes_out_and_comes_back_bit_for_bit(tmp_path, sites, float64):
+    theirs, ours = make_both("gqa-2", torch.float32)
+    vectors = make_ia3(ours, sites=sites)
+    convert.to_peft(vectors, tmp_path, "a base")
+    back, _ = convert.from_peft(tmp_path, ours)
+    assert back.matrices().keys() == vectors.matrices().keys()
+    for name, matrix in vectors.matrices().items():
+        assert torch.equal(back.matrices()[name], matrix)
+    peft = PeftModel.from_pretrained(theirs, tmp_path).eval()
+    found = {name: p for name, p in peft.named_parameters() if "ia3_l" in name}
+    assert len(found) == 2 * len(sites)
+    for site, module in {"k": "self_attn.k_proj", "v": "self_attn.v_proj", "ff": "mlp.down_proj"}.items():
+        for i in range(2) if site in sites else []:
+            p = found[f"base_model.model.model.layers.{i}.{module}.ia3_l.default"]
+            assert torch.equal(p.flatten(), vectors.matrices()[f"l_{site}"][i])
+    idx, _ = make_batch()
+    with torch.no_grad():
+        expected = peft.double()(idx).logits
+        assert (ours.double()(idx)[0] - expected).abs().max() <= 1e-10
+        ours.ia3 = None
+        assert (ours(idx)[0] - expected).abs().max() > 0.1  # the vectors do something
+
+
+# --- the count ---
+
+
+@pytest.mark.parametrize("name", ["LLaMA-7B", "Llama-3-8B", "SmolLM2-135M"])
+def test_the_count_of_a_llama_is_pefts(name):
+    config = find_model(name).config
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
+                num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+                num_key_value_heads=config.n_kv_head, tie_word_embeddings=config.tied,
+            )
+        )  # fmt: skip
+        peft = get_peft_model(theirs, IA3Config(task_type="CAUSAL_LM"))
+    trained, parameters = peft.get_nb_trainable_parameters()
+    assert trained == IA3(config).count()
+    assert parameters - trained == sum(p.numel() for p in find_model(name).parameters())
+
+
+def test_the_count_of_t0_is_pefts(capsys):
+    """Sizes as in bigscience/T0's config.json; PEFT's defaults for T5 are the paper's sites."""
+    assert convert.main(["count", "T0-11B"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    config = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        peft = get_peft_model(T5ForConditionalGeneration(config), IA3Config(task_type="SEQ_2_SEQ_LM"))
+    trained, parameters = peft.get_nb_trainable_parameters()
+    parameters += config.vocab_size * config.d_model  # the head, which transformers 5 ties in every new T5
+    assert row[3:5] == [f"{parameters - trained:,}", f"{trained:,}"]
+    blocks = [p for name, p in peft.named_parameters() if ".block." in name and "ia3_l" not in name]
+    assert row[6] == f"{trained / sum(p.numel() for p in blocks):.4%}"
