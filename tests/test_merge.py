@@ -5,6 +5,7 @@ the merged tensors are looked at too.
 """
 
 import copy
+import json
 import statistics
 
 import pytest
@@ -15,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import ia3
 from merge import Report, main, merge, verify
-from model import GPT
 from model import GPT
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}

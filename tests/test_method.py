@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from conftest import blocks, make_gpt, make_ia3, make_idx, make_llama
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from classroom.gradient import central_difference, gradient_of_l
