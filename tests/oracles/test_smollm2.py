@@ -1,6 +1,6 @@
 """data/smollm2.pt, the real base, against transformers' and tokenizers' reading of the same GGUF file.
 
-Only where `python -m tools.smollm2` has made it; the GGUF itself is fetched once more, for these tests.
+Only where `python -m tools.convert smollm2` has made it; the GGUF itself is fetched once more, for these tests.
 """
 
 import random
@@ -21,7 +21,7 @@ CHECKPOINT = ROOT / "data/smollm2.pt"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CHECKPOINT.exists(), reason="no data/smollm2.pt: python -m tools.smollm2 makes it"),
+    pytest.mark.skipif(not CHECKPOINT.exists(), reason="no data/smollm2.pt: python -m tools.convert smollm2 makes it"),
 ]
 
 

@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from data import Tokenizer
-from tools.smollm2 import PATTERN, as_bytes
+from tools.bpe import SMOLLM2, as_bytes
 
 TRAIN = Path(__file__).parents[2] / "data/folio/train.txt"
 TEXTS = [
@@ -36,7 +36,7 @@ def both():
     theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     vocab = theirs.get_vocab()
     ranks = {as_bytes(token): i for token, i in vocab.items() if token != "<end>"}
-    return theirs, Tokenizer({"pattern": PATTERN, "ranks": ranks, "special_tokens": {"<end>": 0}}, 600)
+    return theirs, Tokenizer({"pattern": SMOLLM2, "ranks": ranks, "special_tokens": {"<end>": 0}}, 600)
 
 
 @pytest.mark.parametrize("text", [*TEXTS, TRAIN.read_text()[200_000:220_000]], ids=range(len(TEXTS) + 1))

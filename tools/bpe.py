@@ -1,0 +1,216 @@
+"""Byte-level BPE as others write it, tokenizer.json, and as data.Tokenizer has it: pattern, ranks, special tokens.
+
+Two things differ. In tokenizer.json a token is spelled in letters, one for each byte ('Ġthe' is b' the'), and beside
+the tokens stand merges: pairs of tokens that become one, in the order in which they are tried. tiktoken, and so
+data.Tokenizer, has no merges. It joins any two neighbours that make a token, lower ids first, and takes a piece of text
+that is a token as it is. That is the same where, and only where, the merges say what the ids say; check_merges looks.
+"""
+
+import json
+from itertools import pairwise
+
+from tools.files import read_json, write_json
+
+# How a text is cut into pieces, which are then merged each by itself: GPT-2's way, words with the space before them;
+# SmolLM2's, digits singly, spaces before a digit apart from it, and the rest as in GPT-2; and Llama 3's
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# the same in tokenizer.json: a list of pre_tokenizers, one after the other. Every other way is refused: whether another
+# pattern cuts a text the same way in three regular expression engines is not known before it is tried
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZERS = {
+    GPT2: [BYTE_LEVEL],
+    SMOLLM2: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
+    LLAMA3: [
+        {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
+        BYTE_LEVEL | {"use_regex": False},
+    ],
+}
+
+
+def alphabet():
+    """{letter: byte} of GPT-2's spelling: a byte that Latin-1 prints is that letter, the others from U+0100 on."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [i for i in range(256) if i not in printed]
+    return {chr(i): i for i in printed} | {chr(0x100 + n): i for n, i in enumerate(others)}
+
+
+ALPHABET = alphabet()
+LETTERS = {byte: letter for letter, byte in ALPHABET.items()}
+
+
+def as_bytes(token):
+    """The bytes of a token in the spelling of byte-level BPE files: 'Ġthe' is b' the'. ValueError for other letters."""
+    try:
+        return bytes(ALPHABET[letter] for letter in token)
+    except KeyError:
+        raise ValueError(f"the token {token!r} is not in the spelling of byte-level BPE") from None
+
+
+def as_letters(token):
+    """The way back: b' the' is 'Ġthe'."""
+    return "".join(LETTERS[byte] for byte in token)
+
+
+# --- merges and ids ---
+
+
+def byte_level(pattern, vocabulary, merges, special, whole_pieces=False):
+    """Return what data.Tokenizer takes. vocabulary: {token: id}, with or without special; merges: [(token, token)].
+
+    special: {text: id}. whole_pieces: whether a piece that is a token is taken as it is, without merges. Raises
+    ValueError where data.Tokenizer would give other ids than these merges.
+    """
+    ranks = {as_bytes(token): i for token, i in vocabulary.items() if token not in special}
+    pairs = [(as_bytes(a), as_bytes(b)) for a, b in merges]
+    check_merges(ranks, pairs, whole_pieces)
+    return {"pattern": pattern, "ranks": ranks, "special_tokens": special}
+
+
+def check_merges(ranks, pairs, whole_pieces):
+    """Raise ValueError unless merging pairs in their order is merging by ranks, {bytes: id}, lower ids first.
+
+    Before a token is made, all lower ids are: what its bytes are by then (split) is two tokens, or the token is never
+    made by merging. So the merge of these two must be there, after those of lower ids; others for the same token do no
+    harm, as they never come about. A token that is not two by then is made only as a whole piece, or where a merge of
+    a higher id came first: then every two tokens that make it must be among the merges.
+    """
+    order = [ranks.get(a + b) if a in ranks and b in ranks else None for a, b in pairs]
+    if None in order:
+        a, b = pairs[order.index(None)]
+        raise ValueError(f"the merge of {a!r} and {b!r} is none of two tokens to a third")
+    if order != sorted(order):
+        raise ValueError("the merges are not in the order of the ids")
+    there = {token: set() for token in ranks}
+    for a, b in pairs:
+        there[a + b].add((a, b))
+    for token in ranks:
+        if len(token) == 1:
+            continue
+        parts = split(token, ranks)
+        if len(parts) == 2:
+            fits = tuple(parts) in there[token]
+        else:
+            fits = whole_pieces and there[token] == set(halves(token, ranks))
+        if not fits:
+            raise ValueError(f"the merges do not make the token {token!r} as the ids do")
+
+
+def split(token, ranks):
+    """The tokens that merging by ranks, lower ids first, makes of token's bytes before token itself is made."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        joined = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
+        i = joined.index(min(joined))
+        if joined[i] >= ranks[token]:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def halves(token, ranks):
+    """Every two tokens that make token."""
+    cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+    return [(a, b) for a, b in cuts if a in ranks and b in ranks]
+
+
+# --- tokenizer.json ---
+
+
+def read_tokenizer(path):
+    """Read a tokenizer.json of the byte-level BPE kind. Returns what data.Tokenizer takes.
+
+    What it adds to a text around it (its post_processor, such as a token that begins every text) is left out. Raises
+    OSError where there is no such file and ValueError, with the name of it, for what data.Tokenizer does not do.
+    """
+    about = read_json(path)
+    try:
+        return tokenizer(about)
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        way_out = "without the file, the model comes in without a tokenizer"
+        raise ValueError(f"{path}: {why}; {way_out}") from None
+
+
+def tokenizer(about):
+    """What data.Tokenizer takes, from tokenizer.json's object."""
+    model = about["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"a tokenizer of type {model['type']!r} is not known here, only byte-level 'BPE'")
+    for key in ("byte_fallback", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{key} is {model[key]!r}, and byte-level BPE has none")
+    if about.get("normalizer") is not None:
+        raise ValueError(f"the normalizer {name_of(about['normalizer'])} is not known here")
+    special = {}
+    for token in about.get("added_tokens") or []:
+        if token.get("special") is not True:
+            raise ValueError(f"{token['content']!r} is an added token, but no special one")
+        special[token["content"]] = token["id"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    pattern = find_pattern(about.get("pre_tokenizer"))
+    return byte_level(pattern, model["vocab"], merges, special, model.get("ignore_merges", False))
+
+
+def find_pattern(pre_tokenizer):
+    """Which of PRE_TOKENIZERS' patterns cuts as pre_tokenizer does. Raises ValueError with its name where none does."""
+    steps = [pre_tokenizer or {}]
+    if steps[0].get("type") == "Sequence":
+        steps = pre_tokenizer["pretokenizers"]
+    # older files do not say use_regex; trim_offsets is of positions in the text, not of ids
+    full = [BYTE_LEVEL | step | {"trim_offsets": True} if step.get("type") == "ByteLevel" else step for step in steps]
+    for pattern, known in PRE_TOKENIZERS.items():
+        if full == known:
+            return pattern
+    raise ValueError(f"the pre_tokenizer {name_of(pre_tokenizer)} is not known here")
+
+
+def name_of(step):
+    """A step of tokenizer.json as text, cut where it is long."""
+    return json.dumps(step, ensure_ascii=False)[:300]
+
+
+def write_tokenizer(about, folder):
+    """Write about, as data.Tokenizer has it, as tokenizer.json, and tokenizer_config.json for transformers.
+
+    Raises ValueError for a pattern that is none of PRE_TOKENIZERS'.
+    """
+    if about["pattern"] not in PRE_TOKENIZERS:
+        raise ValueError(f"the tokenizer's pattern {about['pattern']} has no counterpart in tokenizer.json")
+    ranks, special = about["ranks"], about["special_tokens"]
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = split(token, ranks)
+        if len(parts) == 2:
+            merges.append(parts)
+        elif len(parts) > 2:
+            merges += halves(token, ranks)
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": special[text], "content": text} | flags for text in sorted(special, key=special.get)],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[about["pattern"]]},
+        "post_processor": None,
+        "decoder": BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a piece that is a token is taken as it is, as tiktoken does
+            "vocab": {as_letters(token): i for token, i in ranks.items()} | special,
+            "merges": [[as_letters(a), as_letters(b)] for a, b in merges],
+        },
+    }
+    write_json(whole, f"{folder}/tokenizer.json")
+    write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, f"{folder}/tokenizer_config.json")

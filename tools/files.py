@@ -1,0 +1,94 @@
+"""What the readers of foreign formats share: JSON, and tensors by name, from one file or from a sharded index's."""
+
+import json
+import os
+
+import common
+
+
+def read_json(path):
+    """Return the object in a .json file. Raises ValueError where it holds none."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            about = json.load(f)
+        except (ValueError, RecursionError) as e:  # RecursionError: nested thousands deep
+            raise ValueError(f"{path} is not JSON ({e})") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return about
+
+
+def write_json(about, path):
+    with common.replace_file(path, text=True) as f:
+        json.dump(about, f, indent=2)
+        f.write("\n")
+
+
+def find(folder, *names):
+    """Return the path of the first of names that is in folder. Raises OSError where none is."""
+    for name in names:
+        if os.path.isfile(f"{folder}/{name}"):
+            return f"{folder}/{name}"
+    raise FileNotFoundError(f"{folder} holds no {' or '.join(names)}")
+
+
+# --- tensors ---
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("a .safetensors file wants the safetensors package: pip install safetensors") from None
+    return safetensors
+
+
+def read_tensors(path):
+    """Read a .safetensors file, or else a PyTorch file. Returns {name: tensor} and the former's metadata.
+
+    Raises OSError where there is no such file, and ValueError for one that is damaged or holds no tensors by name.
+    """
+    if not path.endswith(".safetensors"):
+        tensors = common.load_file(path)
+        if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+            raise ValueError(f"{path} holds no tensors by name")
+        return tensors, {}
+    safe_open = import_safetensors().safe_open
+    try:
+        with safe_open(path, framework="pt") as f:
+            names = f.keys()
+            return {name: f.get_tensor(name) for name in names}, f.metadata() or {}
+    except OSError:
+        raise
+    except Exception as e:  # its own error for a damaged file, others for a dtype that torch does not have
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from None
+
+
+def shards(index_path):
+    """Return {path: names of its tensors} of a model.safetensors.index.json; the files it names are beside it.
+
+    Raises ValueError where it is no such index, or names a file elsewhere.
+    """
+    names_of = {}
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index_path} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index_path}: {file!r} is no .safetensors file of its folder")
+        names_of.setdefault(os.path.join(os.path.dirname(index_path), file), []).append(name)
+    return names_of
+
+
+def each_tensor(files):
+    """Yield (name, tensor) of {path: names of its tensors, or None for all}, one file open at a time.
+
+    Raises as read_tensors does, and ValueError where a file has no tensor of a name.
+    """
+    for path, names in files.items():
+        tensors, _ = read_tensors(path)
+        for name in names or list(tensors):
+            if name not in tensors:
+                raise ValueError(f"{path} has no {name}, which should be there by the index")
+            yield name, tensors.pop(name)
+        del tensors  # before the next file is opened

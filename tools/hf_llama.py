@@ -1,0 +1,122 @@
+"""LLaMA in Hugging Face's layout: what its config.json and weights say, in and out. transformers' names are ours."""
+
+import torch
+
+import common
+from llama import LLAMA3, Llama, LlamaConfig
+from tools.files import each_tensor, read_tensors
+
+FREQUENCIES = ".rotary_emb.inv_freq"  # the rotation's speeds, kept as a weight by older versions
+
+
+def llama_config(about):
+    """The LlamaConfig that a LLaMA's config.json describes. ValueError or TypeError for what ours does not do.
+
+    The rotary parameters have two spellings: transformers 5 has rope_parameters, with the base as rope_theta in it;
+    before, rope_theta stood beside rope_scaling. What is not there has transformers' default.
+    """
+    rope = {"rope_type": "default", "rope_theta": about.get("rope_theta", 10000.0)}
+    rope |= about.get("rope_scaling") or about.get("rope_parameters") or {}
+    kind = rope.get("type", rope["rope_type"])  # an older spelling yet
+    scaling = None
+    if kind != "default":  # LlamaConfig refuses all but 'llama3'
+        scaling = {"rope_type": kind} | {name: rope[name] for name in LLAMA3 if name in rope}
+    n_head = about.get("num_attention_heads")
+    n_kv_head = about.get("num_key_value_heads")
+    config = LlamaConfig(
+        block_size=about.get("max_position_embeddings"),
+        vocab_size=about.get("vocab_size"),
+        n_layer=about.get("num_hidden_layers"),
+        n_head=n_head,
+        n_kv_head=n_head if n_kv_head is None else n_kv_head,
+        n_embd=about.get("hidden_size"),
+        n_hidden=about.get("intermediate_size"),
+        rope_base=rope["rope_theta"],
+        norm_eps=about.get("rms_norm_eps", 1e-6),
+        tied=about.get("tie_word_embeddings", False),
+        rope_scaling=scaling,
+        attention_bias=about.get("attention_bias", False),
+        mlp_bias=about.get("mlp_bias", False),
+    )
+    computed = {  # key: the values that our Llama computes, LLaMA's default first
+        "hidden_act": ("silu", "swish"),
+        "head_dim": (None, config.n_embd // config.n_head),
+        "tie_word_embeddings": (False, True),
+        "attention_bias": (False, True),
+        "mlp_bias": (False, True),
+        "partial_rotary_factor": (None, 1),
+        "sliding_window": (None,),
+        "use_sliding_window": (None, False),
+        "num_experts": (None,),
+        "num_local_experts": (None,),
+        "quantization_config": (None,),
+    }
+    for key, values in computed.items():
+        value = (about | rope).get(key, values[0])
+        if value not in values:
+            raise ValueError(f"{key} is {value!r}, and this LLaMA has only {values[0]!r}")
+    return config
+
+
+def llama(config, files):
+    """Build a Llama from {path: names of its tensors, or None for all}, in the dtypes that are stored.
+
+    One file is open at a time. Raises ValueError with the first name, shape or dtype that is not LLaMA's, or that holds
+    NaN or infinity.
+    """
+    names = []
+    for path, given in files.items():
+        names += given or read_tensors(path)[0]  # on the disk still
+    names = {name for name in names if not name.endswith(FREQUENCIES)}
+    model = common.empty_model(Llama, config, names)
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    missing = [name for name in shapes if name not in names and not (config.tied and name == "lm_head.weight")]
+    if missing:
+        raise ValueError(f"there is no {missing[0]}, so it is no LLaMA of {config.n_layer} layers as config.json says")
+    for name in names:
+        if name not in shapes:
+            raise ValueError(f"{name} is not LLaMA's")
+    weights = {}
+    for name, t in each_tensor(files):
+        if name in names:
+            t = common.check_weight(t, name, shapes[name])
+            weights[name] = t.clone(memory_format=torch.contiguous_format)  # nothing stays on the disk
+    if config.tied:
+        embedding = weights["model.embed_tokens.weight"]
+        if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
+            raise ValueError("lm_head.weight is not model.embed_tokens.weight, but config.json says that they are tied")
+    model.load_state_dict(weights, assign=True)
+    if config.tied:
+        model.model.embed_tokens.weight = model.lm_head.weight  # one matrix again
+    return model.eval()
+
+
+def describe(model):
+    """Return the config.json that transformers' LlamaForCausalLM reads, and its weights {name: tensor}.
+
+    The rotary parameters are in the older of the two spellings, which every version reads.
+    """
+    config = model.config
+    weights = model.state_dict()
+    if config.tied:
+        del weights["lm_head.weight"]
+    about = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "max_position_embeddings": config.block_size,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_hidden,
+        "rope_theta": config.rope_base,
+        "rope_scaling": config.rope_scaling,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+    }
+    return about, weights
