@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt
+from conftest import make_gpt, make_llama
 
+import common
 import data
-from data import prepare
+from data import Tokenizer, prepare
 
 DATA = Path(data.__file__).parent
 CORPORA = ("plays", "folio", "sonnets", "kjv")
@@ -329,3 +330,40 @@ def test_padding_changes_nothing(tmp_path):
     other[1, alone[1][0].size(1) :] = 7  # what stands in the padding
     assert not torch.equal(other, x)
     assert torch.allclose(model(other, y)[1], model(x, y)[1], rtol=1e-12)
+
+
+# A byte-level BPE's own tokenizer, as a Llama's checkpoint holds it
+
+
+def small_bpe():
+    ranks = {bytes([i]): i for i in range(97, 123)} | {b"ab": 200, b" ": 201}
+    return {"pattern": r" ?\p{L}+|.", "ranks": ranks, "special_tokens": {"<end>": 256}}
+
+
+def test_a_checkpoint_holds_its_tokenizer_whole(tmp_path):
+    model = make_llama()
+    model.tokenizer = Tokenizer(small_bpe(), 257)
+    common.save(model, tmp_path / "a.pt")
+    again = common.load(tmp_path / "a.pt").tokenizer
+    assert again.about == small_bpe() and again.decode([200, 256, 255]) == "ab<end>"
+    assert again.encode_ordinary("ab a") == model.tokenizer.encode_ordinary("ab a") != []
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"ranks": {b"a": 0, b"b": 0}}, "the same id"),
+        ({"special_tokens": {"<end>": 97}}, "the same id"),
+        ({"special_tokens": {"<end>": 257}}, "from 0 to the vocabulary's 256"),
+        ({"ranks": {b"a": -1}}, "from 0 to the vocabulary's 256"),
+        ({"ranks": {b"a": 1.0}}, "must be whole numbers"),
+        ({"ranks": {"a": 1}}, "ranks must be a dict of bytes"),
+        ({"ranks": [b"a"]}, "ranks must be a dict of bytes"),
+        ({"special_tokens": {b"end": 256}}, "special_tokens must be a dict of str"),
+        ({"pattern": None}, "pattern must be text"),
+        ({"merges": []}, "has pattern, ranks, special_tokens, not"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(small_bpe() | changed, 257)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3
+from conftest import blocks, make_gpt, make_ia3, make_llama
 
 import common
 import ia3
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 # Vectors
 
 
-def test_vectors_come_back_bit_for_bit(tmp_path, device):
-    model = make_gpt().to(device)
+def test_vectors_come_back_bit_for_bit(make_model, tmp_path, device):
+    model = make_model().to(device)
     for sites in (("k",), ("v",), ("ff",), SITES):
         vectors = make_ia3(model, sites=sites)
         vectors.save(tmp_path / "a.npz")
@@ -117,16 +117,27 @@ def test_a_small_file_that_unfolds_to_much_is_refused_unread(tmp_path):
     assert peak < 2**22
 
 
-def test_vectors_for_another_base_are_refused(tmp_path):
-    make_ia3(make_gpt()).save(tmp_path / "a.npz")
+@pytest.mark.parametrize("make_model, same_weights", [(make_gpt, {"n_head": 4}), (make_llama, {"rope_base": 5000.0})])
+def test_vectors_for_another_base_are_refused(tmp_path, make_model, same_weights):
+    make_ia3(make_model()).save(tmp_path / "a.npz")
     with pytest.raises(ValueError, match="another base of this shape"):
-        IA3.load(tmp_path / "a.npz", make_gpt(seed=1))
+        IA3.load(tmp_path / "a.npz", make_model(seed=1))
     with pytest.raises(ValueError, match="another base of this shape"):
-        IA3.load(tmp_path / "a.npz", make_gpt(n_head=4))  # no weight differs, yet another function
+        IA3.load(tmp_path / "a.npz", make_model(**same_weights))  # no weight differs, yet another function
     with pytest.raises(ValueError, match="but this base takes"):
-        IA3.load(tmp_path / "a.npz", make_gpt(n_layer=3))
+        IA3.load(tmp_path / "a.npz", make_model(n_layer=3))
     with pytest.raises(FileNotFoundError):
-        IA3.load(tmp_path / "b.npz", make_gpt())
+        IA3.load(tmp_path / "b.npz", make_model())
+
+
+def test_a_gpts_vectors_are_no_llamas_also_where_the_widths_agree(tmp_path):
+    llama = make_llama(n_kv_head=4, n_hidden=64)
+    assert llama.config.widths == make_gpt().config.widths
+    make_ia3(make_gpt()).save(tmp_path / "gpt.npz")
+    make_ia3(llama).save(tmp_path / "llama.npz")
+    for name, other in (("gpt", llama), ("llama", make_gpt())):
+        with pytest.raises(ValueError, match="another base of this shape"):
+            IA3.load(tmp_path / f"{name}.npz", other)
 
 
 @pytest.mark.parametrize("stamp", [{}, {"base": "0123abcd"}, {"fingerprint": 7}])
@@ -140,20 +151,27 @@ def test_an_older_versions_stamp_is_named_and_refused(tmp_path, stamp):
 # The fingerprint
 
 
-def test_the_fingerprint_knows_what_changes_the_function_and_nothing_else():
-    model = make_gpt()
+def test_the_fingerprint_knows_the_weights_and_neither_dtype_nor_vectors_nor_block_size(make_model):
+    model = make_model()
     first = fingerprint(model)
     assert fingerprint(copy.deepcopy(model).bfloat16()) == fingerprint(copy.deepcopy(model).double()) == first
     make_ia3(model)
     assert fingerprint(model) == first
-    assert fingerprint(make_gpt(dropout=0.5)) == first
-    shorter = make_gpt()
-    shorter.config.block_size = 8  # of the config alone: the table of positions is a weight
+    shorter = make_model()
+    shorter.config.block_size = 8  # of the config alone: GPT-2's table of positions is a weight
     assert fingerprint(shorter) == first
+    for p in [*blocks(model)[1].parameters(), model.lm_head.weight]:
+        before = p.detach().clone()
+        p.data.view(-1)[3] *= 1.01  # one weight, by more than bfloat16's 2^-8
+        assert fingerprint(model) != first
+        p.data.copy_(before)
+    assert fingerprint(model) == first
+
+
+def test_the_fingerprint_of_a_gpt_knows_its_heads_and_not_its_dropout():
+    first = fingerprint(make_gpt())
+    assert fingerprint(make_gpt(dropout=0.5)) == first
     assert fingerprint(make_gpt(n_head=4)) != first  # the same weights
-    with torch.no_grad():
-        model.transformer.h[1].mlp.c_proj.bias[3] *= 1.01  # one weight, by more than bfloat16's 2^-8
-    assert fingerprint(model) != first
 
 
 def test_the_fingerprint_reads_names_and_shapes_and_a_tied_head_once():
@@ -175,8 +193,12 @@ def test_the_fingerprint_reads_names_and_shapes_and_a_tied_head_once():
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_checkpoints_come_back_bit_for_bit_nanogpts_too(tmp_path, prefix):
-    model = make_gpt(dropout=0.1, bias=False)
+@pytest.mark.parametrize(
+    "make_model, shape",
+    [(make_gpt, {"dropout": 0.1, "bias": False}), (make_llama, {}), (make_llama, {"tied": False, "n_kv_head": 1})],
+)
+def test_checkpoints_come_back_bit_for_bit_nanogpts_too(tmp_path, make_model, shape, prefix):
+    model = make_model(**shape)
     make_ia3(model)  # which the file leaves out: a base stays a base
     common.save(model, tmp_path / "a.pt")
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
@@ -186,12 +208,13 @@ def test_checkpoints_come_back_bit_for_bit_nanogpts_too(tmp_path, prefix):
     torch.save(nano | {"iter_num": 7}, tmp_path / "b.pt")  # nanoGPT's names no tokenizer
     for name in ("a.pt", "b.pt"):
         again = common.load(tmp_path / name)
-        assert again.config == model.config and again.tokenizer.about == "bytes"
+        assert type(again) is type(model) and again.config == model.config and again.tokenizer.about == "bytes"
         assert not again.training and again.ia3 is None
         model.ia3 = None
         assert again.state_dict().keys() == model.state_dict().keys()
         assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
-        assert again.lm_head.weight is again.transformer.wte.weight
+        # a tied head is one parameter, an untied one is two
+        assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert all(p.requires_grad for p in again.parameters())
 
 
@@ -204,14 +227,15 @@ def test_a_checkpoint_is_what_nanogpt_reads(tmp_path):
     assert saved["model"].keys() == make_gpt().state_dict().keys()
 
 
-def test_a_checkpoint_is_read_into_the_dtype_that_is_asked_for(tmp_path):
-    model = make_gpt().bfloat16()
+def test_a_checkpoint_is_read_into_the_dtype_that_is_asked_for(make_model, tmp_path):
+    model = make_model().bfloat16()
     common.save(model, tmp_path / "a.pt")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         again = common.load(tmp_path / "a.pt", dtype)
         assert {t.dtype for t in again.state_dict().values()} == {dtype}
         assert torch.equal(again.lm_head.weight, model.lm_head.weight.to(dtype))
     assert common.load(tmp_path / "a.pt").lm_head.weight.dtype == torch.float32
+    assert common.load(tmp_path / "a.pt", dtype=None).lm_head.weight.dtype == torch.bfloat16  # as it is in the file
 
 
 def test_what_is_loaded_does_not_stay_on_the_disk(tmp_path):
@@ -306,7 +330,30 @@ def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
     ],
 )
 def test_checkpoints_of_something_else_are_refused(tmp_path, change, message):
-    common.save(make_gpt(), tmp_path / "a.pt")
+    refuse_changed(tmp_path, make_gpt(), change, message)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["model"].pop("model.layers.1.mlp.up_proj.bias"), "model.layers.1.mlp.up_proj.bias"),
+        (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head is not the embedding"),
+        (lambda c: c["model"]["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds NaN or inf"),
+        (lambda c: c["model_args"].update(n_kv_head=1), r"k_proj\.\w+ is"),
+        (lambda c: c["model_args"].update(n_kv_head=3), "not divisible by n_kv_head 3"),
+        (lambda c: c["model_args"].pop("n_kv_head"), "n_kv_head|n_hidden"),  # then it is taken for a GPT's
+        (lambda c: c["model_args"].update(n_layer=10**9), "n_layer is 1000000000, but there are only"),
+        (lambda c: c["model_args"].update(rope_scaling={"rope_type": "yarn"}), "'yarn'"),
+        (lambda c: c["model_args"].update(rotary=True), "rotary"),
+    ],
+)
+def test_checkpoints_of_no_llama_are_refused(tmp_path, change, message):
+    refuse_changed(tmp_path, make_llama(), change, message)
+
+
+def refuse_changed(tmp_path, model, change, message):
+    common.save(model, tmp_path / "a.pt")
     checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "a.pt")

@@ -5,6 +5,7 @@ the merged tensors are looked at too.
 """
 
 import copy
+import json
 import statistics
 
 import pytest
@@ -299,10 +300,9 @@ def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_i
 def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch):
     folder, flags = files
     (folder / "text/val.txt").write_bytes(b"x" * (32 + 9 + 1))  # a window, and 9 of the next one's 32 inputs
+    examples = [{"prompt": "a", "completion": "b"}, {"prompt": "cde", "completion": "f"}]
     (folder / "examples").mkdir()
-    (folder / "examples/val.jsonl").write_text(
-        '{"prompt": "a", "completion": "b"}\n{"prompt": "cde", "completion": "f"}'
-    )
+    (folder / "examples/val.jsonl").write_text("\n".join(map(json.dumps, examples)))
     seen = []
 
     def watched(model, merged, idx, lengths):

@@ -1,4 +1,5 @@
-"""The GPT itself. Its agreement with GPT-2 is shown in tests/oracles/; here is what needs no oracle."""
+"""The GPT itself, and what a Llama does alike. Agreement with GPT-2 and LLaMA is shown in tests/oracles/; here is what
+needs no oracle. What only a Llama has is in test_llama_model.py."""
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ def test_it_starts_as_gpt2_does():
             assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
 
 
-def test_no_position_sees_what_follows(device):
-    model = make_gpt().to(device)
+def test_no_position_sees_what_follows(make_model, device):
+    model = make_model().to(device)
     make_ia3(model)
     idx = make_idx(model).to(device)
     changed = idx.clone()
@@ -71,8 +72,8 @@ def test_dropout_is_where_gpt2_has_it_and_in_training_only(monkeypatch):
         drop.train()
 
 
-def test_loss_is_the_mean_over_targets_that_are_not_minus_one(device):
-    model = make_gpt().to(device).double()
+def test_loss_is_the_mean_over_targets_that_are_not_minus_one(make_model, device):
+    model = make_model().to(device).double()
     idx = make_idx(model).to(device)
     targets = idx.roll(-1, dims=1)
     targets[0, :5] = -1
@@ -81,9 +82,9 @@ def test_loss_is_the_mean_over_targets_that_are_not_minus_one(device):
     assert torch.allclose(loss, sum(terms) / len(terms), rtol=1e-12)
 
 
-def test_a_loss_is_not_rounded_to_the_logits_bfloat16():
+def test_a_loss_is_not_rounded_to_the_logits_bfloat16(make_model):
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
-        model = make_gpt().to(dtype)
+        model = make_model().to(dtype)
         idx = make_idx(model)
         logits, loss = model(idx, idx)
         assert logits.dtype == dtype and loss.dtype == wanted
@@ -91,8 +92,8 @@ def test_a_loss_is_not_rounded_to_the_logits_bfloat16():
         assert abs(loss.item() - true.item()) <= 4 * torch.finfo(wanted).eps * true.item()
 
 
-def test_token_0_is_a_target_like_others_and_none_at_all_is_refused():
-    model = make_gpt()
+def test_token_0_is_a_target_like_others_and_none_at_all_is_refused(make_model):
+    model = make_model()
     idx = make_idx(model)
     loss = model(idx, torch.zeros_like(idx))[1]
     assert loss.item() == pytest.approx(-model(idx)[0].log_softmax(-1)[..., 0].mean().item(), rel=1e-5)
@@ -100,8 +101,8 @@ def test_token_0_is_a_target_like_others_and_none_at_all_is_refused():
         model(idx, torch.full_like(idx, -1))
 
 
-def test_hidden_is_what_the_head_reads():
-    model = make_gpt()
+def test_hidden_is_what_the_head_reads(make_model):
+    model = make_model()
     make_ia3(model)
     idx = make_idx(model)
     hidden = model.hidden(idx)
@@ -111,9 +112,9 @@ def test_hidden_is_what_the_head_reads():
 # The cache: keys and values that were read are not read again
 
 
-def test_with_a_cache_a_token_a_step_or_several_give_the_logits_of_reading_all_at_once():
+def test_with_a_cache_a_token_a_step_or_several_give_the_logits_of_reading_all_at_once(make_model):
     """In float64: kernels for other shapes sum in another order, by at most 1e-12 of the logits' size."""
-    model = make_gpt().double()
+    model = make_model().double()
     make_ia3(model)
     idx = make_idx(model)
     logits = model(idx)[0]
@@ -145,8 +146,8 @@ def test_a_cache_holds_scaled_keys_and_values():
 
 
 @torch.no_grad()
-def test_a_cache_is_refused_for_other_vectors_and_other_task_ids():
-    model = make_gpt()
+def test_a_cache_is_refused_for_other_vectors_and_other_task_ids(make_model):
+    model = make_model()
     a, b = make_ia3(model, seed=1), make_ia3(model, seed=2)
     idx = make_idx(model)
     cache = fill(Cache(model, 3, 16), model, idx[:, :4])
@@ -183,8 +184,8 @@ def read_all_again(model, idx, n, task_ids=None):
 
 
 @pytest.mark.parametrize("length", [1, 5, 15, 16, 20])
-def test_greedy_text_is_the_same_with_and_without_a_cache_also_past_block_size(length):
-    model = make_gpt()
+def test_greedy_text_is_the_same_with_and_without_a_cache_also_past_block_size(make_model, length):
+    model = make_model()
     make_ia3(model)
     idx = make_idx(model).repeat(1, 2)[:, :length]
     expected, closest = read_all_again(model, idx, 20)
@@ -192,8 +193,8 @@ def test_greedy_text_is_the_same_with_and_without_a_cache_also_past_block_size(l
     assert torch.equal(generate(model, idx, 20, temperature=0), expected)
 
 
-def test_greedy_text_of_mixed_tasks_is_the_same_with_and_without_a_cache():
-    model = make_gpt()
+def test_greedy_text_of_mixed_tasks_is_the_same_with_and_without_a_cache(make_model):
+    model = make_model()
     tasks = [make_ia3(model, 1), make_ia3(model, 2), None]
     attach(model, stack(tasks))
     idx, task_ids = make_idx(model, rows=4)[:, :3], torch.tensor([2, 0, 1, 0])
@@ -294,7 +295,7 @@ def test_impossible_sizes_are_refused(sizes):
 
 
 @pytest.mark.parametrize("length", [0, 17])
-def test_a_sequence_that_is_empty_or_beyond_block_size_is_refused(length):
+def test_a_sequence_that_is_empty_or_beyond_block_size_is_refused(make_model, length):
     with pytest.raises(ValueError, match=f"a sequence of {length} tokens, and block_size is 16"):
-        make_gpt()(torch.zeros(1, length, dtype=torch.long))
-    make_gpt()(torch.zeros(1, 16, dtype=torch.long))
+        make_model()(torch.zeros(1, length, dtype=torch.long))
+    make_model()(torch.zeros(1, 16, dtype=torch.long))

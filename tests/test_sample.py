@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3
+from conftest import make_gpt, make_ia3, write_run
 
 import common
 import sample
@@ -49,6 +49,16 @@ def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder):
         model.ia3 = task
         assert sample.complete(model, prompt[:1], 20, temperature=0) == [text]
     assert len(set(together)) == 3
+
+
+def test_the_command_line_on_both_models(make_model, tmp_path, capsys):
+    folder, _ = write_run(tmp_path, make_model())
+    for seed in (1, 2):
+        make_ia3(make_model(), seed).save(folder / f"{seed}.npz")
+    base = run_sample(folder, capsys)
+    assert base.startswith("A") and run_sample(folder, capsys, f"--ia3 {folder}/1.npz") != base
+    names, _ = run_sample(folder, capsys, f"--ia3 {folder}/1.npz {folder}/2.npz").split("\n", 1)
+    assert names.split() == ["1", "2"]
 
 
 def test_ids_that_pad_a_vocabulary_are_left_out_of_the_text():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx
+from conftest import blocks, make_ia3, make_idx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -18,8 +18,8 @@ def make_tasks(model):
     return [make_ia3(model, 0, sites[0]), make_ia3(model, 1, sites[1]), make_ia3(model, 2, sites[2]), None]
 
 
-def test_switching_tasks_is_an_assignment():
-    model = make_gpt()
+def test_switching_tasks_is_an_assignment(make_model):
+    model = make_model()
     idx = make_idx(model)
     base = model(idx)[0]
     a = make_ia3(model, seed=1)
@@ -33,9 +33,9 @@ def test_switching_tasks_is_an_assignment():
     assert b.fingerprint == a.fingerprint == fingerprint(model)
 
 
-def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_bit():
+def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_bit(make_model):
     """Same shapes, so the same matmul kernels; only the scales of other rows differ."""
-    model = make_gpt()
+    model = make_model()
     tasks, idx = make_tasks(model), make_idx(model, rows=len(IDS))
     attach(model, stack(tasks))
     mixed, loss = model(idx, idx, IDS)
@@ -45,7 +45,8 @@ def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_
         assert torch.equal(mixed[i], model(idx, task_ids=torch.full_like(IDS, task))[0][i])
         model.ia3 = tasks[task]  # and not only the same as when stacked
         assert torch.equal(mixed[i], model(idx)[0][i])
-    assert attached.l_k.shape == (4, 2, 16) and attached.l_ff.shape == (4, 2, 64)
+    k_width, _, ff_width = model.config.widths
+    assert attached.l_k.shape == (4, 2, k_width) and attached.l_ff.shape == (4, 2, ff_width)
     assert not torch.equal(mixed[1], mixed[4])  # one task, two texts
     same = idx[:1].expand(4, -1)
     model.ia3 = attached
@@ -53,8 +54,8 @@ def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_
     assert all(not torch.equal(rows[i], rows[j]) for i in range(4) for j in range(i))  # four tasks, one text
 
 
-def test_what_a_task_leaves_out_is_ones_and_what_all_leave_out_is_none():
-    model = make_gpt()
+def test_what_a_task_leaves_out_is_ones_and_what_all_leave_out_is_none(make_model):
+    model = make_model()
     k, v = make_ia3(model, sites=("k",)), make_ia3(model, sites=("v",))
     stacked = stack([k, v, None])
     assert stacked.l_ff is None and stacked.count() == 3 * (k.count() + v.count())
@@ -65,8 +66,8 @@ def test_what_a_task_leaves_out_is_ones_and_what_all_leave_out_is_none():
     assert (k.l_k != 0).any()  # a copy
 
 
-def test_unstack_is_the_way_back():
-    model = make_gpt()
+def test_unstack_is_the_way_back(make_model):
+    model = make_model()
     tasks = [make_ia3(model, 1, ("k", "v")), make_ia3(model, 2, ("k",)), None]
     stacked = stack(tasks)
     found = unstack(stacked)
@@ -75,7 +76,7 @@ def test_unstack_is_the_way_back():
         assert list(task.matrices()) == ["l_k", "l_v"] and not task.is_stacked()
         for name, p in task.matrices().items():
             wanted = None if before is None else before.matrices().get(name)
-            assert torch.equal(p, torch.ones(2, 16) if wanted is None else wanted)
+            assert torch.equal(p, torch.ones_like(p) if wanted is None else wanted)
     with torch.no_grad():
         found[0].l_k.zero_()
     assert torch.equal(stacked.l_k[0], tasks[0].l_k)  # copies
@@ -83,14 +84,14 @@ def test_unstack_is_the_way_back():
         unstack(tasks[0])
 
 
-def test_joint_training_gives_each_task_the_gradients_that_it_gets_alone():
+def test_joint_training_gives_each_task_the_gradients_that_it_gets_alone(make_model):
     """The joint loss is a mean over 6 rows, a task's own over its 2. Float64; sums in another order differ by 1e-12."""
-    model = make_gpt().double()
+    model = make_model().double()
     tasks = [make_ia3(model, seed) for seed in range(3)]
     idx, targets, ids = make_idx(model, 6), make_idx(model, 6, seed=1), torch.tensor([1, 0, 2, 2, 0, 1])
     joint = attach(model, stack(tasks)).double()
     model(idx, targets, ids)[1].backward()
-    assert all(p.grad is None for p in model.transformer.parameters())
+    assert all(p.grad is None for p in [*blocks(model).parameters(), model.lm_head.weight])
     for i, task in enumerate(tasks):
         model.ia3 = task.double()
         model(idx[ids == i], targets[ids == i])[1].backward()
@@ -100,8 +101,8 @@ def test_joint_training_gives_each_task_the_gradients_that_it_gets_alone():
             assert torch.allclose(found, p.grad, rtol=1e-10, atol=1e-12 * p.grad.abs().max().item()), name
 
 
-def test_tasks_learn_in_one_batch_by_the_one_training_loop_and_are_saved_one_by_one(tmp_path):
-    model = make_gpt()
+def test_tasks_learn_in_one_batch_by_the_one_training_loop_and_are_saved_one_by_one(make_model, tmp_path):
+    model = make_model()
     vectors = attach(model, stack([IA3(model.config) for _ in range(3)]))
 
     class Texts:
@@ -137,9 +138,9 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_loop_over_rows_or_tasks():
+def test_no_loop_over_rows_or_tasks(make_model):
     """The forward pass runs the same number of tensor operations for 2 rows of 2 tasks and for 16 rows of 16."""
-    model, counts = make_gpt(), []
+    model, counts = make_model(), []
     task = make_ia3(model)
     for n in (2, 16):
         attach(model, stack([task] * n))
@@ -149,9 +150,9 @@ def test_no_loop_over_rows_or_tasks():
     assert counts[0] == counts[1]
 
 
-def test_generate_writes_in_every_row_what_it_would_write_under_its_task_alone():
+def test_generate_writes_in_every_row_what_it_would_write_under_its_task_alone(make_model):
     """The noise of a row does not depend on other rows' predictions, so this holds for drawn text too."""
-    model = make_gpt()
+    model = make_model()
     tasks, idx = make_tasks(model), make_idx(model, 1)[:, :5].expand(len(IDS), -1)
     attach(model, stack(tasks))
     for temperature in (0, 1.0):
@@ -164,8 +165,8 @@ def test_generate_writes_in_every_row_what_it_would_write_under_its_task_alone()
         assert len({tuple(row.tolist()) for row in mixed}) >= 4
 
 
-def test_stacking_what_does_not_belong_together_is_refused():
-    model, other, deeper = make_gpt(), make_gpt(seed=1), make_gpt(n_layer=3)
+def test_stacking_what_does_not_belong_together_is_refused(make_model):
+    model, other, deeper = make_model(), make_model(seed=1), make_model(n_layer=3)
     task = make_ia3(model)
     for wrong in ([], [None], [task, make_ia3(other)], [task, make_ia3(deeper)], [task, stack([task])]):
         with pytest.raises(ValueError, match="all for one base"):
@@ -188,8 +189,8 @@ def test_stacking_what_does_not_belong_together_is_refused():
         (None, "stacked vectors want task_ids"),
     ],
 )
-def test_task_ids_that_do_not_fit_are_refused(ids, message):
-    model = make_gpt()
+def test_task_ids_that_do_not_fit_are_refused(make_model, ids, message):
+    model = make_model()
     attach(model, stack([make_ia3(model), None]))
     ids = None if ids is None else torch.tensor(ids)
     idx = make_idx(model)
@@ -199,19 +200,19 @@ def test_task_ids_that_do_not_fit_are_refused(ids, message):
         generate(model, idx, 1, task_ids=ids)
 
 
-def test_task_ids_in_a_list_are_refused():
-    model = make_gpt()
+def test_task_ids_in_a_list_are_refused(make_model):
+    model = make_model()
     attach(model, stack([make_ia3(model), None]))
     idx = make_idx(model)
     with pytest.raises(ValueError, match="a tensor"):
         model(idx, task_ids=[0, 1, 0])
     with pytest.raises(ValueError, match="a tensor"):
         model.ia3.check_task_ids([0, 1, 0])
-    assert torch.equal(model(idx, task_ids=torch.tensor([1, 1, 1]))[0], make_gpt()(idx)[0])
+    assert torch.equal(model(idx, task_ids=torch.tensor([1, 1, 1]))[0], make_model()(idx)[0])
 
 
-def test_task_ids_without_stacked_vectors_are_refused():
-    model = make_gpt()
+def test_task_ids_without_stacked_vectors_are_refused(make_model):
+    model = make_model()
     idx, ids = make_idx(model), torch.tensor([0, 0, 0])
     with pytest.raises(ValueError, match="task_ids want stacked vectors"):
         model(idx, task_ids=ids)
