@@ -46,7 +46,7 @@ class IA3(nn.Module):
         self.l_v = ones("v", v_width)
         self.l_ff = ones("ff", ff_width)
         self.config = config
-        self.fingerprint = None  # of the base that they were attached to
+        self.fingerprint = None  # of the base that they belong to: known once they are attached, or loaded
 
     def matrices(self):
         """Return {'l_k': l_k, ...}, without the sites left out."""
@@ -93,10 +93,10 @@ class IA3(nn.Module):
     def save(self, path):
         """Write one .npz: the matrices, and the config, names and fingerprint of the base as JSON.
 
-        Raises ValueError for vectors that were never attached, and for stacked ones (unstack them first).
+        Raises ValueError for vectors of no known base (attach them), and for stacked ones (unstack them first).
         """
         if self.fingerprint is None or self.is_stacked():
-            raise ValueError("only one task's vectors, attached to a base (ia3.attach), can be saved")
+            raise ValueError("only one task's vectors can be saved, of a known base: ia3.attach tells them theirs")
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}
         about = {"config": asdict(self.config), "vectors": list(arrays), "fingerprint": self.fingerprint}
         with replace_file(path) as f:
@@ -160,9 +160,9 @@ def read_shapes(file):
 def attach(model, vectors=None, sites=SITES):
     """Freeze model, set model.ia3 to vectors (by default ones at sites), remember the base's fingerprint.
 
-    Attach to train or to have vectors checked; to switch tasks, assigning to model.ia3 is enough. Cast or move the
-    model first: what follows would take the vectors along. Call it before torch.compile and before DDP. Returns the
-    vectors, float32 and on the model's device. Raises ValueError for those of another base.
+    Attach to train or to have vectors checked; to switch tasks, assigning to model.ia3 is enough. Cast the model first:
+    model.to(dtype) afterwards casts the vectors, too. Call it before torch.compile and before DDP. Returns the vectors,
+    float32 and on the model's device. Raises ValueError for those of another base.
     """
     if vectors is None:
         vectors = IA3(model.config, sites)
@@ -221,9 +221,10 @@ def unstack(stacked):
 def fingerprint(model):
     """SHA-256, in hexadecimal, of what makes the base the function that it is; the vectors are not in it.
 
-    That is the config without dropout and block_size (n_head, say, changes the function and no shape), and every
-    weight's name, shape and values, a tied head once. Values are rounded to bfloat16, so that a base may be held in
-    float32 or in bfloat16; what this lets pass is a base whose every weight differs by less than that rounding.
+    By it vectors are refused on another base, and merged into their own once only. It is taken of the config without
+    dropout and block_size (n_head, say, changes the function and no shape), and of every weight's name, shape and
+    values, a tied head once. Values are rounded to bfloat16, so that a base may be held in float32 or in bfloat16; what
+    this lets pass is a base whose every weight differs by less than that rounding.
     """
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config]).encode())

@@ -115,8 +115,9 @@ class CausalSelfAttention(nn.Module):
         k = self.k_proj(x)  # (B, T, n_kv_head · d_head)
         v = self.v_proj(x)
 
-        # (IA)³: queries stay as they are. The product is taken in the wider dtype and rounded once to the activation's.
-        # Before the rotation, which mixes channels: after it, l_k would be no scaling of W_k's rows
+        # (IA)³: queries stay as they are. The base may be held in bfloat16, vectors are float32: the product is taken
+        # in the wider dtype and rounded once to the activation's. Before the rotation, which mixes channels: after it,
+        # l_k would be no scaling of W_k's rows.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:

@@ -32,7 +32,7 @@ def merge(model):
     stacked ones, or another base's, and where a weight, a vector or a product is NaN or infinite, with its name.
     """
     if model.ia3 is None or model.ia3.is_stacked():
-        raise ValueError("merge wants a model with one task's vectors: attach them first")
+        raise ValueError("merge wants a model with one task's vectors: assign them to model.ia3 first")
     check_finite(model)
     if model.ia3.fingerprint not in (None, fingerprint(model)):
         raise ValueError("these vectors belong to another base; or they are merged into this one already")
@@ -61,7 +61,10 @@ def fold_gpt2(block, l_k, l_v, l_ff):
 
 
 def fold_llama(block, l_k, l_v, l_ff):
-    """A block of LLaMA: all rows of k_proj and v_proj, (n_kv_head·d_head, n_embd); l_ff would fit up_proj's, too."""
+    """A block of LLaMA: all rows of k_proj and v_proj, (n_kv_head·d_head, n_embd).
+
+    l_ff times the rows of up_proj would do as well as the columns of down_proj.
+    """
     fold_rows(block.self_attn.k_proj, slice(None), l_k)
     fold_rows(block.self_attn.v_proj, slice(None), l_v)
     fold_columns(block.mlp.down_proj, l_ff)
@@ -99,12 +102,12 @@ class Report:
 
     max_difference: float  # max |Δlogit|, merged against unmerged, in the model's own dtype
     float64_difference: float  # the same for both in float64
-    unmerged_distance: float  # from the unmerged weights and vectors, run in float64
-    merged_distance: float
+    unmerged_distance: float  # of the unmerged model to the truth: itself, run in float64
+    merged_distance: float  # of the merged model to the same truth
     argmax_agreement: float  # share of positions at which both predict the same token
 
     def is_exact(self):
-        """Whether merged is as near to the truth as unmerged, and within 1e-11 of it in float64.
+        """Whether merged is as near to the truth as unmerged, and within 1e-11 of unmerged where both are float64.
 
         Both round, at other places, so their distances are two draws of the same noise: over the tests' models the
         larger is at most 1.3 times the other. A factor of 1.5 leaves room for that, and none for a mistake.

@@ -60,7 +60,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 × (B, T, C)
 
-        # (IA)³: queries stay as they are. The product is taken in the wider dtype and rounded once to the activation's.
+        # (IA)³: queries stay as they are. The base may be held in bfloat16, vectors are float32: the product is taken
+        # in the wider dtype and rounded once to the activation's.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:

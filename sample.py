@@ -22,8 +22,8 @@ from ia3 import IA3, attach, stack
 class Cache:
     """What a model has read so far, so that only new tokens are read: keys and values, allocated once.
 
-    They are kept scaled: a cached key holds l_k already, a cached value l_v. So a cache belongs to the vectors and
-    task_ids that it was made with, and is refused for others.
+    They are kept scaled, and in a Llama rotated: a cached key holds l_k already, a cached value l_v. So a cache belongs
+    to the vectors and task_ids, the very objects, that it was made with, and is refused for others.
     """
 
     def __init__(self, model, batch_size, max_tokens, task_ids=None):

@@ -32,6 +32,8 @@ from ia3 import IA3, attach, fingerprint
 from model import GPT, GPTConfig
 from sample import complete
 
+COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")  # of metrics.csv
+
 
 def flag(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -130,11 +132,11 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     step = 0
     history = []  # a dict an evaluation
     losses = []  # of the steps since the last one
-    about = {}
+    settings = {}
     if config.out is not None:
-        about = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
+        settings = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
     if config.resume and os.path.exists(f"{config.out}/last.pt"):
-        step, history, losses = load_run(about, trained, optimizer)
+        step, history, losses = load_run(settings, trained, optimizer)
 
     wrapped = DistributedDataParallel(model) if world > 1 else model
     parts = get_batch(data["train"], step, config, device)
@@ -160,14 +162,14 @@ def train(model, data, config, loss_fn=None, should_stop=None):
                     line += f"  loss {train_loss:.4f}  {tokens_per_second:,.0f} tokens/s"
                     line += f"  {left // 60:.0f}:{left % 60:02.0f} left"
                 print(line, flush=True)
-                save_run(step, history, losses, about, trained, optimizer)
+                save_run(step, history, losses, settings, trained, optimizer)
             n_tokens = 0
             started = time.time()
         if step == config.steps:
             return history
         if should_stop is not None and should_stop():
             if rank == 0:
-                save_run(step, history, losses, about, trained, optimizer)
+                save_run(step, history, losses, settings, trained, optimizer)
             return history
 
         # forward and backward, one part of the batch in memory at a time
@@ -175,7 +177,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         torch.manual_seed(int(np.random.default_rng((config.seed, step, rank)).integers(2**63)))  # for dropout
         loss = torch.zeros((), device=device)
         for i, (part, share) in enumerate(parts):
-            wrapped.require_backward_grad_sync = i == len(parts) - 1  # DDP's: reduce once a step
+            if world > 1:
+                wrapped.require_backward_grad_sync = i == len(parts) - 1  # DDP reduces once a step
             with autocast(model, config):
                 part_loss = loss_fn(wrapped, *part) * share
             (part_loss * world).backward()  # DDP takes the mean over processes, but the shares sum to one already
@@ -259,35 +262,35 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     return (total[0] / total[1]).item()
 
 
-def save_run(step, history, losses, about, trained, optimizer):
+def save_run(step, history, losses, settings, trained, optimizer):
     """Write last.pt, all that a resumed run needs, and metrics.csv, the history; nothing for a run without a folder."""
-    if not about:
+    if not settings:
         return
-    state = {"step": step, "history": history, "losses": losses, "about": about}
+    state = {"step": step, "history": history, "losses": losses, "settings": settings}
     state |= {"trained": trained, "optimizer": optimizer.state_dict()}
-    with common.replace_file(f"{about['out']}/last.pt") as f:
+    with common.replace_file(f"{settings['out']}/last.pt") as f:
         torch.save(state, f)
-    write_metrics(history, about["out"])
+    write_metrics(history, settings["out"])
 
 
 def write_metrics(history, out):
     with common.replace_file(f"{out}/metrics.csv", text=True) as f:
-        writer = csv.DictWriter(f, history[0])
+        writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
         writer.writerows(history)
 
 
-def load_run(about, trained, optimizer):
-    """Put back the run in about["out"], and write its metrics.csv anew. Returns step, history, losses.
+def load_run(settings, trained, optimizer):
+    """Put back the run in settings["out"], and write its metrics.csv anew. Returns step, history, losses.
 
     Raises ValueError where last.pt is damaged, or another run's: another config, base, data, or other weights.
     """
-    path = f"{about['out']}/last.pt"
+    path = f"{settings['out']}/last.pt"
     state = common.load_file(path)
     try:
-        for name, value in state["about"].items():
-            if name not in ("resume", "out") and value != about[name]:
-                raise ValueError(f"it is another run's: its {name} is {value}, not {about[name]}")
+        for name, value in state["settings"].items():
+            if name not in ("resume", "out") and value != settings[name]:
+                raise ValueError(f"it is another run's: its {name} is {value}, not {settings[name]}")
         if state["trained"].keys() != trained.keys():
             raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(trained)}")
         for name, p in trained.items():
@@ -296,9 +299,14 @@ def load_run(about, trained, optimizer):
             common.check_weight(state["trained"][name].detach(), name)
             p.data.copy_(state["trained"][name])
         optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        history = [{name: row[name] for name in COLUMNS} for row in state["history"]]
+        losses = [float(loss) for loss in state["losses"]]
+        if type(step) is not int or not 0 <= step <= settings["steps"] or not history:
+            raise ValueError(f"its step is {step}, of {settings['steps']}, after {len(history)} evaluations")
         if ranks()[0] == 0:
-            write_metrics(state["history"], about["out"])  # a kill may have come before the last row was written
-        return int(state["step"]), list(state["history"]), list(state["losses"])
+            write_metrics(history, settings["out"])  # a kill may have come before the last row was written
+        return step, history, losses
     except Exception as e:  # a damaged or older file may lack anything
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         raise ValueError(f"{path} cannot be resumed: {why}; remove the folder to start anew") from None
@@ -331,7 +339,8 @@ def build(args):
         if args.method == "full":
             args.lr = 0.001
         else:
-            args.lr = 0.1 if isinstance(model, GPT) else 0.003  # the paper's; a small model of bytes wants more
+            small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
+            args.lr = 0.1 if small else 0.003  # the paper's; the small bundled base wants more
     if args.method == "full":
         if args.ia3:
             raise ValueError("--ia3, vectors to start from, goes with --method ia3: full trains the weights")
@@ -348,9 +357,9 @@ def parse(argv):
     add = parser.add_argument
     add("--base", default="data/base.pt", help="a checkpoint, or 'scratch' for a new GPT (default: %(default)s)")
     add("--data", default="folio", help="plays, folio, sonnets, kjv, or a folder of your own (default: %(default)s)")
-    add("--method", default="ia3", choices=("ia3", "full"), help="train the vectors, or every weight (default: ia3)")
+    add("--method", default="ia3", choices=("ia3", "full"), help="the vectors, or every weight; scratch: always full")
     add("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
-    add("--sites", default="k,v,ff", help="what gets a vector; with --ia3, what has one (default: %(default)s)")
+    add("--sites", default="k,v,ff", help="what gets a vector; with --ia3 the file says it (default: %(default)s)")
     add("--block-size", type=int, help="training window in tokens (default: the model's, at most 256; scratch: 128)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -359,7 +368,7 @@ def parse(argv):
     add("--n-embd", type=int, help="scratch: width (default: 192)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="scratch: what a token is (default: bytes)")
     told = {
-        "lr": "0.1 for vectors, on a Llama 0.003; 0.001 for all weights",
+        "lr": "0.003 for vectors, 0.1 on a GPT below 10 million weights; 0.001 for all weights",
         "dtype": "bfloat16 where CUDA has it, else float32",
         "out": "out/ and the data's name",
     }
@@ -422,7 +431,7 @@ def run(argv):
         history = train(model, data, config, should_stop=stop.is_set)
     finally:
         signal.signal(signal.SIGINT, handler)
-    if history[-1]["step"] < config.steps:
+    if history[-1]["step"] < config.steps:  # stopped before the last evaluation
         raise KeyboardInterrupt
 
     loss = evaluate(model, data["val"], config)

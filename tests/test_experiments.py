@@ -22,7 +22,7 @@ from torch import nn
 
 import common
 from data import Stream
-from experiments import ablate, bench, compare, exactness, lab, losses, rivals
+from experiments import ablate, bench, compare, exactness, held_out, lab, rivals
 from experiments.rivals import METHODS, Adapter
 from ia3 import attach
 from model import GPTConfig
@@ -840,13 +840,15 @@ def test_the_table_of_exactness():
 
 def test_works_are_split_by_their_titles():
     text = b"The Tragedie of Julius Caesar\nx\nThe Two Gentlemen of Verona\n\ny\nFINIS. THE Two Gentlemen of Verona.\n"
-    titles = dict(losses.works(text, None))
+    titles = dict(held_out.works(text, None))
     assert list(titles) == ["Julius Caesar, 1623", "The Two Gentlemen of Verona, 1623"]
     assert b"".join(titles.values()) == text and titles["Julius Caesar, 1623"].endswith(b"x\n")
-    assert losses.works(b"abc", "Isaiah") == [("Isaiah", b"abc")]
+    assert held_out.works(b"abc", "Isaiah") == [("Isaiah", b"abc")]
     for data, splits in losses.SPLITS.items():
         for split, name in splits.items():
-            assert sum(len(raw) for _, raw in losses.works((ROOT / f"data/{data}/{split}.txt").read_bytes(), name)) > 0
+            assert (
+                sum(len(raw) for _, raw in held_out.works((ROOT / f"data/{data}/{split}.txt").read_bytes(), name)) > 0
+            )
 
 
 # --- mistakes ---

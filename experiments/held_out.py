@@ -1,8 +1,8 @@
 """How well a model predicts every held-out work, in nats a byte: a table in Markdown.
 
-    python -m experiments.losses                                        # the base
-    python -m experiments.losses --ia3 out/demo/ia3.npz                 # with vectors
-    python -m experiments.losses --base out/demo/merged.pt              # merged
+    python -m experiments.held_out                                        # the base
+    python -m experiments.held_out --ia3 out/demo/ia3.npz                 # with vectors
+    python -m experiments.held_out --base out/demo/merged.pt              # merged
 
 Each work is read whole, in windows that do not overlap.
 """
@@ -80,7 +80,7 @@ def run(argv):
 
 
 def main(argv=None):
-    return common.exit_status("losses.py", run, argv)
+    return common.exit_status("held_out.py", run, argv)
 
 
 if __name__ == "__main__":
