@@ -844,7 +844,7 @@ def test_works_are_split_by_their_titles():
     assert list(titles) == ["Julius Caesar, 1623", "The Two Gentlemen of Verona, 1623"]
     assert b"".join(titles.values()) == text and titles["Julius Caesar, 1623"].endswith(b"x\n")
     assert held_out.works(b"abc", "Isaiah") == [("Isaiah", b"abc")]
-    for data, splits in losses.SPLITS.items():
+    for data, splits in held_out.SPLITS.items():
         for split, name in splits.items():
             assert (
                 sum(len(raw) for _, raw in held_out.works((ROOT / f"data/{data}/{split}.txt").read_bytes(), name)) > 0
