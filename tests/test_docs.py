@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,19 @@ def test_the_paper_is_linked_to_the_code_line_by_line():
     assert len([target for _, target in links("docs/paper.md") if "#L" in target]) >= 8
 
 
+def test_an_excerpt_is_what_stands_in_the_file_that_its_first_line_names():
+    """Line after line; only the indentation of the whole may differ."""
+    excerpts = [code.splitlines() for language, code in blocks("docs/llama.md") if language == "py"]
+    assert len(excerpts) >= 4
+    for first, *lines in excerpts:
+        name = first.removeprefix("# ")
+        indented = textwrap.indent("\n".join(lines), "    ")
+        deeper = textwrap.indent(indented, "    ")
+        assert any(f"\n{text}\n" in read(name) for text in (indented, deeper)), f"not in {name}: {lines}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/tasks.md", "docs/paper.md", "docs/peft.md"])
+@pytest.mark.parametrize("page", ["docs/tasks.md", "docs/paper.md", "docs/peft.md", "docs/llama.md"])
 def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
     """A page is one session. A block of text after one of Python is what that prints; without one it may print."""
     (tmp_path / "data").symlink_to(ROOT / "data")
