@@ -60,6 +60,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -77,11 +78,9 @@ from experiments.shots import (
     ask,
     context,
     draw,
-    learn,
     measure,
     read_task,
     right,
-    score,
 )
 from ia3 import attach, fingerprint
 
@@ -183,33 +182,35 @@ def make(jobs, settings, folder, args):
 
 
 def plan(settings):
-    """Print how many runs there are, their tokens, and the hours at the pace measured here. Reads train and val only."""
+    """Print how many runs there are, their tokens, and the hours that one core takes. Reads train and val only."""
+    torch.set_num_threads(1)
     model = common.load(settings["base"]).to(settings["device"])
-    rows = read_task(settings["data"], "products", "train")
-    shots = draw(rows, settings["ks"][-2], 0)
-    chosen = {"form": "chat", "ia3": None} | {name: rates[0] for name, (_, rates) in RIVALS.items()}
-    jobs = jobs_to_choose(settings) + jobs_to_report(settings, chosen)
-    sizes = {}  # of a task: tokens of its val as questions, tokens of a training row, choices
+    supposed = {"form": "chat", "ia3": None} | {name: rates[0] for name, (_, rates) in RIVALS.items()}
+    jobs = jobs_to_choose(settings) + jobs_to_report(settings, supposed)
+    asked, learned = {}, {}  # tokens of a task's val as questions, of one row to learn from with all its choices
     for task in {row["task"] for row in jobs}:
         val = read_task(settings["data"], task, "val")
-        asked = [ask(model.tokenizer, "plain", row, t) for row in val for t in range(3)]
-        read = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked)
-        row = np.mean([len(prompt) + max(map(len, choices)) for prompt, choices, _ in asked])
-        sizes[task] = read, row, len(asked[0][1])
-    read = sum(sizes[row["task"]][0] for row in jobs)
-    learned = sum(row["steps"] * BATCH_SIZE * math.prod(sizes[row["task"]][1:]) for row in jobs)
-    in_context = sum(3 * row["k"] * sizes[row["task"]][1] for row in jobs if row["method"].startswith("icl"))
-    seconds = lab.seconds(lambda: score(model, shots[:8]), torch.device(settings["device"]))
-    asked = [ask(model.tokenizer, "plain", row, t) for row in shots[:8] for t in range(3)]
-    read_pace = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked) / seconds
+        rows = [ask(model.tokenizer, "plain", row, t) for row in val for t in range(3)]
+        asked[task] = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in rows)
+        learned[task] = np.mean([len(choices) * (len(prompt) + max(map(len, choices))) for prompt, choices, _ in rows])
+    to_read = sum(asked[row["task"]] for row in jobs)
+    to_learn = sum(row["steps"] * BATCH_SIZE * learned[row["task"]] for row in jobs)
+
+    # the pace, in the processor's time, which other programs do not lengthen
+    rows = read_task(settings["data"], "products", "val")[:64]
+    split = ranking.Choices([ask(model.tokenizer, "plain", row, 0) for row in rows])
+    start = time.process_time()
+    ranking.scores(model, split)
+    read = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples)
+    read_pace = read / (time.process_time() - start)
     attach(model)
-    seconds = lab.seconds(lambda: learn(model, shots, RATE, 2, 0), torch.device(settings["device"]))
-    learn_pace = 3 * BATCH_SIZE * math.prod(sizes["products"][1:]) / seconds  # 2 steps, and val twice, forward only
-    hours = ((read + in_context) / read_pace + learned / learn_pace) / 3600
-    print(
-        f"{len(jobs)} runs: {read:,} tokens of questions, {in_context:,.0f} of contexts, {learned:,.0f} to learn from"
-    )
-    print(f"{read_pace:.0f} tokens a second read, {learn_pace:.0f} learned: {hours:.1f} hours of one process")
+    batch = split.windows(range(BATCH_SIZE))
+    start = time.process_time()
+    ranking.make_loss()(model, *datasets.to_device(batch, model.lm_head.weight.device)).backward()
+    learn_pace = BATCH_SIZE * learned["products"] / (time.process_time() - start)
+    hours = (to_read / read_pace + to_learn / learn_pace) / 3600
+    print(f"{len(jobs)} runs: {to_read:,} tokens of questions to read, {to_learn:,.0f} to learn from, and the contexts")
+    print(f"{read_pace:.0f} tokens a second read, {learn_pace:.0f} learned from: {hours:.1f} hours of one core")
 
 
 def measure_costs(settings, chosen):

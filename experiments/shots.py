@@ -56,14 +56,18 @@ def read_task(folder, task, split):
 def content_free(task):
     """Contextual calibration's sentences, which say nothing, as read_task has a sentence."""
     templates = LABELS.get(task, prepare.SENTIMENT)
-    choices = [choices for _, choices in templates]
-    return [
-        {"label": 0, "prompts": [p.format(text) for p, _ in templates], "choices": choices} for text in CONTENT_FREE
-    ]
+    rows = []
+    for text in CONTENT_FREE:
+        prompts = [prompt.format(text) for prompt, _ in templates]
+        rows.append({"label": 0, "prompts": prompts, "choices": [choices for _, choices in templates]})
+    return rows
 
 
 def draw(rows, k, seed):
-    """k of rows, as many of each label. Of one seed the smaller draws begin the larger. ValueError where k does not allow it."""
+    """k of rows, as many of each label. Of one seed the smaller draws begin the larger.
+
+    Raises ValueError where k is no multiple of the number of labels, or there are too few examples of one.
+    """
     n_labels = len(rows[0]["choices"][0])
     if k % n_labels:
         raise ValueError(f"k must be a multiple of the {n_labels} labels, not {k}")
