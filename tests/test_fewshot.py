@@ -112,7 +112,7 @@ def test_the_content_free_sentences_stand_in_the_templates_of_the_task():
 def test_calibration_by_hand():
     """p = (0.6, 0.4); the content-free mean of (0.9, 0.1) and (0.7, 0.3) is (0.8, 0.2): 0.75 against 2."""
     beta = np.log([[[0.6, 0.4]]]) - 3  # a common factor of a prompt's choices says nothing
-    free = [*np.log([[[0.9, 0.1], [0.7, 0.3]]]), [[-1], [-5]]]
+    free = np.log([[[0.9, 0.1], [0.7, 0.3]]]) - np.array([[[1], [5]]])
     assert np.exp(shots.calibrated(beta, free)).tolist() == [[pytest.approx([0.75, 2.0])]]
 
 
