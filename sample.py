@@ -7,6 +7,7 @@ python sample.py --ia3 a.npz b.npz c.npz --prompt "To be"              # three t
 """
 
 import argparse
+import copy
 import math
 import sys
 import textwrap
@@ -41,6 +42,12 @@ class Cache:
             raise ValueError("this cache holds keys and values of other vectors or task_ids: make a new one")
         return self.layers[0].length
 
+    def expand(self, n):
+        """Return a copy in which each row stands n times in a row, so that a text can be gone on from in n ways."""
+        copied = copy.copy(self)
+        copied.layers = [layer.expand(n) for layer in self.layers]
+        return copied
+
 
 class LayerCache:
     """One layer's part of a Cache, k and v (B, n_kv_head, max_tokens, d_head), of which length tokens are filled."""
@@ -64,6 +71,11 @@ class LayerCache:
         if T > 1:  # the new tokens are the last: each sees what was there, and the new ones up to itself
             seen = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
         return self.k[:, :, :end], self.v[:, :, :end], seen
+
+    def expand(self, n):
+        copied = copy.copy(self)
+        copied.k, copied.v = self.k.repeat_interleave(n, 0), self.v.repeat_interleave(n, 0)
+        return copied
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ under the run's name, which is what was known of it in advance: its row's cells 
 
 import csv
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -35,6 +36,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "data/base.pt")
 RESULTS = ROOT / "experiments/results"  # what is committed
+# Student's t, the 97.5 % point, by degrees of freedom: any table has it, and the tests integrate the density
+T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
 STOPPED = "stopped; the same command goes on from here"
 
 
@@ -149,12 +152,13 @@ def start_worker():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - train()'s progress, of several processes at once
 
 
-def measure_all(jobs, measure, columns, folder, workers):
+def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
     """Call measure(**job) for every job that folder lacks, in so many processes, and write each run down at once.
 
     jobs: dicts of the same keys, the last of which is the seed; measure: a function of a module's top level, which
     returns a dict of results and a dict of arrays. columns: results.csv's, the job's and the results'. Returns the
-    jobs' rows. A call again goes on where one was stopped. Raises OSError where a worker was killed.
+    rows of the jobs that are done. A call again goes on where one was stopped. After so many minutes no more jobs are
+    handed to the workers; those that they have are finished. Raises OSError where a worker was killed.
     """
     rows, arrays = read_runs(folder, columns)
     done = {run_name(row): row for row in rows}
@@ -164,6 +168,8 @@ def measure_all(jobs, measure, columns, folder, workers):
         running = {pool.submit(measure, **job): job for job in left}
         start = time.time()
         for n, future in enumerate(as_completed(running), 1):
+            if future.cancelled():
+                continue
             results, arrays[run_name(running[future])] = future.result()
             row = running[future] | results
             done[run_name(row)] = row
@@ -171,16 +177,19 @@ def measure_all(jobs, measure, columns, folder, workers):
                 packed = {f"{run}/{name}": a.astype(np.float32) for run in arrays for name, a in arrays[run].items()}
                 np.savez_compressed(f, **packed)
             write_csv(folder / "results.csv", list(done.values()))
-            minutes = (time.time() - start) / n * (len(left) - n) / 60
+            took = (time.time() - start) / 60
             text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            print(f"{n}/{len(left)}  {text}  {minutes:.0f} min left", flush=True)
+            print(f"{n}/{len(left)}  {text}  {took / n * (len(left) - n):.0f} min left", flush=True)
+            if took > minutes:
+                for other in running:
+                    other.cancel()
     except BrokenProcessPool:
         raise OSError("a worker was killed, perhaps for want of memory; the same command goes on from here") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
-    return [done[run_name(job)] for job in jobs]
+    return [done[run_name(job)] for job in jobs if run_name(job) in done]
 
 
 def load_data(name, model, splits):
@@ -245,6 +254,27 @@ def bootstrap(nats, targets, n=2000):
         per_seed = windows @ matrix.T / (windows @ targets)[:, None]  # (n, seeds)
         means[name] = (seeds[len(matrix)] * per_seed).sum(1)
     return means
+
+
+def accuracy_difference(ours, theirs, n=2000):
+    """Accuracy of ours less theirs, both (draws, templates, items) bool of the same draws and items.
+
+    Returns its value, the middle 95 % of n bootstrap resamples of draws and items, crossed, and Student's interval over
+    the draws: (value, low, high, t low, t high), the last two NaN for one draw.
+    """
+    ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    n_draws, _, n_items = ours.shape
+    of_draw = np.median(ours.mean(-1), -1) - np.median(theirs.mean(-1), -1)  # (draws,)
+    dice = np.random.default_rng(0)
+    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), n) / n_items  # (n, items): weights
+    draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), n) / n_draws
+    medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]  # (n, draws)
+    low, high = np.quantile((draws * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))
+    half = math.nan
+    if n_draws > 1:
+        half = T_975[n_draws - 1] * of_draw.std(ddof=1) / math.sqrt(n_draws)
+    value = of_draw.mean()
+    return tuple(map(float, (value, low, high, value - half, value + half)))
 
 
 # --- tables and pictures ---

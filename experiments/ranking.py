@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data as datasets
 from experiments import lab
 from ia3 import IA3, attach
+from sample import Cache
 from train import TrainConfig, train
 
 LOSSES = ("lm", "ul", "ln")
@@ -89,8 +91,13 @@ def draw(split, k, seed):
 
 def token_log_likelihoods(model, x, y):
     """log p(y_t | x, y_<t) in nats, (B, N, T), and where there is a token, (B, N, T) bool; 0 where there is none."""
-    there = y >= 0
     hidden = model.hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, N, T, n_embd)
+    return log_likelihoods(model, hidden, y)
+
+
+def log_likelihoods(model, hidden, y):
+    """The same from what the head reads, (…, n_embd), and the tokens that it is to predict, y (…), -1 for none."""
+    there = y >= 0
     logits = model.lm_head(hidden[there])  # (tokens, vocab_size): the head only where it is read
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_p = -F.cross_entropy(wide, y[there], reduction="none")  # (tokens,)
@@ -151,16 +158,38 @@ def make_loss(losses=LOSSES):
 
 
 @torch.no_grad()
-def scores(model, split, batch_size=32):
-    """β of every choice of every example, (len(split), most choices), and the labels: rank classification's scores."""
+def scores(model, split, prefix=()):
+    """β of every choice of every example, (len(split), most choices), and the labels: rank classification's scores.
+
+    prefix: token ids before every example's prompt. It is read once, and a prompt once for all of its choices.
+    """
+    device = model.lm_head.weight.device
     most = max(len(choices) for _, choices, _ in split.examples)
-    found = []
-    for i in range(0, len(split), batch_size):
-        batch = split.windows(range(i, min(i + batch_size, len(split))))
-        x, y, _ = datasets.to_device(batch, model.lm_head.weight.device)
-        beta = normalized(*token_log_likelihoods(model, x, y)).cpu()
-        found.append(F.pad(beta, (0, most - beta.size(1)), value=-torch.inf))
-    return torch.cat(found), torch.tensor([label for _, _, label in split.examples])
+    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices, _ in split.examples)
+    shared = Cache(model, 1, len(prefix) + longest)
+    if len(prefix) > 0:
+        model.hidden(torch.tensor([list(prefix)], device=device), cache=shared)
+    piles = {}  # what can be read in one batch without padding: prompts of a length, with as many choices
+    for i, (prompt, choices, _) in enumerate(split.examples):
+        piles.setdefault((len(prompt), len(choices)), []).append(i)
+    at_once = min(max(4096 // (len(prefix) + longest), 1), 16)  # each of them, and each choice, has a cache of its own
+    beta = torch.full((len(split), most), -torch.inf)
+    for (_, n), pile in piles.items():
+        for ids in torch.tensor(pile).split(at_once):
+            rows = [split.examples[i] for i in ids.tolist()]
+            cache = shared.expand(len(rows))
+            prompts = torch.tensor([prompt for prompt, _, _ in rows], device=device)  # (B, T)
+            end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), which predicts a choice's first token
+            choices = [torch.tensor(choice) for _, choices, _ in rows for choice in choices]
+            y = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)  # (B·n, longest choice)
+            hidden = end.repeat_interleave(n, 0)
+            if y.size(1) > 1:
+                rest = model.hidden(y[:, :-1].clamp(min=0), cache=cache.expand(n))
+                hidden = torch.cat((hidden, rest), 1)  # (B·n, longest choice, n_embd)
+            found = normalized(*log_likelihoods(model, hidden, y))
+            beta = beta.to(found.dtype)
+            beta[ids, :n] = found.view(-1, n).cpu()
+    return beta, torch.tensor([label for _, _, label in split.examples])
 
 
 def accuracy(model, split):

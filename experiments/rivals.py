@@ -111,6 +111,59 @@ def merge_lora(model):
     return model
 
 
+class LoRALinear(nn.Module):
+    """A linear map plus a low-rank change, W x + B A x: LoRA where every map is a module of its own, as in a Llama."""
+
+    def __init__(self, linear, r):
+        super().__init__()
+        self.linear = linear
+        self.A = nn.Parameter(torch.randn(r, linear.in_features) / math.sqrt(linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, r))
+
+    def forward(self, x):
+        return self.linear(x) + F.linear(F.linear(x, self.A), self.B)  # (…, in) → (…, r) → (…, out)
+
+
+def add_lora_llama(model, r, names):
+    """LoRA on those of a Llama's linear maps that names lists, such as ('q_proj', 'v_proj')."""
+    trained = []
+    for block in model.model.layers:
+        for sublayer in (block.self_attn, block.mlp):
+            for name in names:
+                if hasattr(sublayer, name):
+                    lora = LoRALinear(getattr(sublayer, name), r)
+                    setattr(sublayer, name, lora)
+                    trained += [lora.A, lora.B]
+    return trained
+
+
+# --- prompt tuning ---
+
+
+class SoftPrompt(nn.Module):
+    """An embedding with tokens more: the id vocab_size + i stands for a learned vector, prompt[i].
+
+    Lester et al. 2021, arXiv:2104.08691, section 2: P learned embeddings before those of the text. Whoever reads a text
+    writes the ids vocab_size to vocab_size + P - 1 before it; no target is ever one of them.
+    """
+
+    def __init__(self, embedding, n_prompt):
+        super().__init__()
+        self.embedding = embedding
+        ids = torch.randint(embedding.num_embeddings, (n_prompt,))  # they start as tokens that exist (section 3.2)
+        self.prompt = nn.Parameter(embedding.weight[ids].detach().clone())
+
+    def forward(self, idx):
+        places = idx - self.embedding.num_embeddings
+        soft = self.prompt[places.clamp(min=0)]  # (B, T, C)
+        return torch.where((places >= 0).unsqueeze(-1), soft, self.embedding(idx.masked_fill(places >= 0, 0)))
+
+
+def add_prompt_llama(model, n_prompt):
+    model.model.embed_tokens = SoftPrompt(model.model.embed_tokens, n_prompt)
+    return [model.model.embed_tokens.prompt]
+
+
 # --- bottleneck adapters ---
 
 

@@ -1,0 +1,400 @@
+"""Few-shot (IA)³ against in-context learning: the paper's title, rerun on SmolLM2-135M and rated sentences.
+
+    python data/prepare.py sentiment && python -m tools.convert smollm2 --out data/smollm2.pt
+    python -m experiments.fewshot --stage plan                # how many runs and hours; reads no test
+    python -m experiments.fewshot --stage choose              # on the products' val alone
+    python -m experiments.fewshot --stage runs --minutes 60   # on test; again and again until it says that all is done
+    python -m experiments.fewshot --stage costs
+    python -m experiments.fewshot --stage report
+
+This page is the protocol. It was committed before any test split was read.
+
+**Tasks.** Reported: movies, tweets, news (is a sentence negative or positive?), source (which of four sets is it
+from?), movies-ab (answers A and B) and movies-flipped (answers exchanged). Products is the development task: what is
+chosen is chosen on its val, its test is never read, and it stands in no reported row, except as a source of labels in
+transfer. The model may have read the movie sentences, and such questions, before: only source, A/B and flipped are
+free of that. Before this protocol, a pilot tried rates on movie sentences, which are in train here, and scored 200
+product sentences and 200 tweets zero-shot, choosing nothing by them.
+
+**Scoring.** One rule for every row: a choice's log-likelihood after the prompt, divided by its number of tokens, and
+the best choice is the answer. A prompt, and what stands before it, is read once through the cache. Three templates.
+The accuracy of a draw is the median of its three; a row's is the mean over draws. Weights and arithmetic are float32.
+
+**Draws.** K training examples, as many of each label, from train; draws 0 to 4, or 0 to 2 where it says three. Smaller
+K are parts of larger ones. Every method sees the same K examples in a draw; no label of val is used.
+
+**(IA)³.** The paper's recipe but for AdamW: rate 3e-3, batches of 8, 6 % warmup, linear decay, clip 1, L_LM + L_UL +
+L_LN. The 3K pairs of example and template are passed through in a random order, again and again. 100 steps, a tenth of
+the paper's. Plain format.
+
+**In-context learning.** The K examples, in the template of the question, before it: plain (an empty line between) or
+as a chat. Raw, or with contextual calibration (Zhao et al. 2021, arXiv:2102.09690): the choices' probabilities divided
+by their mean over the content-free sentences N/A, [MASK] and an empty one.
+
+**Chosen on products** (val; K = 32; highest mean accuracy, the first of equals): in-context learning's format and
+whether it is calibrated (five draws), used at every K; (IA)³'s rate of RATES (three draws); each rival's of its rates
+(two draws).
+
+**Primary comparison, one difference a task**: (IA)³ at K = 32, 100 steps, 3e-3, less in-context learning at K = 32,
+first order, as chosen; paired on draw and item. All else is descriptive.
+
+**Runs on test.** (1) Zero-shot, plain and chat; beside it two floors at every K: one bias a label added to the zero-
+shot scores, and logistic regression (L2 penalty 1, standardized) on the last hidden state of the prompt. (2) (IA)³ and
+in-context learning at K = 4, 16, 32, 64; movies-ab and movies-flipped at 32 only; five draws. (3) In-context learning
+at K = 32 in two other orders, three draws. (4) (IA)³ at the rate that products chose, K = 32, five draws, where it is
+another than 3e-3. (5) 1000 steps, K = 32, three draws, movies only. (6) Movies, K = 32, three draws: L_LM, L_LN, L_LM
++ L_UL, L_LM + L_LN. (7) Rivals at K = 32, 100 steps, three draws, movies and news: full fine-tuning, LoRA r = 4 on q
+and v, LoRA r = 1 on all linear maps, a soft prompt of 16; BitFit has nothing to train in this model. (8) Transfer,
+movies, tweets and news, three draws: vectors trained 100 steps on 192 labels of the other three sets, then on 0 or 32
+of the target; beside it 32 in-context examples from those sets. This is not the paper's 3.4: same labels, other text.
+
+**Intervals.** The middle 95 % of 2000 bootstrap resamples of draws and items, crossed (the median over templates is
+taken in each), and beside it Student's t over the draws' differences. No interval over tasks: these are no sample of
+tasks.
+
+**Reported** whatever comes out: results.csv (every run), windows.npz (the score of every choice of every prediction),
+costs.csv, table.md, accuracy.png. A training that diverges is scored as it then stands, and marked.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import common
+import data as datasets
+from experiments import lab, ranking
+from experiments.lab import plt
+from experiments.shots import (
+    BATCH_SIZE,
+    RIVALS,
+    accuracy_of,
+    ask,
+    context,
+    draw,
+    measure,
+    read_task,
+    right,
+)
+from ia3 import attach, fingerprint
+
+TASKS = ("movies", "tweets", "news", "source", "movies-ab", "movies-flipped")
+VARIANTS = ("movies-ab", "movies-flipped")
+KS = (4, 16, 32, 64)
+RATE = 3e-3
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+STEPS = 100
+N_SOURCE = 192  # labels of other sets in transfer
+JOB = {"split": str, "task": str, "method": str, "form": str, "k": int, "lr": float, "steps": int, "order": int}
+RUNS = JOB | {"seed": int, "accuracy": float, "diverged": int, "seconds": float}
+COSTS = {"k": int, "prefix_tokens": int, "flops": int, "prefix_flops": int, "by_2n": int, "prefix_by_2n": int}
+COSTS |= {"cache_bytes": int, "seconds": float, "training_flops": int, "task_bytes": int}
+
+
+# --- which runs ---
+
+
+def job(split, task, method, seed=0, form="plain", k=0, lr=0.0, steps=0, order=0):
+    """What is known of a run in advance."""
+    found = {"split": split, "task": task, "method": method, "form": form, "k": k, "lr": lr, "steps": steps}
+    return found | {"order": order, "seed": seed}
+
+
+def jobs_to_choose(settings):
+    """On products' val: formats, rates."""
+    seeds, k, steps = settings["seeds"], settings["ks"][-2], settings["steps"]
+    jobs = [job("val", "products", "zero", form=form) for form in ("plain", "chat")]
+    jobs += [job("val", "products", "icl", s, form, k) for s in seeds for form in ("plain", "chat")]
+    for rate in RATES:
+        jobs += [job("val", "products", "ia3", s, "plain", k, rate, steps) for s in seeds[:3]]
+    for name, (_, rates) in RIVALS.items():
+        jobs += [job("val", "products", name, s, "plain", k, rate, steps) for rate in rates for s in seeds[:2]]
+    return jobs
+
+
+def jobs_to_report(settings, chosen):
+    """On test, in the order of the protocol's list. chosen: of choices()."""
+    seeds, ks, steps = settings["seeds"], settings["ks"], settings["steps"]
+    k32 = ks[-2]
+    form = chosen["form"]
+    jobs = []
+    for task in settings["tasks"]:
+        jobs += [job("test", task, "zero", form=f) for f in ("plain", "chat")]
+        for k in [k32] if task in VARIANTS else ks:
+            for s in seeds:
+                jobs.append(job("test", task, "ia3", s, "plain", k, RATE, steps))
+                jobs.append(job("test", task, "icl", s, form, k))
+    for task in settings["tasks"]:
+        jobs += [job("test", task, "icl", s, form, k32, order=order) for s in seeds[:3] for order in (1, 2)]
+        if chosen["ia3"] != RATE:
+            jobs += [job("test", task, "ia3", s, "plain", k32, chosen["ia3"], steps) for s in seeds]
+    for s in seeds[:3]:
+        jobs.append(job("test", "movies", "ia3", s, "plain", k32, RATE, 10 * steps))
+        for losses in ("lm", "ln", "lm-ul", "lm-ln"):
+            jobs.append(job("test", "movies", f"ia3-{losses}", s, "plain", k32, RATE, steps))
+        for name in RIVALS:
+            jobs += [job("test", task, name, s, "plain", k32, chosen[name], steps) for task in ("movies", "news")]
+        for task in ("movies", "tweets", "news"):
+            jobs += [job("test", task, "transfer", s, "plain", k, RATE, steps) for k in (0, k32)]
+            jobs.append(job("test", task, "icl-other", s, form, k32))
+    return [row for row in jobs if row["task"] in settings["tasks"]]
+
+
+def choices(folder, settings):
+    """What products chose: {'form', 'calibrated', and the rate of 'ia3' and of each rival}. ValueError before that."""
+    wanted = jobs_to_choose(settings)
+    rows, arrays = lab.read_runs(folder, RUNS)
+    runs = {lab.run_name(row): lab.arrays_of(row, arrays, folder) for row in rows}
+    missing = [row for row in wanted if lab.run_name(row) not in runs]
+    if missing:
+        raise ValueError(f"{len(missing)} runs on products are missing: --stage choose makes them")
+    draws = {}  # {(method, what): [right of each draw]}
+    for row in wanted:
+        run = runs[lab.run_name(row)]
+        if row["method"] == "icl":
+            for how in (False, True):
+                draws.setdefault(("icl", (row["form"], how)), []).append(right(run, how))
+        elif row["method"] != "zero":
+            draws.setdefault((row["method"], row["lr"]), []).append(right(run))
+    best = {}
+    for (method, what), found in draws.items():
+        if method not in best or accuracy_of(found) > best[method][0]:
+            best[method] = (accuracy_of(found), what)
+    chosen = {method: what for method, (_, what) in best.items()}
+    form, how = chosen.pop("icl")
+    return chosen | {"form": form, "calibrated": how}
+
+
+def make(jobs, settings, folder, args):
+    """Make the jobs that folder lacks, as the flags say. Prints where it stands."""
+    done = lab.measure_all(jobs, partial(measure, settings), RUNS, folder, args.workers, args.minutes)
+    n = len(jobs) - len(done)
+    print(f"{n} runs of {len(jobs)} are left: the same command goes on" if n else "all runs are done")
+
+
+# --- what it takes ---
+
+
+def plan(settings):
+    """Print how many runs there are, their tokens, and the hours that one core takes. Reads train and val only."""
+    torch.set_num_threads(1)
+    model = common.load(settings["base"]).to(settings["device"])
+    supposed = {"form": "chat", "ia3": None} | {name: rates[0] for name, (_, rates) in RIVALS.items()}
+    jobs = jobs_to_choose(settings) + jobs_to_report(settings, supposed)
+    asked, learned = {}, {}  # tokens of a task's val as questions, of one row to learn from with all its choices
+    for task in {row["task"] for row in jobs}:
+        val = read_task(settings["data"], task, "val")
+        rows = [ask(model.tokenizer, "plain", row, t) for row in val for t in range(3)]
+        asked[task] = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in rows)
+        learned[task] = np.mean([len(choices) * (len(prompt) + max(map(len, choices))) for prompt, choices, _ in rows])
+    to_read = sum(asked[row["task"]] for row in jobs)
+    to_learn = sum(row["steps"] * BATCH_SIZE * learned[row["task"]] for row in jobs)
+
+    # the pace, in the processor's time, which other programs do not lengthen
+    rows = read_task(settings["data"], "products", "val")[:64]
+    split = ranking.Choices([ask(model.tokenizer, "plain", row, 0) for row in rows])
+    ranking.scores(model, split)  # the first time is slower
+    start = time.process_time()
+    ranking.scores(model, split)
+    read = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples)
+    read_pace = read / (time.process_time() - start)
+    attach(model)
+    batch = datasets.to_device(split.windows(range(BATCH_SIZE)), model.lm_head.weight.device)
+    ranking.make_loss()(model, *batch).backward()
+    start = time.process_time()
+    ranking.make_loss()(model, *batch).backward()
+    learn_pace = BATCH_SIZE * learned["products"] / (time.process_time() - start)
+    hours = (to_read / read_pace + to_learn / learn_pace) / 3600
+    print(f"{len(jobs)} runs: {to_read:,} tokens of questions to read, {to_learn:,.0f} to learn from, and the contexts")
+    print(f"{read_pace:.0f} tokens a second read, {learn_pace:.0f} learned from: {hours:.1f} hours of one core")
+
+
+def measure_costs(settings, chosen):
+    """The rows of costs.csv: a prediction, the mean of 16, after K examples in a cache; K = 0 is (IA)³'s, too.
+
+    Counted are matrix products (lab.count_flops); by_2n is the paper's 2N a token, N all parameters.
+    """
+    model = common.load(settings["base"]).to(settings["device"])
+    device = torch.device(settings["device"])
+    pool = read_task(settings["data"], "products", "train")
+    two_n = 2 * sum(p.numel() for p in model.parameters())
+    attach(model)
+    split = ranking.Choices([ask(model.tokenizer, "plain", row, 0) for row in pool[:BATCH_SIZE]])
+    batch = datasets.to_device(split.windows(range(BATCH_SIZE)), device)
+    training = settings["steps"] * sum(lab.count_flops(lambda: ranking.make_loss()(model, *batch).backward()))
+    model.requires_grad_(False)
+    rows = []
+    for k in (0, *settings["ks"]):
+        form = chosen["form"] if k else "plain"
+        prefix = context(model.tokenizer, form, draw(pool, k, 0) if k else [], 0)
+        split = ranking.Choices([ask(model.tokenizer, form, row, 0) for row in pool[:16]])
+        alone = ranking.Choices([([0], [[0]], 0)])  # a token: what the prefix alone costs
+        calls = [partial(ranking.scores, model, some, prefix) for some in (split, alone)]
+        flops, before = [sum(lab.count_flops(call)) for call in calls]
+        times = lab.interleave(dict(enumerate(calls)), 5, device)
+        n = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples) / 16
+        row = {"k": k, "prefix_tokens": len(prefix), "flops": (flops - before) // 16, "prefix_flops": before}
+        row |= {"by_2n": round(two_n * n), "prefix_by_2n": two_n * len(prefix)}
+        row["cache_bytes"] = 4 * len(prefix) * model.config.n_layer * sum(model.config.widths[:2])
+        row["seconds"] = (np.median(times[0]) - np.median(times[1])) / 16
+        rows.append(row | {"training_flops": training, "task_bytes": 4 * model.ia3.count()})
+    return rows
+
+
+# --- tables and a picture, from the files alone ---
+
+
+def results(folder, chosen):
+    """Return {row's name: {task: [right, a draw each]}} of the runs on test, and the names of what diverged."""
+    rows, arrays = lab.read_runs(folder, RUNS)
+    found = {}
+    for row in sorted((row for row in rows if row["split"] == "test"), key=lambda row: row["seed"]):
+        run = lab.arrays_of(row, arrays, folder)
+        name = f"{row['method']}, {row['form']}, K = {row['k']}"
+        name += f", {row['steps']} steps at {row['lr']:g}" if row["steps"] else ""
+        name += f", order {row['order']}" if row["order"] else ""
+        versions = {name: right(run)}
+        if "free" in run:
+            versions[f"{name}, calibrated"] = right(run, True)
+        for floor in run:
+            if floor.startswith(("biases", "probe")):
+                method, k, _ = floor.split("-")
+                found.setdefault(f"{method}, plain, K = {k}", {}).setdefault(row["task"], [])
+                found[f"{method}, plain, K = {k}"][row["task"]].append(run[floor] == run["labels"])
+        for name, value in versions.items():
+            found.setdefault(name, {}).setdefault(row["task"], []).append(value)
+    return found, [lab.run_name(row) for row in rows if row["diverged"]]
+
+
+def names_at(k, settings, chosen):
+    """The rows that are compared: (IA)³'s at 3e-3, and in-context learning's as products chose it."""
+    how = ", calibrated" if chosen["calibrated"] else ""
+    return f"ia3, plain, K = {k}, {settings['steps']} steps at {RATE:g}", f"icl, {chosen['form']}, K = {k}{how}"
+
+
+def tables(folder, settings, chosen):
+    """The tables, in Markdown."""
+    found, diverged = results(folder, chosen)
+    tasks = settings["tasks"]
+    ours, theirs = [found.get(name, {}) for name in names_at(settings["ks"][-2], settings, chosen)]
+    head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
+    lines = []
+    for task in tasks:
+        if len(ours.get(task, [])) != len(settings["seeds"]) or len(theirs.get(task, [])) != len(settings["seeds"]):
+            raise ValueError(f"runs of the primary comparison on {task} are missing: --stage runs makes them")
+        value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours[task], theirs[task])]
+        cells = [f"{100 * accuracy_of(draws[task]):.1f}" for draws in (ours, theirs)]
+        lines.append([task, *cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"])
+    pieces = [f"Chosen on products: {json.dumps(chosen)}.", lab.markdown(head, lines)]
+    all_rows = []
+    by_template = []
+    for name, of_task in found.items():
+        all_rows.append([name])
+        by_template.append([name])
+        for task in tasks:
+            draws = [100 * accuracy_of([draw]) for draw in of_task.get(task, [])]
+            text = lab.spread(np.mean(draws), min(draws), max(draws), ".1f") if draws else ""
+            all_rows[-1].append(text)
+            means = [] if not draws else np.mean([draw.mean(-1) for draw in of_task[task]], 0)
+            by_template[-1].append(" / ".join(f"{100 * mean:.1f}" for mean in means))
+    pieces += ["Accuracy in %, the mean of the draws (lowest to highest):", lab.markdown(["", *tasks], all_rows)]
+    pieces += ["The same by template, means of the draws:", lab.markdown(["", *tasks], by_template)]
+    pieces.append(f"Training diverged in: {', '.join(diverged) or 'no run'}.")
+    return "\n\n".join(pieces + cost_table(lab.read_csv(folder / "costs.csv", COSTS)))
+
+
+def cost_table(costs):
+    """costs: costs.csv's rows, none where it is not measured."""
+    head = [
+        "K in context",
+        "tokens",
+        "FLOPs of a prediction, cached",
+        "read anew",
+        "by 2N",
+        "read anew, by 2N",
+        "seconds",
+    ]
+    head += ["cache, bytes", "(IA)³ cheaper after, cached", "read anew"]
+    lines = []
+    for row in costs:
+        anew = row["flops"] + row["prefix_flops"]
+        counts = [row["flops"], anew, row["by_2n"], row["by_2n"] + row["prefix_by_2n"]]
+        line = [f"{row['k']}", f"{row['prefix_tokens']:,}", *[f"{n:.2e}" for n in counts], f"{row['seconds']:.3f}"]
+        more = [n - costs[0]["flops"] for n in (row["flops"], anew)]
+        after = [f"{math.ceil(row['training_flops'] / n):,} predictions" if n > 0 else "" for n in more]
+        lines.append([*line, f"{row['cache_bytes']:,}", *after])
+    if not lines:
+        return []
+    row = costs[0]
+    text = f"(IA)³'s prediction is that of K = 0. Its training: {row['training_flops']:.2e} FLOPs. A task: "
+    text += (
+        f"{row['task_bytes']:,} bytes; a thousand, {row['task_bytes'] / 1e3:,.0f} kB. The paper's setting (its table 1,"
+    )
+    text += " by 2N): T-Few 1.1e12 FLOPs a prediction, 2.7e16 to train, 4.2 MB; GPT-3 175B in context 1.4e15."
+    return [lab.markdown(head, lines), text]
+
+
+def draw_picture(folder, settings, chosen):
+    """Accuracy against K, a panel a task."""
+    found, _ = results(folder, chosen)
+    figure, axes = plt.subplots(1, len(settings["tasks"]), figsize=(16, 3), layout="constrained", squeeze=False)
+    for ax, task in zip(axes[0], settings["tasks"], strict=True):
+        for place, label in ((0, "(IA)³"), (1, "in-context learning")):
+            names = {k: names_at(k, settings, chosen)[place] for k in settings["ks"]}
+            means = {k: accuracy_of(found[name][task]) for k, name in names.items() if task in found.get(name, {})}
+            ax.plot(list(means), [100 * mean for mean in means.values()], "o-", label=label)
+        ax.axhline(100 * accuracy_of(found["zero, plain, K = 0"][task]), color="gray", ls=":", label="zero-shot")
+        ax.set(xscale="log", title=task, xlabel="labelled examples")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[0, 0].legend(fontsize=7)
+    lab.save_picture(figure, folder / "accuracy.png")
+
+
+def run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("plan", "choose", "runs", "costs", "report"), required=True)
+    parser.add_argument("--base", default=str(lab.ROOT / "data/smollm2.pt"), help="a Llama (default: %(default)s)")
+    parser.add_argument("--data", default=str(lab.ROOT / "data/sentiment"), help="folder (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--out", type=Path, default=Path("out/fewshot"), help="folder (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one draw, 2 steps, 8 items of movies; into OUT/quick")
+    args = parser.parse_args(argv)
+    device, _ = common.pick_device(args.device, "float32")
+    settings = {"base": args.base, "data": args.data, "device": str(device), "items": None, "tasks": TASKS}
+    settings |= {"seeds": [0, 1, 2, 3, 4], "ks": KS, "steps": STEPS, "n_source": N_SOURCE}
+    if args.quick:
+        settings |= {"items": 8, "tasks": ("movies",), "seeds": [0], "ks": (2, 4, 6), "steps": 2, "n_source": 6}
+    if args.stage == "plan":
+        plan(settings)
+        return 0
+    out = args.out / "quick" if args.quick else args.out
+    lab.open_folder(out, {"fingerprint": fingerprint(common.load(args.base)), "quick": args.quick})
+    if args.stage == "choose":
+        make(jobs_to_choose(settings), settings, out, args)
+        return 0
+    chosen = choices(out, settings)
+    if args.stage == "runs":
+        make(jobs_to_report(settings, chosen), settings, out, args)
+    elif args.stage == "costs":
+        lab.write_csv(out / "costs.csv", measure_costs(settings, chosen))
+    else:
+        lab.save_text(tables(out, settings, chosen), out / "table.md")
+        draw_picture(out, settings, chosen)
+        print((out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("fewshot.py", run, argv, lab.STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

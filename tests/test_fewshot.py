@@ -1,0 +1,281 @@
+"""The few-shot experiment on a tiny random Llama and made sentences: no test reads rated ones, or says who wins."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_gpt, make_ia3, make_llama
+
+import common
+from data import prepare
+from experiments import fewshot, lab, ranking, rivals, shots
+from sample import Cache
+
+pytestmark = pytest.mark.slow
+
+WORDS = ("dull", "grand", "red", "tall", "odd", "warm", "late", "new")
+
+
+def write_sets(folder):
+    """Made sentences of the four sets, 24 in train and 10 in val and in test, as data/prepare.py writes them."""
+    for name in ("movies", "products", "tweets", "news"):
+        splits = {}
+        for split, n in (("train", 24), ("val", 10), ("test", 10)):
+            splits[split] = [(f"{name}-{split}{i}", i % 2, f"a {WORDS[i % 8]} {name[:2]}{i}") for i in range(n)]
+        prepare.write_task(folder / name, splits, prepare.SENTIMENT)
+    return folder
+
+
+@pytest.fixture
+def llama():
+    return make_llama(block_size=4096).double()
+
+
+def scores_without_cache(model, examples, prefix):
+    split = ranking.Choices([([*prefix, *prompt], choices, label) for prompt, choices, label in examples])
+    x, y, _ = split.windows(range(len(examples)))
+    return ranking.normalized(*ranking.token_log_likelihoods(model, x, y))
+
+
+@pytest.mark.parametrize("make", [make_gpt, make_llama])
+@pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6, 5]])
+def test_scores_through_the_cache_are_those_without(make, prefix):
+    """float64, so that only the order of sums differs. Lengths are mixed, so batches are cut; two choices and three."""
+    model = make(block_size=64).double()
+    make_ia3(model)
+    dice = np.random.default_rng(0)
+    examples = []
+    for i in range(40):
+        choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
+        examples.append((dice.integers(1, 257, 1 + i % 2).tolist(), choices, 0))
+    found, _ = ranking.scores(model, ranking.Choices(examples), prefix)
+    torch.testing.assert_close(found, scores_without_cache(model, examples, prefix), rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+def test_what_is_read_into_a_copy_of_a_cache_does_not_reach_the_cache(llama):
+    idx = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    cache = Cache(llama, 2, 8)
+    llama.hidden(idx, cache=cache)
+    copied = cache.expand(2)
+    more = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
+    found = llama.hidden(more, cache=copied)
+    whole = llama.hidden(torch.cat((idx.repeat_interleave(2, 0), more), 1))[:, 3:]
+    torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
+    assert (cache.start(None, None), copied.start(None, None)) == (3, 5)
+    torch.testing.assert_close(llama.hidden(more[:2], cache=cache), llama.hidden(torch.cat((idx, more[:2]), 1))[:, 3:])
+
+
+# --- examples ---
+
+
+def test_a_draw_has_as_many_of_each_label_and_begins_the_larger_ones(tmp_path):
+    rows = shots.read_task(write_sets(tmp_path), "movies", "train")
+    large = shots.draw(rows, 12, 3)
+    assert shots.draw(rows, 4, 3) == large[:4]
+    for k in (2, 4, 12):
+        assert sum(row["label"] for row in shots.draw(rows, k, 3)) == k // 2
+    assert len({row["prompts"][0] for row in large}) == 12  # none twice
+    assert shots.draw(rows, 12, 4) != large
+    for k, why in ((3, "multiple of the 2 labels"), (26, "fewer than 13")):
+        with pytest.raises(ValueError, match=why):
+            shots.draw(rows, k, 0)
+
+
+def test_a_context_is_the_examples_as_they_are_asked_with_their_answers(llama, tmp_path):
+    rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:2]
+    ids = shots.context(llama.tokenizer, "plain", rows, 1)
+    good, bad = rows if rows[0]["label"] else rows[::-1]
+    text = {id(good): " Good", id(bad): " It does not sound good at all"}
+    assert llama.tokenizer.decode(ids) == "".join(f"{row['prompts'][1]}{text[id(row)]}\n\n" for row in rows)
+    ids = shots.context(llama.tokenizer, "chat", rows[:1], 0)
+    ids += shots.ask(llama.tokenizer, "chat", rows[1], 0)[0]
+    answer = ["negative", "positive"][rows[0]["label"]]
+    turns = [shots.SYSTEM, f"user\n{rows[0]['prompts'][0]}", f"assistant\n{answer}", f"user\n{rows[1]['prompts'][0]}"]
+    assert bytes(ids).decode() == "".join(f"\1{turn}\2\n" for turn in turns) + "\1assistant\n"
+
+
+def test_the_content_free_sentences_stand_in_the_templates_of_the_task():
+    for task, label in (("movies", " negative"), ("movies-flipped", " negative"), ("movies-ab", " A")):
+        rows = shots.content_free(task)
+        assert len(rows) == 3 and rows[0]["choices"][0][0] == label
+    assert shots.content_free("news")[0]["prompts"][0] == "Sentence: N/A\nSentiment:"
+    assert len(shots.content_free("source")[0]["choices"][1]) == 4
+
+
+# --- scores ---
+
+
+def test_calibration_by_hand():
+    """p = (0.6, 0.4); the content-free mean of (0.9, 0.1) and (0.7, 0.3) is (0.8, 0.2): 0.75 against 2."""
+    beta = np.log([[[0.6, 0.4]]]) - 3  # a common factor of a prompt's choices says nothing
+    free = np.log([[[0.9, 0.1], [0.7, 0.3]]]) - np.array([[[1], [5]]])
+    assert np.exp(shots.calibrated(beta, free)).tolist() == [[pytest.approx([0.75, 2.0])]]
+
+
+def test_a_bias_a_label_is_the_best_one():
+    """Two labels: a grid of the one number that matters, b_1 - b_0, finds no better loss."""
+    offset = torch.tensor([[2.0, 0.0], [1.5, 0.0], [3.0, 0.0], [0.2, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 0])
+    _, b = shots.fit(torch.zeros(4, 0, dtype=torch.float64), labels, offset)
+    grid = np.arange(-5, 5, 1e-3)
+    margins = (offset[:, 1] - offset[:, 0]).numpy()[:, None] + grid
+    nats = np.log1p(np.exp(np.where(labels.numpy()[:, None] == 1, -margins, margins))).sum(0)
+    assert (b[1] - b[0]).item() == pytest.approx(grid[nats.argmin()], abs=2e-3)
+
+
+def test_the_probe_is_at_a_minimum_of_its_penalized_loss():
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 5, generator=dice, dtype=torch.float64)
+    labels = torch.arange(12) % 3
+    w, b = shots.fit(x, labels, torch.zeros(12, 3, dtype=torch.float64))
+    p = (x @ w.T + b).softmax(-1) - torch.nn.functional.one_hot(labels, 3)  # the loss's slope in the logits
+    torch.testing.assert_close(p.T @ x + w, torch.zeros(3, 5, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(p.sum(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+# --- statistics ---
+
+
+def test_the_difference_is_of_medians_over_templates_within_each_draw():
+    dice = np.random.default_rng(1)
+    ours, theirs = dice.random((2, 3, 3, 40)) < [[[[0.8]]], [[[0.6]]]]
+    value, low, high, t_low, t_high = lab.accuracy_difference(ours, theirs)
+    of_draw = []
+    for a, b in zip(ours, theirs, strict=True):
+        of_draw.append(sorted(a.mean(1))[1] - sorted(b.mean(1))[1])
+    assert value == pytest.approx(sum(of_draw) / 3) and low < value < high
+    assert value == pytest.approx(shots.accuracy_of(ours) - shots.accuracy_of(theirs))
+    deviation = math.sqrt(sum((d - value) ** 2 for d in of_draw) / 2)
+    assert (t_high - t_low) / 2 == pytest.approx(4.3027 * deviation / math.sqrt(3))
+    # the bootstrap against one that is written down draw by draw; two of 2000 each differ by chance, in their ends by
+    # some 4 % of the interval's width (a standard error of 0.05 of a deviation each, of 3.9 that it is wide)
+    values = []
+    for _ in range(2000):
+        draws, items = dice.integers(3, size=3), dice.integers(40, size=40)
+        medians = [[np.median(found[d][:, items].mean(1)) for d in draws] for found in (ours, theirs)]
+        values.append(np.mean(medians[0]) - np.mean(medians[1]))
+    assert [low, high] == pytest.approx(np.quantile(values, (0.025, 0.975)), abs=0.1 * (high - low))
+
+
+def test_a_difference_of_equals_is_nothing():
+    same = np.random.default_rng(0).random((2, 3, 20)) < 0.7
+    assert lab.accuracy_difference(same, same) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("degrees", lab.T_975)
+def test_students_points_leave_a_fortieth_above(degrees):
+    """The density, integrated from 0 by the trapezoid rule: 0.475 lie between 0 and the point."""
+    t = np.linspace(0, lab.T_975[degrees], 200_001)
+    factor = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+    assert np.trapezoid(factor * (1 + t**2 / degrees) ** (-(degrees + 1) / 2), t) == pytest.approx(0.475, abs=2e-6)
+
+
+# --- rivals ---
+
+
+@pytest.mark.parametrize("name", shots.RIVALS)
+def test_a_rival_starts_from_the_base_and_learns(name, tmp_path):
+    """A soft prompt is text before the question, so it starts from the base behind some tokens."""
+    model = make_llama(block_size=512)
+    rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:4]
+    before = shots.score(model, rows)
+    soft = range(257, 257 + shots.N_PROMPT) if name == "prompt" else ()
+    model.requires_grad_(False)
+    trained = shots.RIVALS[name][0](model)
+    for p in trained:
+        p.requires_grad_(True)
+    if name == "prompt":
+        prompt, embedding = model.model.embed_tokens.prompt, model.model.embed_tokens.embedding.weight
+        ids = [(embedding == row).all(1).nonzero()[0].item() for row in prompt]
+        before = shots.score(make_llama(block_size=512), rows, soft=ids)
+    np.testing.assert_array_equal(shots.score(model, rows, soft=soft), before)
+    shots.learn(model, rows, 1e-2, 3, 0, soft=soft)
+    assert np.abs(shots.score(model.eval(), rows, soft=soft) - before).max() > 1e-4
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
+
+
+def test_lora_on_a_llama_is_a_low_rank_change_of_the_maps_named():
+    model = make_llama()
+    rivals.add_lora_llama(model, 1, shots.ALL_MAPS)
+    loras = [module for module in model.modules() if isinstance(module, rivals.LoRALinear)]
+    assert len(loras) == 7 * model.config.n_layer
+    lora = loras[0]
+    with torch.no_grad():
+        lora.B.normal_()
+        x = torch.randn(2, 3, 16)
+        expected = torch.nn.functional.linear(x, lora.linear.weight + lora.B @ lora.A, lora.linear.bias)
+        torch.testing.assert_close(lora(x), expected)
+
+
+# --- the runs ---
+
+
+def test_the_list_of_runs_has_none_twice_and_products_test_in_none():
+    settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
+    chosen = {"form": "chat", "ia3": 1e-2} | dict.fromkeys(shots.RIVALS, 1e-3)
+    to_choose, to_report = fewshot.jobs_to_choose(settings), fewshot.jobs_to_report(settings, chosen)
+    assert {(row["split"], row["task"]) for row in to_choose} == {("val", "products")}
+    assert {row["split"] for row in to_report} == {"test"} and "products" not in {row["task"] for row in to_report}
+    names = [lab.run_name(row) for row in to_choose + to_report]
+    assert len(set(names)) == len(names)
+    for task, (method, lr, form), seed in itertools.product(
+        fewshot.TASKS, [("ia3", 3e-3, "plain"), ("icl", 0.0, "chat")], range(5)
+    ):
+        steps = fewshot.STEPS if lr else 0
+        assert fewshot.job("test", task, method, seed, form, 32, lr, steps) in to_report
+
+
+def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
+    model = make_llama(block_size=4096)
+    common.save(model, tmp_path / "base.pt")
+    data = write_sets(tmp_path / "data")
+    out = tmp_path / "out"
+    argv = [f"--base={tmp_path}/base.pt", f"--data={data}", f"--out={out}", "--quick", "--workers=2"]
+
+    def stage(*flags):
+        status = fewshot.main([*argv, "--stage", *flags])
+        return status, *capsys.readouterr()
+
+    for split in ("test", "val"):  # what no stage before runs may open
+        for path in data.glob(f"*/choices-*/{split}.jsonl"):
+            if split == "test" or "products" not in str(path):
+                path.rename(f"{path}.hidden")
+    for path in data.glob("movies/choices-*/val.jsonl.hidden"):
+        path.rename(str(path).removesuffix(".hidden"))  # plan counts its tokens
+    assert stage("plan")[0] == 0
+    assert stage("runs")[0] == 2  # nothing is chosen yet
+    status, text, _ = stage("choose", "--minutes", "0")
+    assert status == 0 and "the same command goes on" in text
+    first = lab.read_csv(out / "quick/results.csv", fewshot.RUNS)
+    status, text, _ = stage("choose")
+    assert status == 0 and "all runs are done" in text
+    assert 0 < len(first) < 12 and lab.read_csv(out / "quick/results.csv", fewshot.RUNS)[: len(first)] == first
+    chosen = fewshot.choices(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2})
+    assert chosen.keys() == {"form", "calibrated", "ia3", *shots.RIVALS}
+    status, _, text = stage("report")
+    assert status == 2 and "movies are missing" in text
+    for path in data.glob("*/choices-*/*.hidden"):
+        path.rename(str(path).removesuffix(".hidden"))
+    assert stage("runs")[0] == 0
+    assert "all runs are done" in stage("runs", "--minutes", "0")[1]
+    assert stage("costs")[0] == 0
+    status, text, _ = stage("report")
+    assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
+    assert "| movies |" in text and (out / "quick/accuracy.png").stat().st_size > 1000
+
+    rows, arrays = lab.read_runs(out / "quick", fewshot.RUNS)
+    for row in rows:  # the accuracy of every row again, from its arrays
+        run = arrays[lab.run_name(row)]
+        assert run["beta"].shape == (3, 8, 2) and run["labels"].tolist() == [0, 1] * 4
+        medians = sorted((beta.argmax(-1) == run["labels"]).mean() for beta in run["beta"])
+        assert row["accuracy"] == medians[1] and row["diverged"] == 0
+    zero = next(row for row in rows if row["method"] == "zero" and row["split"] == "test" and row["form"] == "plain")
+    rows = [json.loads(line) for line in (data / "movies/choices-3/test.jsonl").read_text().splitlines()[:8]]
+    examples = [([*row["prompt"].encode()], [[*c.encode()] for c in row["choices"]], 0) for row in rows]
+    found = scores_without_cache(model, examples, [])
+    np.testing.assert_allclose(arrays[lab.run_name(zero)]["beta"][2], found.detach(), rtol=1e-4)
+    assert {"biases-4-0", "probe-6-0"} <= arrays[lab.run_name(zero)].keys()
