@@ -263,7 +263,7 @@ def test_a_folder_of_ours_is_opened(tmp_path, kind, dtype, float64):
     convert.to_hf(ours, tmp_path)
     opened, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert opened.dtype == dtype
+    assert opened.dtype == dtype and transformers.LlamaConfig.from_pretrained(tmp_path).dtype == dtype
     for name, t in theirs.state_dict().items():
         assert torch.equal(opened.state_dict()[name], t), name
     for key in ("rope_parameters", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "hidden_act"):

@@ -60,6 +60,11 @@ def test_ids_become_text_again_special_tokens_too_and_padding_none(both):
 # --- tokenizer.json ---
 
 
+LLAMA3_REGEX = (  # as its tokenizer.json has it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def pre_tokenizer(pattern):
     """The tokenizers library's own objects for what the pattern does."""
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,7 +72,7 @@ def pre_tokenizer(pattern):
         return by_bytes
     if pattern == SMOLLM2:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes])
-    cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")
+    cut = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_REGEX), "isolated")
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -85,7 +90,7 @@ def make_theirs(pattern, alphabet=False):
 def odd_texts():
     """Some 1000 texts full of digits, odd spaces, contractions, marks, other scripts and control characters."""
     dice = random.Random(0)
-    words = "a the King's don't WE'LL ½ ² ٣٤ 1623 7 0 x1y22 12345678 naïve 中文 🙂 é ?! -- … < > _ 'S i'D".split()
+    words = "a the King's don't WE'LL ½ ² ٣٤ 1623 7 0 x1y22 12345678 naïve 中文 🙂 é ?! -- … < > _ 'S i'D 'ſ x'ſt K".split()
     spaces = [" ", "  ", "   ", "\n", "\n\n", " \n ", "\t", "\r\n", "\r", "\u00a0", "\u2003", "\u200b", "\x85", ""]
     controls = [chr(i) for i in range(32)] + ["\x7f", "\ufffd", "\U0010ffff"]
     texts = []
@@ -134,6 +139,7 @@ def test_every_merge_that_makes_a_token_as_llama_3s_file_has_them(tmp_path):
     assert len(bpe.split(b" zounds", ranks)) > 2 and len(bpe.split(b"123", ranks)) == 2
     bpe.write_tokenizer(about, tmp_path)
     path = tmp_path / "tokenizer.json"
+    assert bpe.read_tokenizer(path, 710).about == about
     whole = json.loads(path.read_text())
     merges = [(a, b) for token in sorted(ranks, key=ranks.get) for a, b in bpe.halves(token, ranks)]
     whole["model"]["merges"] = [f"{bpe.as_letters(a)} {bpe.as_letters(b)}" for a, b in merges]  # the older spelling
