@@ -25,6 +25,7 @@ from data import Tokenizer
 from ia3 import IA3
 from merge import merge
 from tools import convert, files
+from tools.bpe import GPT2
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -660,6 +661,12 @@ PLAIN_TOKEN = {"id": 0, "content": "<end>", "special": False}
 def test_tokenizers_that_are_another_kind(llama, capsys, spoil, message):
     spoil()
     check(llama, capsys, "hf hf --out new.pt", message)
+
+
+def test_a_pre_tokenizer_as_older_files_have_it(llama):
+    """Without use_regex, which is then true; trim_offsets is of places in the text, not of ids."""
+    change_tokenizer("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False})
+    assert convert.from_hf("hf").tokenizer.about["pattern"] == GPT2
 
 
 def test_a_tokenizer_whose_pattern_has_no_counterpart_stays(llama, capsys):

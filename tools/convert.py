@@ -162,9 +162,7 @@ def run(argv):
         if args.ia3 is None:
             model = common.load(args.base, dtype=None)  # as it is stored
         else:
-            model = common.load(
-                args.base
-            )  # float32, as merge.py writes it: what is stored rounded is not rounded again
+            model = common.load(args.base)  # in float32, as merge.py writes it: no second rounding to bfloat16
             model.ia3 = IA3.load(args.ia3, model)
             model = merge(model)
         to_hf(model, args.out)

@@ -90,5 +90,5 @@ def each_tensor(files):
         for name in names or list(tensors):
             if name not in tensors:
                 raise ValueError(f"{path} has no {name}, which should be there by the index")
-            yield name, tensors.pop(name)
+            yield name, tensors[name]
         del tensors  # before the next file is opened
