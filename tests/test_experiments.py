@@ -22,7 +22,7 @@ from torch import nn
 
 import common
 from data import Stream
-from experiments import ablate, bench, compare, exactness, held_out, lab, rivals
+from experiments import ablate, bench, compare, exactness, generation, held_out, lab, rivals
 from experiments.rivals import METHODS, Adapter
 from ia3 import attach
 from model import GPTConfig
@@ -849,6 +849,24 @@ def test_works_are_split_by_their_titles():
             assert (
                 sum(len(raw) for _, raw in held_out.works((ROOT / f"data/{data}/{split}.txt").read_bytes(), name)) > 0
             )
+
+
+def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
+    """What is raced writes the same text; the floor reads every weight once, but those that are only looked up."""
+    monkeypatch.setattr(generation, "WRITTEN", 4)
+    assert generation.main(["--quick", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "quick/table.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.endswith(table)
+    rows = lab.read_csv(tmp_path / "quick/results.csv", generation.COLUMNS)
+    assert [(row["rows"], row["contestant"]) for row in rows] == [
+        (n, name) for n in (1, 8) for name in (generation.THEIRS, generation.OURS, generation.MERGED)
+    ]
+    model = make_gpt()
+    everything = sum(p.numel() for p in model.parameters())
+    assert generation.weight_bytes(model) == 4 * (everything - model.transformer.wpe.weight.numel())
+    before = (tmp_path / "quick/results.csv").read_bytes()
+    assert generation.main(["--quick", "--out", str(tmp_path)]) == 0  # nothing is left to measure
+    assert (tmp_path / "quick/results.csv").read_bytes() == before
 
 
 # --- mistakes ---
