@@ -378,6 +378,13 @@ def test_the_learning_rate_fits_the_model_where_none_is_given(tmp_path):
             assert args.lr == wanted
 
 
+def test_a_gpt_of_ten_million_weights_learns_at_the_papers_rate(tmp_path):
+    _, flags = write_run(tmp_path, make_gpt(n_layer=4, n_embd=512))  # 12.7 million
+    args = parse(flags)
+    build(args)
+    assert args.lr == 0.003
+
+
 def test_a_frozen_base_is_stored_in_bfloat16_and_its_vectors_in_float32(tiny_run, device):
     folder, flags = tiny_run
     flags += ["--out", f"{folder}/a", "--dtype", "bfloat16", "--device", device]
