@@ -2,7 +2,8 @@
 
     python data/prepare.py sentiment && python -m tools.convert smollm2 --out data/smollm2.pt
     python -m experiments.fewshot --stage plan                # how many runs and hours; reads no test
-    python -m experiments.fewshot --stage choose              # on the products' val alone
+    python -m experiments.fewshot --stage formats             # how to ask in context: chosen on products' val
+    python -m experiments.fewshot --stage rates               # learning rates: chosen there, too
     python -m experiments.fewshot --stage runs --minutes 60   # on test; again and again until it says that all is done
     python -m experiments.fewshot --stage costs
     python -m experiments.fewshot --stage report
@@ -18,7 +19,9 @@ product sentences and 200 tweets zero-shot, choosing nothing by them.
 
 **Scoring.** One rule for every row: a choice's log-likelihood after the prompt, divided by its number of tokens, and
 the best choice is the answer. A prompt, and what stands before it, is read once through the cache. Three templates.
-The accuracy of a draw is the median of its three; a row's is the mean over draws. Weights and arithmetic are float32.
+The accuracy of a draw is the median of its three; a row's is the mean over draws. Weights are held in bfloat16, as
+SmolLM2 was published, and so is what is computed, for every row; what is trained, logits and log-likelihoods are
+float32.
 
 **Draws.** K training examples, as many of each label, from train; draws 0 to 4, or 0 to 2 where it says three. Smaller
 K are parts of larger ones. Every method sees the same K examples in a draw; no label of val is used.
@@ -33,27 +36,28 @@ by their mean over the content-free sentences N/A, [MASK] and an empty one.
 
 **Chosen on products** (val; K = 32; highest mean accuracy, the first of equals): in-context learning's format and
 whether it is calibrated (five draws), used at every K; (IA)³'s rate of RATES (three draws); each rival's of its rates
-(two draws).
+(two draws). Formats come first; what needs no rate of theirs may run before the rates are chosen.
 
 **Primary comparison, one difference a task**: (IA)³ at K = 32, 100 steps, 3e-3, less in-context learning at K = 32,
 first order, as chosen; paired on draw and item. All else is descriptive.
 
-**Runs on test.** (1) Zero-shot, plain and chat; beside it two floors at every K: one bias a label added to the zero-
-shot scores, and logistic regression (L2 penalty 1, standardized) on the last hidden state of the prompt. (2) (IA)³ and
-in-context learning at K = 4, 16, 32, 64; movies-ab and movies-flipped at 32 only; five draws. (3) In-context learning
-at K = 32 in two other orders, three draws. (4) (IA)³ at the rate that products chose, K = 32, five draws, where it is
-another than 3e-3. (5) 1000 steps, K = 32, three draws, movies only. (6) Movies, K = 32, three draws: L_LM, L_LN, L_LM
-+ L_UL, L_LM + L_LN. (7) Rivals at K = 32, 100 steps, three draws, movies and news: full fine-tuning, LoRA r = 4 on q
-and v, LoRA r = 1 on all linear maps, a soft prompt of 16; BitFit has nothing to train in this model. (8) Transfer,
-movies, tweets and news, three draws: vectors trained 100 steps on 192 labels of the other three sets, then on 0 or 32
-of the target; beside it 32 in-context examples from those sets. This is not the paper's 3.4: same labels, other text.
+**Runs on test**, in this order; table.md says which are made. (1) The primary comparison: five draws of (IA)³ and of
+in-context learning at K = 32; beside it zero-shot, plain and chat, and two floors at every K: one bias a label added to
+the zero-shot scores, and logistic regression (L2 penalty 1, standardized) on the last hidden state of the prompt. (2)
+Movies and news, K = 32, 100 steps, three draws: full fine-tuning, LoRA r = 4 on q and v, LoRA r = 1 on all linear maps,
+a soft prompt of 16; BitFit has nothing to train in this model. (3) Both at K = 4, 16, 64, five draws; not movies-ab and
+movies-flipped. (4) (IA)³ at the rate that products chose, K = 32, five draws, where it is another than 3e-3. (5)
+Movies, K = 32, three draws: L_LM, L_LN, L_LM + L_UL, L_LM + L_LN. (6) Transfer, movies, tweets and news, three draws:
+vectors trained 100 steps on 192 labels of the other three sets, then on 0 or 32 of the target; beside it 32 in-context
+examples from those sets. This is not the paper's 3.4: same labels, other text. (7) 1000 steps, K = 32, three draws,
+movies only. (8) In-context learning at K = 32 in two other orders, three draws.
 
 **Intervals.** The middle 95 % of 2000 bootstrap resamples of draws and items, crossed (the median over templates is
 taken in each), and beside it Student's t over the draws' differences. No interval over tasks: these are no sample of
 tasks.
 
 **Reported** whatever comes out: results.csv (every run), windows.npz (the score of every choice of every prediction),
-costs.csv, table.md, accuracy.png. A training that diverges is scored as it then stands, and marked.
+costs.csv, table.md, accuracy.png, costs.png. A training that diverges is scored as it then stands, and marked.
 """
 
 import argparse
@@ -66,6 +70,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import data as datasets
@@ -74,13 +79,16 @@ from experiments.lab import plt
 from experiments.shots import (
     BATCH_SIZE,
     RIVALS,
+    SharedPrompts,
     accuracy_of,
     ask,
     context,
     draw,
+    make_loss,
     measure,
     read_task,
     right,
+    scores,
 )
 from ia3 import attach, fingerprint
 
@@ -106,69 +114,81 @@ def job(split, task, method, seed=0, form="plain", k=0, lr=0.0, steps=0, order=0
     return found | {"order": order, "seed": seed}
 
 
-def jobs_to_choose(settings):
-    """On products' val: formats, rates."""
-    seeds, k, steps = settings["seeds"], settings["ks"][-2], settings["steps"]
+def jobs_of_formats(settings):
+    """On products' val: how in-context learning is asked."""
     jobs = [job("val", "products", "zero", form=form) for form in ("plain", "chat")]
-    jobs += [job("val", "products", "icl", s, form, k) for s in seeds for form in ("plain", "chat")]
-    for rate in RATES:
-        jobs += [job("val", "products", "ia3", s, "plain", k, rate, steps) for s in seeds[:3]]
+    k = settings["ks"][-2]
+    return jobs + [job("val", "products", "icl", s, form, k) for s in settings["seeds"] for form in ("plain", "chat")]
+
+
+def jobs_of_rates(settings):
+    """On products' val: how fast each method learns."""
+    seeds, k, steps = settings["seeds"], settings["ks"][-2], settings["steps"]
+    jobs = [job("val", "products", "ia3", s, "plain", k, rate, steps) for rate in RATES for s in seeds[:3]]
     for name, (_, rates) in RIVALS.items():
         jobs += [job("val", "products", name, s, "plain", k, rate, steps) for rate in rates for s in seeds[:2]]
     return jobs
 
 
 def jobs_to_report(settings, chosen):
-    """On test, in the order of the protocol's list. chosen: of choices()."""
+    """On test, in the order of the protocol's list; without those whose rate is not chosen. chosen: of choices()."""
     seeds, ks, steps = settings["seeds"], settings["ks"], settings["steps"]
     k32 = ks[-2]
     form = chosen["form"]
     jobs = []
     for task in settings["tasks"]:
+        for s in seeds:
+            jobs.append(job("test", task, "ia3", s, "plain", k32, RATE, steps))
+            jobs.append(job("test", task, "icl", s, form, k32))
         jobs += [job("test", task, "zero", form=f) for f in ("plain", "chat")]
-        for k in [k32] if task in VARIANTS else ks:
-            for s in seeds:
-                jobs.append(job("test", task, "ia3", s, "plain", k, RATE, steps))
-                jobs.append(job("test", task, "icl", s, form, k))
-    for task in settings["tasks"]:
-        jobs += [job("test", task, "icl", s, form, k32, order=order) for s in seeds[:3] for order in (1, 2)]
-        if chosen["ia3"] != RATE:
+    for name in (name for name in RIVALS if name in chosen):
+        for task in ("movies", "news"):
+            jobs += [job("test", task, name, s, "plain", k32, chosen[name], steps) for s in seeds[:3]]
+    for k in (k for k in ks if k != k32):
+        for task in (task for task in settings["tasks"] if task not in VARIANTS):
+            jobs += [job("test", task, "ia3", s, "plain", k, RATE, steps) for s in seeds]
+            jobs += [job("test", task, "icl", s, form, k) for s in seeds]
+    if chosen.get("ia3", RATE) != RATE:
+        for task in settings["tasks"]:
             jobs += [job("test", task, "ia3", s, "plain", k32, chosen["ia3"], steps) for s in seeds]
-    for s in seeds[:3]:
-        jobs.append(job("test", "movies", "ia3", s, "plain", k32, RATE, 10 * steps))
-        for losses in ("lm", "ln", "lm-ul", "lm-ln"):
-            jobs.append(job("test", "movies", f"ia3-{losses}", s, "plain", k32, RATE, steps))
-        for name in RIVALS:
-            jobs += [job("test", task, name, s, "plain", k32, chosen[name], steps) for task in ("movies", "news")]
-        for task in ("movies", "tweets", "news"):
+    for losses in ("lm", "ln", "lm-ul", "lm-ln"):
+        jobs += [job("test", "movies", f"ia3-{losses}", s, "plain", k32, RATE, steps) for s in seeds[:3]]
+    for task in ("movies", "tweets", "news"):
+        for s in seeds[:3]:
             jobs += [job("test", task, "transfer", s, "plain", k, RATE, steps) for k in (0, k32)]
             jobs.append(job("test", task, "icl-other", s, form, k32))
+    jobs += [job("test", "movies", "ia3", s, "plain", k32, RATE, 10 * steps) for s in seeds[:3]]
+    for task in settings["tasks"]:
+        jobs += [job("test", task, "icl", s, form, k32, order=order) for s in seeds[:3] for order in (1, 2)]
     return [row for row in jobs if row["task"] in settings["tasks"]]
 
 
 def choices(folder, settings):
-    """What products chose: {'form', 'calibrated', and the rate of 'ia3' and of each rival}. ValueError before that."""
-    wanted = jobs_to_choose(settings)
+    """What products chose: {'form', 'calibrated', and the rate of 'ia3' and of each rival whose rates are all tried}.
+
+    Raises ValueError before the formats are chosen.
+    """
     rows, arrays = lab.read_runs(folder, RUNS)
     runs = {lab.run_name(row): lab.arrays_of(row, arrays, folder) for row in rows}
-    missing = [row for row in wanted if lab.run_name(row) not in runs]
-    if missing:
-        raise ValueError(f"{len(missing)} runs on products are missing: --stage choose makes them")
-    draws = {}  # {(method, what): [right of each draw]}
-    for row in wanted:
-        run = runs[lab.run_name(row)]
-        if row["method"] == "icl":
+    tried = {}  # {method: {what: [right of each draw]}}
+    missing = set()
+    for row in jobs_of_formats(settings) + jobs_of_rates(settings):
+        name, method = lab.run_name(row), row["method"]
+        found = tried.setdefault(method, {})
+        if name not in runs:
+            missing.add(method)
+        elif method == "icl":
             for how in (False, True):
-                draws.setdefault(("icl", (row["form"], how)), []).append(right(run, how))
-        elif row["method"] != "zero":
-            draws.setdefault((row["method"], row["lr"]), []).append(right(run))
-    best = {}
-    for (method, what), found in draws.items():
-        if method not in best or accuracy_of(found) > best[method][0]:
-            best[method] = (accuracy_of(found), what)
-    chosen = {method: what for method, (_, what) in best.items()}
+                found.setdefault((row["form"], how), []).append(right(runs[name], how))
+        else:
+            found.setdefault(row["lr"], []).append(right(runs[name]))
+    if "icl" in missing:
+        raise ValueError("in-context learning's runs on products are missing: --stage formats makes them")
+    chosen = {}
+    for method in tried.keys() - missing - {"zero"}:
+        chosen[method] = max(tried[method], key=lambda what: accuracy_of(tried[method][what]))
     form, how = chosen.pop("icl")
-    return chosen | {"form": form, "calibrated": how}
+    return {"form": form, "calibrated": how} | {name: chosen[name] for name in sorted(chosen)}
 
 
 def make(jobs, settings, folder, args):
@@ -184,31 +204,32 @@ def make(jobs, settings, folder, args):
 def plan(settings):
     """Print how many runs there are, their tokens, and the hours that one core takes. Reads train and val only."""
     torch.set_num_threads(1)
-    model = common.load(settings["base"]).to(settings["device"])
+    model = common.load(settings["base"], getattr(torch, settings["dtype"])).to(settings["device"])
     supposed = {"form": "chat", "ia3": None} | {name: rates[0] for name, (_, rates) in RIVALS.items()}
-    jobs = jobs_to_choose(settings) + jobs_to_report(settings, supposed)
-    asked, learned = {}, {}  # tokens of a task's val as questions, of one row to learn from with all its choices
+    jobs = jobs_of_formats(settings) + jobs_of_rates(settings) + jobs_to_report(settings, supposed)
+    asked, learned = {}, {}  # tokens of a task's val as questions, of one of them
     for task in {row["task"] for row in jobs}:
         val = read_task(settings["data"], task, "val")
         rows = [ask(model.tokenizer, "plain", row, t) for row in val for t in range(3)]
         asked[task] = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in rows)
-        learned[task] = np.mean([len(choices) * (len(prompt) + max(map(len, choices))) for prompt, choices, _ in rows])
+        learned[task] = asked[task] / len(rows)
     to_read = sum(asked[row["task"]] for row in jobs)
     to_learn = sum(row["steps"] * BATCH_SIZE * learned[row["task"]] for row in jobs)
 
     # the pace, in the processor's time, which other programs do not lengthen
     rows = read_task(settings["data"], "products", "val")[:64]
-    split = ranking.Choices([ask(model.tokenizer, "plain", row, 0) for row in rows])
-    ranking.scores(model, split)  # the first time is slower
+    split = SharedPrompts([ask(model.tokenizer, "plain", row, 1) for row in rows])
+    scores(model, split)  # the first time is slower
     start = time.process_time()
-    ranking.scores(model, split)
+    scores(model, split)
     read = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples)
     read_pace = read / (time.process_time() - start)
     attach(model)
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), model.lm_head.weight.device)
-    ranking.make_loss()(model, *batch).backward()
-    start = time.process_time()
-    ranking.make_loss()(model, *batch).backward()
+    with sdpa_kernel(SDPBackend.MATH):  # as learn() does
+        make_loss()(model, *batch).backward()
+        start = time.process_time()
+        make_loss()(model, *batch).backward()
     learn_pace = BATCH_SIZE * learned["products"] / (time.process_time() - start)
     hours = (to_read / read_pace + to_learn / learn_pace) / 3600
     print(f"{len(jobs)} runs: {to_read:,} tokens of questions to read, {to_learn:,.0f} to learn from, and the contexts")
@@ -220,14 +241,15 @@ def measure_costs(settings, chosen):
 
     Counted are matrix products (lab.count_flops); by_2n is the paper's 2N a token, N all parameters.
     """
-    model = common.load(settings["base"]).to(settings["device"])
+    dtype = getattr(torch, settings["dtype"])
+    model = common.load(settings["base"], dtype).to(settings["device"])
     device = torch.device(settings["device"])
     pool = read_task(settings["data"], "products", "train")
     two_n = 2 * sum(p.numel() for p in model.parameters())
     attach(model)
-    split = ranking.Choices([ask(model.tokenizer, "plain", row, 0) for row in pool[:BATCH_SIZE]])
+    split = SharedPrompts([ask(model.tokenizer, "plain", row, 0) for row in pool[:BATCH_SIZE]])
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), device)
-    training = settings["steps"] * sum(lab.count_flops(lambda: ranking.make_loss()(model, *batch).backward()))
+    training = settings["steps"] * sum(lab.count_flops(lambda: make_loss()(model, *batch).backward()))
     model.requires_grad_(False)
     rows = []
     for k in (0, *settings["ks"]):
@@ -241,7 +263,7 @@ def measure_costs(settings, chosen):
         n = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples) / 16
         row = {"k": k, "prefix_tokens": len(prefix), "flops": (flops - before) // 16, "prefix_flops": before}
         row |= {"by_2n": round(two_n * n), "prefix_by_2n": two_n * len(prefix)}
-        row["cache_bytes"] = 4 * len(prefix) * model.config.n_layer * sum(model.config.widths[:2])
+        row["cache_bytes"] = dtype.itemsize * len(prefix) * model.config.n_layer * sum(model.config.widths[:2])
         row["seconds"] = (np.median(times[0]) - np.median(times[1])) / 16
         rows.append(row | {"training_flops": training, "task_bytes": 4 * model.ia3.count()})
     return rows
@@ -358,17 +380,20 @@ def draw_picture(folder, settings, chosen):
 
 def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("plan", "choose", "runs", "costs", "report"), required=True)
+    stages = ("plan", "formats", "rates", "runs", "costs", "report")
+    parser.add_argument("--stage", choices=stages, required=True, help="see above")
     parser.add_argument("--base", default=str(lab.ROOT / "data/smollm2.pt"), help="a Llama (default: %(default)s)")
     parser.add_argument("--data", default=str(lab.ROOT / "data/sentiment"), help="folder (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
     parser.add_argument("--out", type=Path, default=Path("out/fewshot"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one draw, 2 steps, 8 items of movies; into OUT/quick")
     args = parser.parse_args(argv)
-    device, _ = common.pick_device(args.device, "float32")
-    settings = {"base": args.base, "data": args.data, "device": str(device), "items": None, "tasks": TASKS}
+    device, dtype = common.pick_device(args.device, args.dtype)
+    settings = {"base": args.base, "data": args.data, "device": str(device), "dtype": dtype}
+    settings |= {"items": None, "tasks": TASKS}
     settings |= {"seeds": [0, 1, 2, 3, 4], "ks": KS, "steps": STEPS, "n_source": N_SOURCE}
     if args.quick:
         settings |= {"items": 8, "tasks": ("movies",), "seeds": [0], "ks": (2, 4, 6), "steps": 2, "n_source": 6}
@@ -376,9 +401,9 @@ def run(argv):
         plan(settings)
         return 0
     out = args.out / "quick" if args.quick else args.out
-    lab.open_folder(out, {"fingerprint": fingerprint(common.load(args.base)), "quick": args.quick})
-    if args.stage == "choose":
-        make(jobs_to_choose(settings), settings, out, args)
+    lab.open_folder(out, {"fingerprint": fingerprint(common.load(args.base)), "dtype": dtype, "quick": args.quick})
+    if args.stage in ("formats", "rates"):
+        make({"formats": jobs_of_formats, "rates": jobs_of_rates}[args.stage](settings), settings, out, args)
         return 0
     chosen = choices(out, settings)
     if args.stage == "runs":

@@ -98,9 +98,12 @@ def token_log_likelihoods(model, x, y):
 def log_likelihoods(model, hidden, y):
     """The same from what the head reads, (…, n_embd), and the tokens that it is to predict, y (…), -1 for none."""
     there = y >= 0
-    logits = model.lm_head(hidden[there])  # (tokens, vocab_size): the head only where it is read
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_p = -F.cross_entropy(wide, y[there], reduction="none")  # (tokens,)
+    head = model.lm_head.weight
+    wide = torch.promote_types(
+        head.dtype, torch.float32
+    )  # bfloat16 has steps of 1/8 in a logit of 20: choices would tie
+    logits = F.linear(hidden[there].to(wide), head.to(wide))  # (tokens, vocab_size): the head only where it is read
+    log_p = -F.cross_entropy(logits, y[there], reduction="none")  # (tokens,)
     return torch.zeros(y.shape, dtype=log_p.dtype, device=y.device).masked_scatter(there, log_p), there
 
 
@@ -141,14 +144,16 @@ def loss_ln(log_p, there, labels):
     return F.cross_entropy(normalized(log_p, there), labels)
 
 
-def make_loss(losses=LOSSES):
-    """The sum of some of 'lm', 'ul', 'ln' with weights 1, as a loss_fn(model, x, y, labels) for train().
-
-    Raises ValueError for others, or for none.
-    """
+def terms_of(losses):
+    """The functions that 'lm', 'ul', 'ln' name. Raises ValueError for others, or for none."""
     if not losses or not set(losses) <= set(LOSSES):
         raise ValueError(f"losses must be some of {', '.join(LOSSES)}, not {','.join(losses) or 'none'}")
-    terms = [{"lm": loss_lm, "ul": loss_ul, "ln": loss_ln}[name] for name in losses]
+    return [{"lm": loss_lm, "ul": loss_ul, "ln": loss_ln}[name] for name in losses]
+
+
+def make_loss(losses=LOSSES):
+    """The sum of some of 'lm', 'ul', 'ln' with weights 1, as a loss_fn(model, x, y, labels) for train()."""
+    terms = terms_of(losses)
 
     def loss_fn(model, x, y, labels):
         log_p, there = token_log_likelihoods(model, x, y)

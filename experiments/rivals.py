@@ -121,7 +121,8 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(linear.out_features, r))
 
     def forward(self, x):
-        return self.linear(x) + F.linear(F.linear(x, self.A), self.B)  # (…, in) → (…, r) → (…, out)
+        low = F.linear(x, self.A.to(x.dtype))  # (…, in) → (…, r); A and B are float32, the base may be bfloat16
+        return self.linear(x) + F.linear(low, self.B.to(x.dtype))  # (…, out)
 
 
 def add_lora_llama(model, r, names):
@@ -151,11 +152,11 @@ class SoftPrompt(nn.Module):
         super().__init__()
         self.embedding = embedding
         ids = torch.randint(embedding.num_embeddings, (n_prompt,))  # they start as tokens that exist (section 3.2)
-        self.prompt = nn.Parameter(embedding.weight[ids].detach().clone())
+        self.prompt = nn.Parameter(embedding.weight[ids].detach().float())  # a copy, also of a base in bfloat16
 
     def forward(self, idx):
         places = idx - self.embedding.num_embeddings
-        soft = self.prompt[places.clamp(min=0)]  # (B, T, C)
+        soft = self.prompt[places.clamp(min=0)].to(self.embedding.weight.dtype)  # (B, T, C)
         return torch.where((places >= 0).unsqueeze(-1), soft, self.embedding(idx.masked_fill(places >= 0, 0)))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import data as datasets
@@ -103,15 +104,112 @@ def context(tokenizer, form, shots, template):
     return ids
 
 
+# --- prompts of different lengths in a batch, each read once for all of its choices, in training too ---
+
+
+class SharedPrompts(ranking.Choices):
+    """Choices for a Llama. Prompts end together: what is shorter stands further right, behind padding that is not seen.
+
+    That moves a text's positions, which is nothing to rotary ones: only distances count (a GPT-2 would mind).
+    """
+
+    def windows(self, ids):
+        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, labels (B,), padding (B,), all long."""
+        rows = [self.examples[i] for i in ids]
+        n = max(len(choices) for _, choices, _ in rows)
+        longest = max(len(choice) for _, choices, _ in rows for choice in choices)
+        end = max(len(prompt) for prompt, _, _ in rows)
+        padding = torch.tensor([end - len(prompt) for prompt, _, _ in rows])
+        x = torch.zeros(len(rows), end, dtype=torch.long)
+        y = torch.full((len(rows), n, longest), -1)
+        for row, (prompt, choices, _) in enumerate(rows):
+            x[row, padding[row] :] = torch.tensor(prompt)
+            for i, choice in enumerate(choices):
+                y[row, i, : len(choice)] = torch.tensor(choice)
+        return x, y, torch.tensor([label for _, _, label in rows]), padding
+
+
+class PromptCache:
+    """What a Llama's hidden() takes as a cache: first the prompts go in, then the choices. Gradients pass through."""
+
+    def __init__(self, model, padding):
+        self.layers = [PromptLayer(padding) for _ in range(model.config.n_layer)]
+
+    def start(self, _ia3, _task_ids):
+        return self.layers[0].length
+
+
+class PromptLayer:
+    def __init__(self, padding):
+        self.padding = padding  # (B,)
+        self.length = 0
+
+    def append(self, k, v):
+        """As sample.LayerCache's. k, v: (B, n_kv_head, P, d_head) of the prompts, then (B·N, …, L, …) of choices."""
+        T = k.size(2)
+        own = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
+        if self.length == 0:
+            self.k, self.v, self.length = k, v, T
+            real = torch.arange(T, device=k.device) >= self.padding.unsqueeze(1)  # (B, P)
+            self.real = real[:, None, None]  # (B, 1, 1, P)
+            return k, v, own & self.real | torch.eye(T, dtype=torch.bool, device=k.device)  # padding sees itself
+        n = k.size(0) // self.k.size(0)
+        before = self.real.repeat_interleave(n, 0).expand(-1, -1, T, -1)  # (B·N, 1, L, P)
+        seen = torch.cat((before, own.expand(len(before), 1, T, T)), -1)  # (B·N, 1, L, P + L)
+        k = torch.cat((self.k.repeat_interleave(n, 0), k), 2)
+        return k, torch.cat((self.v.repeat_interleave(n, 0), v), 2), seen
+
+
+def choice_log_likelihoods(model, prompts, choices, padding):
+    """As ranking.token_log_likelihoods, of SharedPrompts' windows: (B, N, L) nats, and where there is a token."""
+    cache = PromptCache(model, padding)
+    end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), which predicts a choice's first token
+    y = choices.flatten(0, 1)  # (B·N, L)
+    hidden = end.repeat_interleave(choices.size(1), 0)
+    if y.size(1) > 1:
+        hidden = torch.cat((hidden, model.hidden(y[:, :-1].clamp(min=0), cache=cache)), 1)  # (B·N, L, n_embd)
+    log_p, there = ranking.log_likelihoods(model, hidden, y)
+    return log_p.view_as(choices), there.view_as(choices)
+
+
+def make_loss(losses=ranking.LOSSES):
+    """ranking.make_loss for SharedPrompts."""
+    terms = ranking.terms_of(losses)
+
+    def loss_fn(model, prompts, choices, labels, padding):
+        log_p, there = choice_log_likelihoods(model, prompts, choices, padding)
+        return sum(term(log_p, there, labels) for term in terms)
+
+    return loss_fn
+
+
 # --- scores ---
 
 
+@torch.no_grad()
+def scores(model, split):
+    """ranking.scores of SharedPrompts without a prefix: (len(split), most choices)."""
+    order = sorted(range(len(split)), key=lambda i: len(split.examples[i][0]))  # little padding
+    beta = torch.full((len(split), max(len(choices) for _, choices, _ in split.examples)), -torch.inf)
+    for i in range(0, len(split), 32):
+        ids = order[i : i + 32]
+        prompts, choices, _, padding = datasets.to_device(split.windows(ids), model.lm_head.weight.device)
+        found = ranking.normalized(*choice_log_likelihoods(model, prompts, choices, padding))
+        beta = beta.to(found.dtype)
+        beta[ids, : found.size(1)] = found.cpu()
+    return beta
+
+
 def score(model, rows, form="plain", shots=(), soft=()):
-    """ranking.scores of rows, (templates, rows, N), behind the examples shots and, first, the ids soft."""
+    """β of rows, (templates, rows, N), behind the examples shots and, first, the ids soft."""
     found = []
     for t in range(3):
-        split = ranking.Choices([ask(model.tokenizer, form, row, t) for row in rows])
-        found.append(ranking.scores(model, split, [*soft, *context(model.tokenizer, form, shots, t)])[0])
+        examples = [ask(model.tokenizer, form, row, t) for row in rows]
+        prefix = [*soft, *context(model.tokenizer, form, shots, t)]
+        if prefix:
+            found.append(ranking.scores(model, ranking.Choices(examples), prefix)[0])
+        else:
+            found.append(scores(model, SharedPrompts(examples)))
     return torch.stack(found).double().numpy()
 
 
@@ -185,14 +283,20 @@ def other_sets(settings, task):
     return [row for name in SETS if name != task for row in read_task(settings["data"], name, "train")]
 
 
-def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=()):
-    """Train what requires a gradient on rows in all templates. Returns 1 where that diverged, else 0."""
+def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=(), dtype="float32"):
+    """Train what requires a gradient on rows in all templates. Returns 1 where that diverged, else 0.
+
+    dtype: bfloat16 is autocast for float32 weights; a base that is held in it needs none.
+    """
     pairs = [ask(model.tokenizer, "plain", row, t) for row in rows for t in range(3)]
-    split = ranking.Choices([([*soft, *prompt], choices, label) for prompt, choices, label in pairs])
+    split = SharedPrompts([([*soft, *prompt], choices, label) for prompt, choices, label in pairs])
     settings = {"batch_size": BATCH_SIZE, "weight_decay": 0.0, "schedule": "linear", "eval_interval": steps}
-    config = TrainConfig(steps=steps, lr=lr, seed=seed, eval_windows=1, **settings)
+    config = TrainConfig(steps=steps, lr=lr, seed=seed, eval_windows=1, dtype=dtype, **settings)
     try:
-        train(model, {"train": split, "val": split}, config, ranking.make_loss(losses))
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # on a CPU and so short a text, going back through the fused one takes longer
+            train(model, {"train": split, "val": split}, config, make_loss(losses))
     except FloatingPointError:
         return 1
     return 0
@@ -202,7 +306,9 @@ def measure(settings, split, task, method, form, k, lr, steps, order, seed):
     """One run: learn or put examples into the context, then score a split. Returns its results and arrays."""
     started = time.time()
     torch.manual_seed(seed)  # initial values, where they are random
-    model = common.load(settings["base"]).to(settings["device"])
+    dtype = getattr(torch, settings["dtype"])
+    held = torch.float32 if method == "full" else dtype  # steps of 1e-5 would vanish in bfloat16 weights
+    model = common.load(settings["base"], held).to(settings["device"])
     train_rows = read_task(settings["data"], task, "train")
     rows = read_task(settings["data"], task, split)[: settings["items"]]
     diverged = 0
@@ -222,12 +328,15 @@ def measure(settings, split, task, method, form, k, lr, steps, order, seed):
         for p in RIVALS[method][0](model):
             p.requires_grad_(True)
         soft = range(model.config.vocab_size, model.config.vocab_size + N_PROMPT) if method == "prompt" else []
-        diverged = learn(model.to(settings["device"]), draw(train_rows, k, seed), lr, steps, seed, soft=soft)
+        model.to(settings["device"])
+        diverged = learn(model, draw(train_rows, k, seed), lr, steps, seed, soft=soft, dtype=settings["dtype"])
     elif method != "zero":  # ia3, ia3-lm, ia3-lm-ul, ...
         attach(model)
         losses = method.split("-")[1:] or ranking.LOSSES
         diverged = learn(model, draw(train_rows, k, seed), lr, steps, seed, losses)
     model.eval()
+    if method == "full":
+        model.to(dtype)
     beta = np.nan_to_num(score(model, rows, form, shots, soft), nan=-np.inf)
     arrays = {"beta": beta, "labels": np.array([row["label"] for row in rows])}
     if method in ("zero", "icl", "icl-other"):

@@ -69,6 +69,36 @@ def test_what_is_read_into_a_copy_of_a_cache_does_not_reach_the_cache(llama):
     torch.testing.assert_close(llama.hidden(more[:2], cache=cache), llama.hidden(torch.cat((idx, more[:2]), 1))[:, 3:])
 
 
+def mixed_examples(dice):
+    """40 examples of prompts of 1 to 9 tokens, two choices or three, of 1 to 4 tokens."""
+    examples = []
+    for i in range(40):
+        choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
+        examples.append((dice.integers(1, 257, 1 + i % 9).tolist(), choices, i % 2))
+    return examples
+
+
+def test_prompts_side_by_side_are_scored_as_if_alone(llama):
+    """float64; padding that was seen, or a position counted from it, would be another score."""
+    make_ia3(llama)
+    examples = mixed_examples(np.random.default_rng(0))
+    found = shots.scores(llama, shots.SharedPrompts(examples))
+    torch.testing.assert_close(found, scores_without_cache(llama, examples, []), rtol=1e-11, atol=1e-11)
+
+
+def test_a_prompt_read_once_for_its_choices_gives_the_same_loss_and_gradients(llama):
+    """The gradient of a key in the prompt is the sum over the choices that look at it."""
+    vectors = make_ia3(llama).double()  # float32 gradients would be rounded
+    examples = mixed_examples(np.random.default_rng(1))
+    found = []
+    for split, make_loss in ((ranking.Choices, ranking.make_loss), (shots.SharedPrompts, shots.make_loss)):
+        vectors.zero_grad()
+        loss = make_loss()(llama, *split(examples).windows(range(17)))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in vectors.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
 # --- examples ---
 
 
@@ -217,7 +247,8 @@ def test_lora_on_a_llama_is_a_low_rank_change_of_the_maps_named():
 def test_the_list_of_runs_has_none_twice_and_products_test_in_none():
     settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
     chosen = {"form": "chat", "ia3": 1e-2} | dict.fromkeys(shots.RIVALS, 1e-3)
-    to_choose, to_report = fewshot.jobs_to_choose(settings), fewshot.jobs_to_report(settings, chosen)
+    to_choose = fewshot.jobs_of_formats(settings) + fewshot.jobs_of_rates(settings)
+    to_report = fewshot.jobs_to_report(settings, chosen)
     assert {(row["split"], row["task"]) for row in to_choose} == {("val", "products")}
     assert {row["split"] for row in to_report} == {"test"} and "products" not in {row["task"] for row in to_report}
     names = [lab.run_name(row) for row in to_choose + to_report]
@@ -234,7 +265,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     common.save(model, tmp_path / "base.pt")
     data = write_sets(tmp_path / "data")
     out = tmp_path / "out"
-    argv = [f"--base={tmp_path}/base.pt", f"--data={data}", f"--out={out}", "--quick", "--workers=2"]
+    argv = [f"--base={tmp_path}/base.pt", f"--data={data}", f"--out={out}", "--quick", "--workers=2", "--dtype=float32"]
 
     def stage(*flags):
         status = fewshot.main([*argv, "--stage", *flags])
@@ -248,10 +279,12 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
         path.rename(str(path).removesuffix(".hidden"))  # plan counts its tokens
     assert stage("plan")[0] == 0
     assert stage("runs")[0] == 2  # nothing is chosen yet
-    status, text, _ = stage("choose", "--minutes", "0")
+    assert stage("formats")[0] == 0
+    assert fewshot.choices(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2}).keys() == {"form", "calibrated"}
+    status, text, _ = stage("rates", "--minutes", "0")
     assert status == 0 and "the same command goes on" in text
     first = lab.read_csv(out / "quick/results.csv", fewshot.RUNS)
-    status, text, _ = stage("choose")
+    status, text, _ = stage("rates")
     assert status == 0 and "all runs are done" in text
     assert 0 < len(first) < 12 and lab.read_csv(out / "quick/results.csv", fewshot.RUNS)[: len(first)] == first
     chosen = fewshot.choices(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2})
