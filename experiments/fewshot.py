@@ -362,20 +362,30 @@ def cost_table(costs):
     return [lab.markdown(head, lines), text]
 
 
-def draw_picture(folder, settings, chosen):
-    """Accuracy against K, a panel a task."""
+def draw_pictures(folder, settings, chosen):
+    """Accuracy against K and, where costs.csv is measured, against the FLOPs of a prediction; a panel a task."""
     found, _ = results(folder, chosen)
-    figure, axes = plt.subplots(1, len(settings["tasks"]), figsize=(16, 3), layout="constrained", squeeze=False)
-    for ax, task in zip(axes[0], settings["tasks"], strict=True):
-        for place, label in ((0, "(IA)³"), (1, "in-context learning")):
-            names = {k: names_at(k, settings, chosen)[place] for k in settings["ks"]}
-            means = {k: accuracy_of(found[name][task]) for k, name in names.items() if task in found.get(name, {})}
-            ax.plot(list(means), [100 * mean for mean in means.values()], "o-", label=label)
-        ax.axhline(100 * accuracy_of(found["zero, plain, K = 0"][task]), color="gray", ls=":", label="zero-shot")
-        ax.set(xscale="log", title=task, xlabel="labelled examples")
-    axes[0, 0].set_ylabel("accuracy (%)")
-    axes[0, 0].legend(fontsize=7)
-    lab.save_picture(figure, folder / "accuracy.png")
+    costs = {row["k"]: row for row in lab.read_csv(folder / "costs.csv", COSTS)}
+    for name in ("accuracy", "costs") if costs else ("accuracy",):
+        figure, axes = plt.subplots(1, len(settings["tasks"]), figsize=(16, 3), layout="constrained", squeeze=False)
+        for ax, task in zip(axes[0], settings["tasks"], strict=True):
+            zero = 100 * accuracy_of(found["zero, plain, K = 0"][task])
+            for place, label in ((0, "(IA)³"), (1, "in-context learning")):
+                names = {k: names_at(k, settings, chosen)[place] for k in settings["ks"]}
+                means = {
+                    k: 100 * accuracy_of(found[row][task]) for k, row in names.items() if task in found.get(row, {})
+                }
+                x = list(means)
+                if name == "costs":
+                    x = [costs[k if place else 0]["flops"] for k in means]  # its context is in the cache
+                    for k, flops in zip(means, x, strict=True):
+                        ax.annotate(f" {k}", (flops, means[k]), fontsize=7)
+                ax.plot(x, list(means.values()), "o-", label=label)
+            ax.axhline(zero, color="gray", ls=":", label="zero-shot")
+            ax.set(xscale="log", title=task, xlabel="labelled examples" if name == "accuracy" else "FLOPs a prediction")
+        axes[0, 0].set_ylabel("accuracy (%)")
+        axes[0, 0].legend(fontsize=7)
+        lab.save_picture(figure, folder / f"{name}.png")
 
 
 def run(argv):
@@ -412,7 +422,7 @@ def run(argv):
         lab.write_csv(out / "costs.csv", measure_costs(settings, chosen))
     else:
         lab.save_text(tables(out, settings, chosen), out / "table.md")
-        draw_picture(out, settings, chosen)
+        draw_pictures(out, settings, chosen)
         print((out / "table.md").read_text(encoding="utf-8"))
     return 0
 

@@ -160,14 +160,20 @@ class PromptLayer:
         return k, torch.cat((self.v.repeat_interleave(n, 0), v), 2), seen
 
 
-def choice_log_likelihoods(model, prompts, choices, padding):
-    """As ranking.token_log_likelihoods, of SharedPrompts' windows: (B, N, L) nats, and where there is a token."""
+def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None):
+    """As ranking.token_log_likelihoods, of SharedPrompts' windows: (B, N, L) nats, and where there is a token.
+
+    task_ids (B,) long: each prompt's task, where the model's vectors are stacked.
+    """
     cache = PromptCache(model, padding)
-    end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), which predicts a choice's first token
+    end = model.hidden(prompts, task_ids, cache)[:, -1:]  # (B, 1, n_embd), which predicts a choice's first token
     y = choices.flatten(0, 1)  # (B·N, L)
     hidden = end.repeat_interleave(choices.size(1), 0)
     if y.size(1) > 1:
-        hidden = torch.cat((hidden, model.hidden(y[:, :-1].clamp(min=0), cache=cache)), 1)  # (B·N, L, n_embd)
+        if task_ids is not None:
+            task_ids = task_ids.repeat_interleave(choices.size(1))
+        rest = model.hidden(y[:, :-1].clamp(min=0), task_ids, cache)
+        hidden = torch.cat((hidden, rest), 1)  # (B·N, L, n_embd)
     log_p, there = ranking.log_likelihoods(model, hidden, y)
     return log_p.view_as(choices), there.view_as(choices)
 

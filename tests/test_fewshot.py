@@ -11,7 +11,8 @@ from conftest import make_gpt, make_ia3, make_llama
 
 import common
 from data import prepare
-from experiments import fewshot, lab, ranking, rivals, shots
+from experiments import fewshot, fewshot_demo, lab, ranking, rivals, serving, shots
+from ia3 import IA3
 from sample import Cache
 
 pytestmark = pytest.mark.slow
@@ -19,13 +20,20 @@ pytestmark = pytest.mark.slow
 WORDS = ("dull", "grand", "red", "tall", "odd", "warm", "late", "new")
 
 
-def write_sets(folder):
-    """Made sentences of the four sets, 24 in train and 10 in val and in test, as data/prepare.py writes them."""
+def write_sets(folder, n_train=24):
+    """Made sentences of four sets and two tasks of theirs, n_train in train and 10 in val and in test of a set."""
+    sets = {}
     for name in ("movies", "products", "tweets", "news"):
         splits = {}
-        for split, n in (("train", 24), ("val", 10), ("test", 10)):
+        for split, n in (("train", n_train), ("val", 10), ("test", 10)):
             splits[split] = [(f"{name}-{split}{i}", i % 2, f"a {WORDS[i % 8]} {name[:2]}{i}") for i in range(n)]
         prepare.write_task(folder / name, splits, prepare.SENTIMENT)
+        sets[name] = splits
+    flipped = {}
+    for split, rows in sets["movies"].items():
+        flipped[split] = [(name, 1 - label, text) for name, label, text in rows]
+    prepare.write_task(folder / "movies-flipped", flipped, prepare.SENTIMENT)
+    prepare.write_task(folder / "source", prepare.which_source(sets), prepare.SOURCE)
     return folder
 
 
@@ -299,6 +307,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     status, text, _ = stage("report")
     assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
     assert "| movies |" in text and (out / "quick/accuracy.png").stat().st_size > 1000
+    assert (out / "quick/costs.png").stat().st_size > 1000
 
     rows, arrays = lab.read_runs(out / "quick", fewshot.RUNS)
     for row in rows:  # the accuracy of every row again, from its arrays
@@ -312,3 +321,44 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     found = scores_without_cache(model, examples, [])
     np.testing.assert_allclose(arrays[lab.run_name(zero)]["beta"][2], found.detach(), rtol=1e-4)
     assert {"biases-4-0", "probe-6-0"} <= arrays[lab.run_name(zero)].keys()
+
+
+def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, capsys):
+    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
+    write_sets(tmp_path / "data", n_train=40)
+    out = tmp_path / "out"
+    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={out}", "--steps=3"]
+    assert fewshot_demo.main(argv) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " %   " in line]
+    words = ["zero-shot", "16 examples", "(IA)³ from the same 16", "(IA)³ from 32", "(IA)³ from 32, merged"]
+    assert len(rows) == 5 and all(row.startswith(start) for row, start in zip(rows, words, strict=True))
+    model = common.load(tmp_path / "base.pt")
+    model.ia3 = IA3.load(out / "ia3.npz", model)
+    assert all((p != 1).any() for p in model.ia3.parameters())
+    val = shots.read_task(tmp_path / "data", "movies", "val")
+    assert f" {fewshot_demo.share_right(model, val):.1%}".replace("%", " %") in rows[3]
+    for built in (common.load(out / "merged.pt"), model):
+        assert f"{fewshot_demo.share_right(built, val):.1%}".replace("%", " %") in rows[4]
+    assert (out / "fewshot.png").stat().st_size > 1000
+
+
+def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
+    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
+    write_sets(tmp_path / "data")
+    out = tmp_path / "out"
+    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={out}", "--k=4", "--steps=3", "--items=8"]
+    assert serving.main(argv) == 0
+    assert capsys.readouterr().out.strip().endswith((out / "table.md").read_text().strip())
+    columns = dict.fromkeys(("task", "sentences"), str) | dict.fromkeys(("zero-shot", "its vectors"), float)
+    columns |= dict.fromkeys(("mixed", "merged", "merged in bfloat16"), int)
+    rows = lab.read_csv(out / "results.csv", columns)
+    assert [(row["task"], row["mixed"], row["merged"]) for row in rows] == [(task, 8, 8) for task in serving.TASKS]
+    model = common.load(tmp_path / "base.pt")
+    learned = [IA3.load(out / f"{task}.npz", model) for task in serving.TASKS]
+    for a, b in itertools.combinations(learned, 2):
+        assert not torch.equal(a.l_ff, b.l_ff)
+    for vectors, row in zip(learned, rows, strict=True):
+        model.ia3 = vectors
+        drawn = shots.draw(shots.read_task(tmp_path / "data", row["task"], "val"), 8, 0)
+        found = shots.score(model, drawn)[0].argmax(-1)
+        assert row["its vectors"] == (found == [item["label"] for item in drawn]).mean()

@@ -1,0 +1,107 @@
+"""The paper's title in ten minutes: SmolLM2-135M asked as it is, after 16 examples, and with (IA)³ learned from them.
+
+    make fewshot                          # fetches the model and the sentences first
+    python -m experiments.fewshot_demo    # where data/smollm2.pt and data/sentiment are made
+
+Is a sentence from a movie review negative or positive? 200 sentences of val, half of each, in one template and for one
+draw of examples: a demonstration. fewshot.py measures the same on test, on six tasks, over five draws.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import common
+from experiments import lab, ranking
+from experiments.lab import plt
+from experiments.shots import SharedPrompts, ask, context, draw, learn, read_task, scores
+from ia3 import attach
+from merge import merge, verify
+
+RATE = 3e-3  # the paper's (section 3.3)
+PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
+
+
+def share_right(model, rows, shots=()):
+    """The share of rows that the model answers rightly, behind the examples shots."""
+    examples = [ask(model.tokenizer, "plain", row, PLACE) for row in rows]
+    if shots:
+        beta, _ = ranking.scores(model, ranking.Choices(examples), context(model.tokenizer, "plain", shots, PLACE))
+    else:
+        beta = scores(model, SharedPrompts(examples))
+    return sum(best == row["label"] for best, row in zip(beta.argmax(-1).tolist(), rows, strict=True)) / len(rows)
+
+
+def draw_picture(bars, path):
+    """bars: [(words, what it takes, share right)]. A picture of a card's size."""
+    figure, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    for place, (words, takes, share) in enumerate(reversed(bars)):
+        ax.barh(place, 100 * share, color="tab:red" if words.startswith("(IA)³") else "tab:gray")
+        ax.text(1, place, f"{words}   {takes}", va="center", color="white", fontsize=12)
+        ax.text(100 * share + 0.5, place, f"{100 * share:.1f} %", va="center", fontsize=13)
+    ax.axvline(50, color="black", lw=0.8, ls=":")
+    ax.set(xlim=(0, 108), yticks=[], xlabel="movie sentences told apart, % (chance: 50)")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.set_title("SmolLM2-135M, two CPU cores: (IA)³ beside in-context learning", loc="left", fontsize=14)
+    lab.save_picture(figure, path)
+
+
+def run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(lab.ROOT / "data/smollm2.pt"), help="a Llama (default: %(default)s)")
+    parser.add_argument("--data", default=str(lab.ROOT / "data/sentiment"), help="folder (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 8 examples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/fewshot"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("ia3.npz", "merged.pt", "fewshot.png"):
+        common.check_output(args.out / name, inputs=[args.base])
+    model = common.load(args.base)
+    val = read_task(args.data, "movies", "val")
+    rows = [row for label in (0, 1) for row in [row for row in val if row["label"] == label][:100]]
+    train_rows = read_task(args.data, "movies", "train")
+
+    bars = []
+
+    def report(words, takes, share):
+        print(f"{words:<28} {100 * share:5.1f} %   {takes}", flush=True)
+        bars.append((words, takes, share))
+
+    print(f"{args.base}: {len(rows)} sentences of movie reviews, negative or positive", flush=True)
+    report("zero-shot", "no labels", share_right(model, rows))
+    sixteen = draw(train_rows, 16, args.seed)
+    n_tokens = len(context(model.tokenizer, "plain", sixteen, PLACE))
+    report("16 examples in context", f"{n_tokens:,} tokens before every question", share_right(model, rows, sixteen))
+    for k in (16, 32):  # the smaller draw begins the larger
+        vectors = attach(model)  # ones again
+        start = time.time()
+        learn(model, draw(train_rows, k, args.seed), RATE, args.steps, args.seed)
+        model.eval()
+        minutes = (time.time() - start) / 60
+        takes = f"{vectors.count():,} numbers, {minutes:.1f} minutes"
+        words = f"(IA)³ from {'the same 16' if k == 16 else k}"
+        report(words, takes, share_right(model, rows))
+
+    vectors.save(args.out / "ia3.npz")
+    merged = merge(model)
+    common.save(merged, args.out / "merged.pt")
+    report("(IA)³ from 32, merged", "no added cost", share_right(merged, rows))
+    idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0]["prompts"][1])])
+    found = verify(model, merged, idx)
+    draw_picture(bars, args.out / "fewshot.png")
+    print(found)
+    size = (args.out / "ia3.npz").stat().st_size
+    print(f"{args.out}: ia3.npz ({size / 1000:,.0f} kB), merged.pt, fewshot.png")
+    return 0 if found.is_exact() else 1
+
+
+def main(argv=None):
+    return common.exit_status("fewshot_demo.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Three tasks on SmolLM2: learned in one batch, served in one batch, folded into the weights. Are the answers the same?
+
+    python -m experiments.serving --out experiments/results/serving
+
+Movies (negative or positive?), the same with the answers exchanged, and source (which of four sets is it from?): no
+one set of vectors could do the first two. 32 labelled examples each are learned jointly, 8 a step whatever task they
+are of (section 3.3: mixed-task batches). Then, on sentences of val:
+
+- mixed: rows of three tasks in a batch, against each task's vectors for all rows of the same batch, in float32;
+- merged: the vectors folded in, against the vectors beside the weights, in float32 and in bfloat16.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import common
+from experiments import lab, ranking
+from experiments.shots import BATCH_SIZE, SharedPrompts, ask, choice_log_likelihoods, draw, read_task
+from ia3 import IA3, attach, stack, unstack
+from merge import merge
+from train import TrainConfig, train
+
+TASKS = ("movies", "movies-flipped", "source")
+RATE = 3e-3
+TERMS = ranking.terms_of(ranking.LOSSES)
+
+
+class MixedPrompts(SharedPrompts):
+    """Examples of several tasks: windows tells each row's task, too. examples: [(prompt, choices, label, task id)]."""
+
+    def __init__(self, examples):
+        super().__init__([example[:3] for example in examples])
+        self.task_ids = torch.tensor([example[3] for example in examples])
+
+    def windows(self, ids):
+        return *super().windows(ids), self.task_ids[ids]
+
+
+def loss_fn(model, prompts, choices, labels, padding, task_ids):
+    """The paper's three losses (section 3.2) of a mixed batch."""
+    log_p, there = choice_log_likelihoods(model, prompts, choices, padding, task_ids)
+    return sum(term(log_p, there, labels) for term in TERMS)
+
+
+@torch.no_grad()
+def scores(model, split, task_ids=None):
+    """β of every choice of every row, (rows, most choices), by batches of 12. task_ids (rows,): where it is stacked."""
+    found = []
+    for ids in torch.arange(len(split)).split(12):
+        prompts, choices, _, padding, _ = split.windows(ids)
+        tasks = None if task_ids is None else task_ids[ids]
+        beta = ranking.normalized(*choice_log_likelihoods(model, prompts, choices, padding, tasks))
+        found.append(F.pad(beta, (0, 4 - beta.size(1)), value=-torch.inf))  # source has four choices
+    return torch.cat(found)
+
+
+def mixed(tokenizer, folder, split, k, templates):
+    """The first k examples of each task, drawn, as MixedPrompts whose tasks take turns."""
+    drawn = [draw(read_task(folder, task, split), k, 0) for task in TASKS]
+    examples = []
+    for rows in zip(*drawn, strict=True):
+        for t in templates:
+            examples += [(*ask(tokenizer, "plain", row, t), task_id) for task_id, row in enumerate(rows)]
+    return MixedPrompts(examples)
+
+
+def learn(model, folder, k, steps):
+    """Train a set of vectors a task, jointly. Returns the sets."""
+    vectors = stack([IA3(model.config) for _ in TASKS])
+    split = mixed(model.tokenizer, folder, "train", k, (0, 1, 2))
+    attach(model, vectors)
+    settings = {"batch_size": BATCH_SIZE, "weight_decay": 0.0, "schedule": "linear", "eval_interval": steps}
+    config = TrainConfig(steps=steps, lr=RATE, eval_windows=1, **settings)
+    with sdpa_kernel(SDPBackend.MATH):  # as in shots.learn
+        train(model, {"train": split, "val": split}, config, loss_fn)
+    model.eval()
+    return unstack(vectors)
+
+
+def compare(args):
+    """Learn, serve, fold; the rows of the table, and the vectors."""
+    narrow = common.load(args.base, torch.bfloat16)
+    tasks = learn(narrow, args.data, args.k, args.steps)
+    wide = common.load(args.base)
+    split = mixed(wide.tokenizer, args.data, "val", args.items, (0,))
+    labels = torch.tensor([label for _, _, label in split.examples])
+    zero = scores(wide, split).argmax(-1)
+    wide.ia3 = stack(tasks)
+    together = scores(wide, split, split.task_ids)
+    rows = []
+    for task_id, (name, vectors) in enumerate(zip(TASKS, tasks, strict=True)):
+        own = split.task_ids == task_id
+        vectors.save(args.out / f"{name}.npz")
+        wide.ia3 = IA3.load(args.out / f"{name}.npz", wide)
+        alone = scores(wide, split)[own]
+        same = {"mixed": (together[own] == alone).all(-1)}  # bit for bit
+        narrow.ia3 = IA3.load(args.out / f"{name}.npz", narrow)
+        for words, model in (("merged", wide), ("merged in bfloat16", narrow)):
+            answers, folded = [scores(m, split)[own].argmax(-1) for m in (model, merge(model))]
+            same[words] = answers == folded
+        row = {"task": name, "sentences": len(alone)}
+        row["zero-shot"] = (zero[own] == labels[own]).double().mean().item()
+        row["its vectors"] = (alone.argmax(-1) == labels[own]).double().mean().item()
+        rows.append(row | {words: found.sum().item() for words, found in same.items()})
+    return rows
+
+
+def table(rows, args):
+    head = ["task", "zero-shot", "its vectors", "mixed, the same bits", "merged, the same answers", "in bfloat16"]
+    lines = []
+    for row in rows:
+        counts = [f"{row[words]} of {row['sentences']}" for words in ("mixed", "merged", "merged in bfloat16")]
+        lines.append([row["task"], f"{row['zero-shot']:.1%}", f"{row['its vectors']:.1%}", *counts])
+    text = f"Three tasks of {args.k} labels each, learned jointly in {args.steps} steps; accuracy on sentences of val."
+    return [text, lab.markdown(head, lines)]
+
+
+def run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default=str(lab.ROOT / "data/smollm2.pt"), help="a Llama (default: %(default)s)")
+    parser.add_argument("--data", default=str(lab.ROOT / "data/sentiment"), help="folder (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=32, help="labelled examples a task (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=96, help="sentences of val a task (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/serving"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = compare(args)
+    lab.write_csv(args.out / "results.csv", rows)
+    lab.save_text("\n\n".join(table(rows, args)), args.out / "table.md")
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("serving.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
