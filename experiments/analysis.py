@@ -1,0 +1,327 @@
+"""What the vectors do to heads, how much they can hold, and how small they can be: three questions, three commands.
+
+    python -m experiments.analysis heads --out experiments/results/analysis/heads
+    python -m experiments.analysis capacity --out experiments/results/analysis/capacity
+    python -m experiments.analysis size --out experiments/results/analysis/size
+
+heads: articles say that a vector can suppress heads that do not matter. Of every head: mean and spread of its entries
+of l_k and l_v, and how the loss on val rises when they are reset to ones. --data may be a folder of choices, too.
+
+capacity: N random pairs, four letters and the two that belong to them (log2(26²) = 9.4 bits), learned by heart, N = 8
+to 4,096; for each method the better of its two rates. Recalled are 9.4 bits a pair less what the answer still costs, in
+bits, and nothing where that is less than nothing. Beside it the effective rank of what merging changes: exp of the
+entropy of ΔW's singular values, normalized (Roy and Vetterli 2007), the mean over the changed matrices.
+
+size: the demo's vectors in float32, bfloat16 and int8 (one scale a vector and layer), and with the smallest |l - 1|
+reset to ones; and whether scales turn negative, and how good a small rate is, given ten times the steps.
+
+Each writes results.csv, table.md and a picture into --out. capacity and size go on where they were stopped.
+"""
+
+import argparse
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import common
+import data as datasets
+from experiments import lab, ranking, rivals
+from experiments.lab import plt
+from ia3 import IA3, attach, fingerprint
+from train import TrainConfig, train
+
+N_WINDOWS = 256
+BITS = math.log2(26**2)
+METHODS = {"ia3": (0.03, 0.1), "lora1-all": (0.01, 0.03), "full": (1e-3, 3e-3)}  # of capacity, with their rates
+NS = [2**i for i in range(3, 13)]
+PAIRS = {"method": str, "n": int, "lr": float, "steps": int, "seed": int, "values": int, "bits": float, "rank": float}
+RATES = {200: (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 2000: (3e-3, 1e-2, 3e-2)}  # of size: steps: rates
+TRAINED = {"lr": float, "steps": int, "seed": int, "loss": float, "negative": int, "values": int}
+
+
+# --- heads ---
+
+
+def losses_of(model, data, items):
+    """The loss in nats of up to so many windows or choices of val, (items,), as a call that measures it now."""
+    if (Path(data) / "val.jsonl").exists():
+        split = ranking.load_choices(Path(data) / "val.jsonl", model.tokenizer, model.config.block_size)
+        split = ranking.Choices(split.examples[:: max(len(split) // items, 1)][:items])
+
+        def measure():
+            beta, labels = ranking.scores(model, split)
+            return F.cross_entropy(beta, labels, reduction="none").double().numpy()  # L_LN (section 3.2)
+
+        return measure
+    split = lab.load_data(data, model, ("val",))["val"]
+
+    def measure():
+        nats, targets = lab.window_losses(model, split, TrainConfig(batch_size=32), items)
+        return nats / targets
+
+    return measure
+
+
+@torch.no_grad()
+def heads(args):
+    """A row a head, into results.csv; the table and the picture."""
+    model = common.load(args.base)
+    vectors = IA3.load(args.ia3, model)
+    model.ia3 = vectors
+    measure = losses_of(model, args.data, args.items)
+    before = measure()
+    d_head = model.config.n_embd // model.config.n_head
+    rows = []
+    for layer in range(model.config.n_layer):
+        for head in range(model.config.widths[0] // d_head):  # heads of keys and values
+            entries = slice(head * d_head, (head + 1) * d_head)
+            row = {"layer": layer, "head": head}
+            kept = {}
+            for name in ("l_k", "l_v"):
+                part = vectors.matrices()[name][layer, entries]
+                kept[name] = part.clone()
+                row |= {f"{name}_mean": part.mean().item(), f"{name}_std": part.std().item()}
+                part.fill_(1)
+            rise = measure() - before
+            for name, values in kept.items():
+                vectors.matrices()[name][layer, entries] = values
+            row["rise"] = rise.mean()
+            row["standard_error"] = rise.std(ddof=1) / math.sqrt(len(rise))
+            rows.append(row)
+            print(f"layer {layer}, head {head}: {row['rise']:+.4f} nats", flush=True)
+    lab.write_csv(args.out / "results.csv", rows)
+
+    lines = []
+    for name in ("l_k", "l_v"):
+        means = [row[f"{name}_mean"] for row in rows]
+        stds = [row[f"{name}_std"] for row in rows]
+        low = sum(mean < 0.5 for mean in means)
+        lines.append([name, f"{min(means):.2f} to {max(means):.2f}", f"{min(stds):.2f} to {max(stds):.2f}", f"{low}"])
+    table = lab.markdown(["", "means of the heads", "spread within a head", "heads of mean below 0.5"], lines)
+    rises = sorted(row["rise"] for row in rows)
+    least = sum(row["rise"] + 2 * row["standard_error"] < 0 for row in rows)
+    where = f"{len(before)} windows or choices of {args.data}"
+    text = f"{len(rows)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by"
+    text += (
+        f" {rises[0]:+.4f} to {rises[-1]:+.4f} nats, {np.median(rises):+.4f} in the middle; it falls by more than two"
+    )
+    text += f" standard errors for {least}."
+    lab.save_text(f"{table}\n\n{text}", args.out / "table.md")
+
+    panels = {"l_k_mean": "mean of l_k", "l_v_mean": "mean of l_v", "rise": "nats lost without"}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 1.5 + model.config.n_layer / 4), layout="constrained")
+    for ax, (name, title) in zip(axes, panels.items(), strict=True):
+        grid = np.array([row[name] for row in rows]).reshape(model.config.n_layer, -1)
+        middle = 0 if name == "rise" else 1
+        most = np.abs(grid - middle).max() or 1
+        shown = ax.imshow(grid, cmap="RdBu_r", vmin=middle - most, vmax=middle + most, aspect="auto")
+        ax.set(title=title, xlabel="head", ylabel="layer")
+        figure.colorbar(shown, ax=ax)
+    lab.save_picture(figure, args.out / "heads.png")
+
+
+# --- capacity ---
+
+
+def random_pairs(n, seed):
+    """n different prompts of four letters and their answers of two: (n, 6) uint8."""
+    dice = np.random.default_rng(seed)
+    prompts = dice.choice(26**4, n, replace=False)
+    letters = [prompts // 26**i % 26 for i in range(4)] + [dice.integers(26, size=n) for _ in range(2)]
+    return np.stack(letters, 1).astype(np.uint8) + ord("a")
+
+
+def effective_rank(before, after):
+    """exp of the entropy of the singular values of what changed, the mean over the matrices that did; 0 for none."""
+    ranks = []
+    for name, weight in before.named_parameters():
+        if weight.dim() == 2 and "transformer.h." in name:
+            s = torch.linalg.svdvals((after.get_parameter(name) - weight).double())
+            if s.sum() > 0:
+                p = s[s > 0] / s.sum()
+                ranks.append((-(p * p.log()).sum()).exp().item())
+    return float(np.mean(ranks)) if ranks else 0.0
+
+
+def memorize(settings, method, n, lr, steps, seed):
+    """Learn n pairs by heart. Returns the bits recalled and the effective rank of what merging changes."""
+    torch.manual_seed(seed)  # initial values, where they are random
+    model = common.load(settings["base"])
+    rivals.attach(model, method)
+    pairs = random_pairs(n, seed).tolist()
+    split = datasets.Examples([(pair[:4], pair[4:]) for pair in pairs])
+    config = TrainConfig(
+        steps=steps, lr=lr, seed=seed, batch_size=min(n, 256), eval_interval=steps, eval_windows=1, weight_decay=0.0
+    )
+    train(model, {"train": split, "val": split}, config)
+    nats, _ = lab.window_losses(model, split, config)
+    bits = max(BITS * n - nats.sum() / math.log(2), 0.0)
+    values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rank = effective_rank(common.load(settings["base"]), rivals.METHODS[method].merge(model))
+    return {"values": values, "bits": bits, "rank": rank}, {"nats": nats}
+
+
+def capacity(args):
+    settings = {"base": args.base}
+    lab.open_folder(args.out, {"fingerprint": fingerprint(common.load(args.base)), "quick": args.quick})
+    ns, steps = ((8, 16), 5) if args.quick else (NS, 1000)
+    jobs = []
+    for n in ns:
+        for method, rates in METHODS.items():
+            jobs += [{"method": method, "n": n, "lr": lr, "steps": steps, "seed": 1} for lr in rates]
+    rows = lab.measure_all(jobs, partial(memorize, settings), PAIRS, args.out, args.workers)
+    best = {}
+    for row in rows:
+        key = row["method"], row["n"]
+        if key not in best or row["bits"] > best[key]["bits"]:
+            best[key] = row
+    head = ["pairs", "bits"]
+    for method in METHODS:
+        head += [f"{method}: recalled", "a number", "rank"]
+    lines = []
+    for n in ns:
+        line = [f"{n:,}", f"{BITS * n:,.0f}"]
+        for method in METHODS:
+            row = best[method, n]
+            share = row["bits"] / (BITS * n)
+            line += [f"{share:.0%}", f"{row['bits'] / row['values']:.3f}", f"{row['rank']:.1f}"]
+        lines.append(line)
+    values = ", ".join(f"{method} {best[method, ns[0]]['values']:,}" for method in METHODS)
+    text = f"Numbers trained: {values}. {steps} steps of up to 256 pairs, one seed, the better of two rates."
+    lab.save_text(f"{lab.markdown(head, lines)}\n\n{text}", args.out / "table.md")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method in METHODS:
+        found = [best[method, n] for n in ns]
+        left.plot(ns, [row["bits"] / (BITS * row["n"]) for row in found], "o-", label=method)
+        right.plot(ns, [row["bits"] / row["values"] for row in found], "o-", label=method)
+    left.set(xscale="log", xlabel="random pairs", ylabel="share of their bits recalled")
+    right.set(xscale="log", yscale="log", xlabel="random pairs", ylabel="bits recalled a trained number")
+    left.legend()
+    lab.save_picture(figure, args.out / "capacity.png")
+
+
+# --- size ---
+
+
+def to_int8(l):
+    """What comes back of a (n_layer, width) matrix kept as int8, (l - 1) / scale, with a float32 scale a layer."""
+    scale = (l - 1).abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return 1 + scale * ((l - 1) / scale).round()
+
+
+def small_versions(vectors):
+    """{how vectors are kept: (bytes that takes, {name: the matrix that comes back})}, as they are first."""
+    matrices = {name: p.detach().clone() for name, p in vectors.matrices().items()}
+    coarse = {name: l.bfloat16().float() for name, l in matrices.items()}
+    n = vectors.count()
+    n_scales = len(matrices) * vectors.config.n_layer
+    versions = {"float32": (4 * n, matrices), "bfloat16": (2 * n, coarse)}
+    versions["int8"] = n + 4 * n_scales, {name: to_int8(l) for name, l in matrices.items()}
+    distances = torch.cat([(l - 1).abs().flatten() for l in matrices.values()]).sort().values
+    for share in (0.5, 0.75, 0.9, 0.95, 0.99):
+        least = distances[round(share * n)]
+        version = {name: torch.where((l - 1).abs() >= least, coarse[name], 1.0) for name, l in matrices.items()}
+        kept = (distances >= least).sum().item()
+        versions[f"{share:.0%} reset"] = 4 * kept, version  # a bfloat16 and its place, in two bytes
+    return versions
+
+
+def learn_once(settings, lr, steps, seed):
+    """(IA)³ on folio at a rate, for so many steps."""
+    torch.manual_seed(seed)
+    model = common.load(settings["base"])
+    vectors = attach(model)
+    data = lab.load_data(settings["data"], model, ("train", "val"))
+    config = TrainConfig(steps=steps, lr=lr, seed=seed, batch_size=16, eval_interval=steps, eval_windows=1)
+    train(model, data, config)
+    nats, targets = lab.window_losses(model, data["val"], config, settings["items"])
+    negative = sum((p < 0).sum().item() for p in vectors.parameters())
+    return {"loss": nats.sum() / targets.sum(), "negative": negative, "values": vectors.count()}, {"nats": nats}
+
+
+@torch.no_grad()
+def size(args):
+    model = common.load(args.base)
+    vectors = IA3.load(args.ia3, model)
+    about = {"fingerprint": fingerprint(model), "data": args.data, "quick": args.quick}
+    lab.open_folder(args.out, about)
+    split = lab.load_data(args.data, model, ("val",))["val"]
+
+    def loss():
+        nats, targets = lab.window_losses(model, split, TrainConfig(batch_size=32), args.items)
+        return nats.sum() / targets.sum()
+
+    negative = sum((p < 0).sum().item() for p in vectors.parameters())
+    losses = {"the base": (0, loss())}
+    model.ia3 = vectors
+    for words, (n_bytes, matrices) in small_versions(vectors).items():
+        for name, p in vectors.matrices().items():
+            p.data = matrices[name]
+        losses[words] = n_bytes, loss()
+    base, ours = losses["the base"][1], losses["float32"][1]
+    lines = []
+    for words, (n, nats) in losses.items():
+        lines.append([words, f"{n:,}", f"{nats:.4f}", f"{(base - nats) / (base - ours):.1%}"])
+    sizes = lab.markdown(["kept", "bytes", "nats a token", "of the gain"], lines)
+
+    rates = {2: (0.1,), 4: (0.1,)} if args.quick else RATES
+    jobs = [{"lr": lr, "steps": steps, "seed": 1} for steps, some in rates.items() for lr in some]
+    settings = {"base": args.base, "data": args.data, "items": args.items}
+    rows = lab.measure_all(jobs, partial(learn_once, settings), TRAINED, args.out, args.workers)
+    lines = []
+    for row in rows:
+        cells = [f"{row['steps']:,}", f"{row['lr']:g}", f"{row['loss']:.4f}"]
+        lines.append([*cells, f"{row['negative']:,} of {row['values']:,}"])
+    text = f"{Path(args.ia3).name} on {args.data}'s val, {args.items} windows. {negative:,} of its {vectors.count():,}"
+    text += " scales are negative. Below, runs of 1 seed at other rates:"
+    table = lab.markdown(["steps", "rate", "nats a token", "negative scales"], lines)
+    lab.save_text(f"{sizes}\n\n{text}\n\n{table}", args.out / "table.md")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    kept = dict(list(losses.items())[1:])
+    left.plot([n for n, _ in kept.values()], [loss for _, loss in kept.values()], "o")
+    for words, place in kept.items():
+        left.annotate(f" {words.removesuffix(', the rest bfloat16')}", place, fontsize=7)
+    left.axhline(base, color="gray", ls=":", label="the base")
+    left.set(xscale="log", xlabel="bytes of a task", ylabel="nats a token")
+    for steps in rates:
+        some = [row for row in rows if row["steps"] == steps]
+        right.plot([row["lr"] for row in some], [row["loss"] for row in some], "o-", label=f"{steps:,} steps")
+    right.set(xscale="log", xlabel="learning rate", ylabel="nats a token")
+    for ax in (left, right):
+        ax.legend()
+    lab.save_picture(figure, args.out / "size.png")
+
+
+def run(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=("heads", "capacity", "size"), help="see above")
+    parser.add_argument("--base", default=lab.BASE, help="a checkpoint (default: data/base.pt)")
+    parser.add_argument("--ia3", default=str(lab.ROOT / "data/folio.npz"), help="vectors (default: data/folio.npz)")
+    parser.add_argument("--data", default="folio", help="whose val is read (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=N_WINDOWS, help="windows or choices of val (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/analysis"), help="folder (default: %(default)s/QUESTION)")
+    parser.add_argument("--quick", action="store_true", help="capacity, size: few and short runs; into OUT/quick")
+    args = parser.parse_args(argv)
+    if args.out == Path("out/analysis"):
+        args.out /= args.question
+    if args.quick:
+        args.out /= "quick"
+    args.out.mkdir(parents=True, exist_ok=True)
+    {"heads": heads, "capacity": capacity, "size": size}[args.question](args)
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("analysis.py", run, argv, lab.STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

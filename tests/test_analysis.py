@@ -1,0 +1,123 @@
+"""What analysis.py counts, against closed forms."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_gpt, make_ia3, make_llama
+
+import common
+from experiments import analysis, lab
+from ia3 import IA3, attach
+
+
+def test_the_effective_rank_of_known_changes():
+    """r equal singular values have the entropy log r; (0.5, 0.25, 0.25) has 1.5 log 2; nothing changed has none."""
+    before = make_gpt()
+    after = copy.deepcopy(before)
+    assert analysis.effective_rank(before, after) == 0
+    weight = after.transformer.h[0].mlp.c_fc.weight
+    with torch.no_grad():
+        weight[range(5), range(5)] += 2.0
+    assert analysis.effective_rank(before, after) == pytest.approx(5, rel=1e-5)
+    with torch.no_grad():
+        weight.copy_(before.transformer.h[0].mlp.c_fc.weight)
+        weight[range(3), range(3)] += torch.tensor([4.0, 2.0, 2.0])
+    assert analysis.effective_rank(before, after) == pytest.approx(2**1.5, rel=1e-5)
+    with torch.no_grad():  # a mean over matrices
+        after.transformer.h[1].attn.c_proj.weight[0, 0] += 1
+    assert analysis.effective_rank(before, after) == pytest.approx((2**1.5 + 1) / 2, rel=1e-5)
+
+
+def test_pairs_are_random_letters_and_no_prompt_stands_twice():
+    pairs = analysis.random_pairs(4096, 0)
+    assert len({bytes(pair[:4]) for pair in pairs}) == 4096
+    assert pairs.min() == ord("a") and pairs.max() == ord("z")
+    for place in range(6):  # each letter some 158 times; a deviation is 12.3
+        assert np.abs(np.bincount(pairs[:, place] - ord("a"), minlength=26) - 4096 / 26).max() < 5 * 12.3
+    assert not np.array_equal(pairs, analysis.random_pairs(4096, 1))
+
+
+def test_what_is_recalled_is_what_the_answers_no_longer_cost(tmp_path):
+    common.save(make_gpt(), tmp_path / "base.pt")
+    found, arrays = analysis.memorize({"base": str(tmp_path / "base.pt")}, "full", 8, 3e-3, 300, 1)
+    left = arrays["nats"].sum() / math.log(2)
+    assert found["bits"] == pytest.approx(8 * 2 * math.log2(26) - left) and found["bits"] > 0.9 * 8 * analysis.BITS
+    assert found["values"] == sum(p.numel() for p in make_gpt().parameters())
+    untrained, _ = analysis.memorize({"base": str(tmp_path / "base.pt")}, "ia3", 8, 1e-6, 1, 1)
+    assert untrained["bits"] == 0  # a random model does not even know that answers are letters
+
+
+def test_int8_is_off_by_half_a_step_at_most_and_leaves_ones():
+    l = 1 + torch.randn(3, 50)
+    l[:, 7] = 1
+    l[2] = 1
+    steps = (l - 1).abs().amax(1, keepdim=True) / 127
+    back = analysis.to_int8(l)
+    assert ((back - l).abs() <= steps / 2 + 1e-6).all()  # and float32's own rounding
+    assert (back[:, 7] == 1).all() and (back[2] == 1).all()
+    assert len(((back[0] - 1) / steps[0]).round().unique()) > 20
+    extreme = (l[0] - 1).abs().argmax()
+    assert back[0, extreme].item() == pytest.approx(l[0, extreme].item(), rel=1e-6)
+
+
+def test_the_smallest_changes_are_reset_first():
+    model = make_gpt()
+    vectors = make_ia3(model)
+    versions = analysis.small_versions(vectors)
+    n = vectors.count()
+    assert {words: n_bytes for words, (n_bytes, _) in versions.items() if "reset" not in words} == {
+        "float32": 4 * n,
+        "bfloat16": 2 * n,
+        "int8": n + 4 * 3 * model.config.n_layer,
+    }
+    n_bytes, matrices = versions["75% reset"]
+    kept = {name: matrix != 1 for name, matrix in matrices.items()}
+    assert sum(mask.sum().item() for mask in kept.values()) == n_bytes // 4 == n - round(0.75 * n)
+    least = min((vectors.matrices()[name][mask] - 1).abs().min() for name, mask in kept.items())
+    most = max((vectors.matrices()[name][~mask] - 1).abs().max() for name, mask in kept.items())
+    assert most < least
+
+
+@pytest.mark.parametrize("make", [make_gpt, make_llama])
+def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
+    """All heads but one are ones: only resetting that one changes anything, by what leaving the vectors out does."""
+    model = make(block_size=64)
+    common.save(model, tmp_path / "base.pt")
+    vectors = attach(model)
+    d_head = model.config.n_embd // model.config.n_head
+    with torch.no_grad():
+        vectors.l_k[1, d_head : 2 * d_head] = 3.0
+        vectors.l_v[1, d_head : 2 * d_head] = torch.linspace(-4, 4, d_head)
+    vectors.save(tmp_path / "task.npz")
+    (tmp_path / "val.txt").write_bytes(bytes(range(256)) * 3)
+    argv = ["heads", f"--base={tmp_path}/base.pt", f"--ia3={tmp_path}/task.npz", f"--data={tmp_path}"]
+    assert analysis.main([*argv, f"--out={tmp_path}/out", "--items=4"]) == 0
+    columns = {"layer": int, "head": int}
+    columns |= dict.fromkeys(("l_k_mean", "l_k_std", "l_v_mean", "l_v_std", "rise", "standard_error"), float)
+    rows = lab.read_csv(tmp_path / "out/results.csv", columns)
+    assert len(rows) == model.config.n_layer * model.config.widths[0] // d_head
+    before = analysis.losses_of(model, tmp_path, 4)()
+    model.ia3 = None
+    after = analysis.losses_of(model, tmp_path, 4)()
+    for row in rows:
+        if (row["layer"], row["head"]) == (1, 1):
+            assert (row["l_k_mean"], row["l_k_std"], row["l_v_mean"]) == (3, 0, pytest.approx(0, abs=1e-6))
+            assert row["rise"] == pytest.approx((after - before).mean(), rel=1e-5) and row["rise"] != 0
+            assert row["standard_error"] == pytest.approx((after - before).std(ddof=1) / 2, rel=1e-5)
+        else:
+            assert (row["l_k_mean"], row["l_v_std"], row["rise"]) == (1, 0, 0)
+    assert "| l_k | 1.00 to 3.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
+    assert analysis.main(["size", "--quick", "--items=4", f"--out={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    assert "| int8 | 6,984 |" in text and "| 2 | 0.1 |" in text
+    assert (tmp_path / "quick/size.png").stat().st_size > 1000
+    model = common.load(lab.BASE)
+    negative = sum((p < 0).sum().item() for p in IA3.load(lab.ROOT / "data/folio.npz", model).parameters())
+    assert f"{negative:,} of its 6,912 scales are negative" in text
