@@ -215,10 +215,14 @@ def test_students_points_leave_a_fortieth_above(degrees):
 # --- rivals ---
 
 
-@pytest.mark.parametrize("name", shots.RIVALS)
-def test_a_rival_starts_from_the_base_and_learns(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in shots.RIVALS]
+    + [(name, torch.bfloat16) for name in shots.RIVALS if name != "full"],  # it trains what it holds, in float32
+)
+def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
     """A soft prompt is text before the question, so it starts from the base behind some tokens."""
-    model = make_llama(block_size=512)
+    model = make_llama(block_size=512).to(dtype)
     rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:4]
     before = shots.score(model, rows)
     soft = range(257, 257 + shots.N_PROMPT) if name == "prompt" else ()
@@ -226,10 +230,11 @@ def test_a_rival_starts_from_the_base_and_learns(name, tmp_path):
     trained = shots.RIVALS[name][0](model)
     for p in trained:
         p.requires_grad_(True)
+        assert p.dtype == torch.float32
     if name == "prompt":
         prompt, embedding = model.model.embed_tokens.prompt, model.model.embed_tokens.embedding.weight
         ids = [(embedding == row).all(1).nonzero()[0].item() for row in prompt]
-        before = shots.score(make_llama(block_size=512), rows, soft=ids)
+        before = shots.score(make_llama(block_size=512).to(dtype), rows, soft=ids)
     np.testing.assert_array_equal(shots.score(model, rows, soft=soft), before)
     shots.learn(model, rows, 1e-2, 3, 0, soft=soft)
     assert np.abs(shots.score(model.eval(), rows, soft=soft) - before).max() > 1e-4

@@ -166,3 +166,15 @@ def test_train_sends_choices_to_the_command_that_ranks_them(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"python -m experiments.ranking --data {folder}" in err
     assert not (tmp_path / "run").exists()
+
+
+@torch.no_grad()
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_it():
+    """A logit of 20 would be a multiple of 1/8, and choices would tie. float64 of the same weights is the truth."""
+    model = make_gpt().bfloat16()
+    model.lm_head.weight.normal_()
+    hidden, y = torch.randn(1, 3, model.config.n_embd).bfloat16(), torch.tensor([[4, 9, 200]])
+    found, _ = ranking.log_likelihoods(model, hidden, y)
+    truth = (hidden.double() @ model.lm_head.weight.double().T).log_softmax(-1)
+    expected = truth[0, range(3), y[0]].float().unsqueeze(0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32's own rounding; bfloat16's is 1e-2
