@@ -177,7 +177,7 @@ def scores(model, split, prefix=()):
     piles = {}  # what can be read in one batch without padding: prompts of a length, with as many choices
     for i, (prompt, choices, _) in enumerate(split.examples):
         piles.setdefault((len(prompt), len(choices)), []).append(i)
-    at_once = min(max(4096 // (len(prefix) + longest), 1), 16)  # each of them, and each choice, has a cache of its own
+    at_once = min(max(16384 // (len(prefix) + longest), 1), 16)  # each of them, and each choice, has a cache of its own
     beta = torch.full((len(split), most), -torch.inf)
     for (_, n), pile in piles.items():
         for ids in torch.tensor(pile).split(at_once):
