@@ -61,6 +61,10 @@ LONG_STEPS = 400
 LLAMA_RATES = {"full": 3e-5, "lora-all": 1e-3, "ia3": 3e-3}  # of (IA)³ the paper's; of the others, usual ones
 LLAMA_SEEDS = range(1, 3)
 QUICK_RATE = 3e-3
+# windows: of each work, None for all; curve: windows of val, for the curves
+GPT_WORK = {"llama": False, "batch_size": 16, "grad_accum": 1, "curve": 32, "windows": {"": None, "forget_": 256}}
+# half the rows of twice the tokens, as many at once as its logits leave room for
+LLAMA_WORK = {"llama": True, "batch_size": 8, "grad_accum": 2, "curve": 8, "windows": {"": 64, "forget_": 64}}
 VAL_WINDOWS = 256  # to choose a learning rate
 BATCH_SIZE = 16
 REPEATS = 25
@@ -288,18 +292,24 @@ def measure_costs(settings, data, repeats):
     return list(rows.values())
 
 
-def counts(settings, data):
-    """A table of PLACES: what a training step of 16 windows keeps for backward, and its FLOPs, over full's."""
-    rows = []
+def count_places(settings, data):
+    """Return {title: lab.count_step's dict} of PLACES, for a step of 16 windows."""
+    found = {}
     for title, add in PLACES.items():
         model = load_model(settings, "base", 0)
         for p in add(model):
             p.requires_grad_(True)
         split = lab.load_data(settings["folders"][data], model, ("train", "val"))["train"]
-        rows.append((title, lab.count_step(model, split.batch(0, 0, BATCH_SIZE), lm_loss, config_of(settings))))
+        found[title] = lab.count_step(model, split.batch(0, 0, BATCH_SIZE), lm_loss, config_of(settings))
+    return found
+
+
+def counts(settings, data):
+    """A table of PLACES: what a training step keeps for backward, and its FLOPs, over full fine-tuning's."""
+    found = count_places(settings, data)
+    full = found["full fine-tuning"]
     lines = []
-    for title, row in rows:
-        full = rows[0][1]
+    for title, row in found.items():
         over_full = [f"{row[what] / full[what]:.3f}" for what in ("saved_bytes", "linear_flops", "attention_flops")]
         lines.append([title, f"{row['values']:,}", *over_full])
     return lab.markdown(["", "values", "kept for backward", "FLOPs: linear", "attention"], lines)
@@ -579,10 +589,7 @@ def run(argv):
         raise ValueError("two of these folders have the same name, and runs go by it: rename one")
     datas = [Path(name).name for name in names]
     settings = {"base": args.base, "folders": folders, "forget": Path(args.forget).name, "device": str(device)}
-    settings |= {"dtype": dtype, "llama": is_llama, "batch_size": BATCH_SIZE, "grad_accum": 1, "curve": 32}
-    settings["windows"] = {"": None, "forget_": 256}  # of each work; None: all
-    if is_llama:  # half the rows of twice the tokens, as many at once as its logits leave room for
-        settings |= {"batch_size": 8, "grad_accum": 2, "curve": 8, "windows": {"": 64, "forget_": 64}}
+    settings |= {"dtype": dtype} | (LLAMA_WORK if is_llama else GPT_WORK)
     if args.quick:
         settings |= {"curve": 2, "windows": {"": 8, "forget_": 8}}
     if args.counts:

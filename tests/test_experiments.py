@@ -22,7 +22,7 @@ from torch import nn
 
 import common
 from data import Stream
-from experiments import ablate, bench, compare, exactness, generation, held_out, lab, rivals
+from experiments import ablate, bench, claims, compare, exactness, generation, held_out, lab, rivals
 from experiments.rivals import METHODS, Adapter
 from ia3 import attach
 from model import GPTConfig
@@ -407,6 +407,11 @@ def test_a_committed_table_is_what_the_command_makes_of_the_committed_files(fold
     assert text == tables(lab.RESULTS / folder) + "\n"
 
 
+def test_the_committed_claims_are_what_the_command_prints(capsys):
+    assert claims.main([]) == 0
+    assert (lab.RESULTS / "claims.md").read_text(encoding="utf-8") == capsys.readouterr().out
+
+
 def test_two_processors_agree_as_far_as_the_page_says():
     """All that is counted is the same, and the time of our step over a rival's differs by up to 0.1."""
     here, there = (lab.read_csv(lab.RESULTS / name / "results.csv", bench.RESULTS) for name in ("bench", "bench-epyc"))
@@ -448,8 +453,7 @@ def test_a_grid_grows_while_its_edge_is_best_then_the_quarters_beside_the_best_a
     assert seen["ia3"] == {0.01, 0.03, 0.1, 0.3, 1, 3, 10, 1.8, 5.6}  # 3 is the better half-decade, and 10 diverges
 
 
-SETTINGS = {"device": "cpu", "dtype": "float32", "llama": False, "batch_size": 16, "grad_accum": 1, "curve": 32}
-SETTINGS |= {"windows": {"": None, "forget_": 256}}
+SETTINGS = {"device": "cpu", "dtype": "float32"} | compare.GPT_WORK
 
 
 @pytest.fixture
@@ -507,6 +511,18 @@ def test_the_whole_comparison_and_that_it_goes_on(texts, monkeypatch, capsys):
     cell = lab.spread(*lab.student(found["a", 2]["full"]["beside"]), "+.4f")
     assert f"| {cell} |" in table or f"| {cell}, no ranking |" in table
 
+    # the figures of a claim are these runs'; without them it says so
+    monkeypatch.setattr(claims, "DATA", "a")
+    figures = claims.read_figures(texts)
+    assert figures["gap_ia3"] == claims.NOT_RUN == figures["forward_ia3"] == figures["half_full"] == figures["equal"]
+    (texts / "compare").symlink_to(out)
+    figures = claims.read_figures(texts)
+    assert figures["gap_ia3"] == f"{lab.spread(*lab.student(found['a', 2]['ia3']['gap']), '.1f')} %"
+    costs = {row["method"]: row for row in lab.read_csv(out / "costs.csv", compare.COSTS)}
+    assert figures["mixed_lora4"] == f"{costs['lora4']['mixed']:.2f}" and costs["bitfit"]["mixed"] is None
+    assert figures["equal"].startswith(f"{costs['ia3']['equal_low']:.3f} to ")
+    assert claims.NOT_RUN not in (figures["half_full"], figures["forward_prompt"], figures["gap_lora_all"])
+
     # the files alone make the table; a run that is missing is measured again, to the same bits, and no other
     lab.write_csv(out / "results.csv", rows[:-1])
     (out / "table.md").unlink()
@@ -521,6 +537,15 @@ def test_the_whole_comparison_and_that_it_goes_on(texts, monkeypatch, capsys):
     lab.write_csv(out / "results.csv", [*rows, rows[-1] | {"method": "magic"}])
     assert compare.main(flags) == 2
     assert "names a method 'magic' that is not in rivals.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [compare, ablate])
+def test_quick(script, texts, capsys):
+    flags = f"--quick --base {texts}/base.pt --data {texts}/a --device cpu --out {texts}/out".split()
+    assert script.main([*flags, *(["--forget", f"{texts}/b"] if script is compare else [])]) == 0
+    table = (texts / "out/quick/table.md").read_text(encoding="utf-8")
+    told = capsys.readouterr().out
+    assert re.match(r"\d+ runs, ", told) and table.strip() in told and "nan" not in table
 
 
 def test_no_ranking_where_a_difference_is_not_clear_of_0_over_works_and_over_seeds():
