@@ -1,6 +1,6 @@
 """Which sites matter, where, and trained how: one axis at a time around one reference, for any base and any data.
 
-    python -m experiments.ablate                              # every axis on folio; goes on where it was stopped
+    python -m experiments.ablate                              # sites, depth, steps; goes on where it was stopped
     python -m experiments.ablate --quick                      # the same in small, minutes: to see that it works
     python -m experiments.ablate --sites --lr 0.03 0.1 0.3    # these two axes, each alone
     python -m experiments.ablate --sites k,v ff --lr 0.03 0.1 --cross --out out/crossed    # every pair of them
@@ -8,9 +8,9 @@
 
 The reference is (IA)³ in full: k,v,ff in all layers, trained as the --ref flags say. An axis flag varies one setting
 around it, over the values named or, with none named, over those that --help lists. Trained on train and measured on all
-of val, which ablations may choose by; test stays unread. Every run is compared with the reference's runs of the same
-seeds on the same windows: differences and their intervals are paired, by a bootstrap over windows and seeds. With one
-seed only, the interval knows nothing of how another would have come out.
+of val, which ablations may choose by; test stays unread. A loss is the mean of the works'. Every run is compared with
+the reference's run of the same seed on the same works: an interval is Student's t over the seeds' differences. How sure
+that makes one of other works, it does not say: folio's val is two plays, and each one's difference stands beside it.
 
 Writes into --out what lab.py says of a folder of runs (the base's own row has the sites 'none'), table.md, and a
 picture an axis.
@@ -37,7 +37,8 @@ HALVES = ["all", "first-half", "second-half"]
 AXES = {"sites": "sites", "depth": "layers", "lr": "learning rate", "steps": "steps"}  # and their names in tables
 DEFAULTS = {"lr": [0.01, 0.03, 0.1, 0.3, 1.0], "steps": [25, 50, 100, 200, 400]}
 QUICK = {"lr": [0.03, 0.1], "steps": [15, 30]}
-SEEDS = {"sites": 3, "depth": 3}  # of each point; 1 on the other axes, and where axes are crossed
+UNNAMED = ("sites", "depth", "steps")  # the axes where none is named: the rates are compare's
+SEEDS = 3  # of each point; 1 where axes are crossed
 BATCH_SIZE = 16
 RUNS = {"sites": str, "depth": str, "lr": float, "steps": int, "seed": int, "values": int, "loss": float}
 
@@ -79,7 +80,7 @@ def hold(vectors, chosen):
 def measure(settings, sites, depth, lr, steps, seed):
     """Train as the job says, not at all where its sites are 'none', and measure on val.
 
-    settings: base, data, device. Returns the results and the nats of val's windows; infinite where training diverged.
+    settings: base, data, device. Returns the results and lab.work_losses' arrays; infinite where training diverged.
     """
     device, dtype = common.pick_device(settings["device"])
     model = common.load(settings["base"], getattr(torch, dtype)).to(device)  # frozen, so it is stored as it computes
@@ -96,11 +97,10 @@ def measure(settings, sites, depth, lr, steps, seed):
             train(model, data, config)
     except FloatingPointError:
         diverged = True
-    nats, targets = lab.window_losses(model, data["val"], config)
-    if diverged or not np.isfinite(nats).all():
-        nats = np.full(len(targets), np.inf)
-    loss = nats.sum() / targets.sum() * lab.tokens_a_byte(data["val"])
-    return {"values": values, "loss": float(loss)}, {"nats": nats, "targets": targets}
+    found = lab.work_losses(model, lab.read_works(settings["data"], "val", model), config)
+    if diverged or not np.isfinite(found["nats"]).all():
+        found["nats"] = np.full(len(found["nats"]), np.inf)
+    return {"values": values, "loss": float(lab.stack_works([found]).mean())}, found
 
 
 def plan(axes, reference, seeds=None, cross=False):
@@ -112,7 +112,7 @@ def plan(axes, reference, seeds=None, cross=False):
     grids = [axes] if cross else [{axis: values} for axis, values in axes.items()]
     jobs = [reference | {"sites": "none", "seed": 1}]
     for grid in grids:
-        n = seeds or (1 if cross else SEEDS.get(next(iter(grid)), 1))
+        n = seeds or (1 if cross else SEEDS)
         for point in itertools.product(*grid.values()):
             for seed in range(1, n + 1):
                 jobs.append(reference | dict(zip(grid, point, strict=True)) | {"seed": seed})
@@ -131,12 +131,8 @@ def place(axis, value):
     return value
 
 
-def difference(point, reference, means):
-    return means[point] - means[reference]
-
-
 def read_points(folder):
-    """Return the reference's point, {point: {seed: the run's row with its nats}}, the base's row, and val's targets.
+    """Return the reference's point, {point: {seed: the run's row with its works' losses}}, and the base's row.
 
     A point is a tuple, a value an axis. Raises ValueError where the runs are not this command's.
     """
@@ -144,11 +140,9 @@ def read_points(folder):
     reference = tuple(lab.read_about(folder)["reference"][axis] for axis in AXES)
     points = {}
     base = None
-    targets = None
-    for row in rows:
-        run = lab.arrays_of(row, arrays, folder)
-        targets = run["targets"] if targets is None else targets
-        row["nats"] = lab.stack_runs([run], "nats", targets)[0]  # (windows,)
+    losses = lab.stack_works([lab.arrays_of(row, arrays, folder) for row in rows]) if rows else []
+    for row, of_works in zip(rows, losses, strict=True):
+        row["works"] = of_works  # (works,) nats a byte
         if row["sites"] == "none":
             base = row
             continue
@@ -158,39 +152,36 @@ def read_points(folder):
     points = {point: seeds for point, seeds in points.items() if 1 in seeds}  # others: a command that was stopped
     if base is None or reference not in points:
         raise ValueError(f"{folder} lacks runs of the base or of the reference: the command measures them")
-    return reference, points, base, targets
+    return reference, points, base
 
 
 def summarize(folder):
     """Compare the points of every axis with the reference. Returns {axes: records}: (axis,), or several if crossed.
 
-    The first record is the base's. A record is a row of results.csv with the mean loss over the seeds, the difference
-    to the reference and its 95 % interval, (value, low, high), None where either diverged, the number of seeds and of
-    those that diverged. All points of an axis are compared on the seeds that all of them have.
+    The first record is the base's. A record is a row of results.csv with the mean loss over works and seeds; the
+    difference to the reference, (value, low, high) over the seeds and 'by_work' over the works, None where either
+    diverged; the number of seeds and of those that diverged. All points of an axis are compared on the seeds that all
+    of them have.
     """
-    about = lab.read_about(folder)
-    reference, points, base, targets = read_points(folder)
+    reference, points, base = read_points(folder)
     varied = [axis for i, axis in enumerate(AXES) if any(point[i] != reference[i] for point in points)]
     summary = {}
-    for axes in [tuple(varied)] if about["crossed"] else [(axis,) for axis in varied]:
+    for axes in [tuple(varied)] if lab.read_about(folder)["crossed"] else [(axis,) for axis in varied]:
         fixed = [i for i, axis in enumerate(AXES) if axis not in axes]
         along = [point for point in points if all(point[i] == reference[i] for i in fixed)]
         along.sort(key=lambda point: [place(axis, value) for axis, value in zip(AXES, point, strict=True)])
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
-        nats = {"base": about["tokens_a_byte"] * base["nats"][None]}  # (seeds, windows), the mean in nats a byte
-        for point in along:
-            nats[point] = about["tokens_a_byte"] * np.stack([points[point][seed]["nats"] for seed in seeds])
-        finite = {point: matrix for point, matrix in nats.items() if np.isfinite(matrix).all()}
-        found = {}
-        if reference in finite:
-            formulas = {point: partial(difference, point, reference) for point in finite}
-            found = lab.estimates(finite, targets, formulas)
+        theirs = np.stack([points[reference][seed]["works"] for seed in seeds])  # (seeds, works)
         records = []
-        for point, matrix in nats.items():
+        for point in ("base", *along):
             row = base if point == "base" else points[point][seeds[0]]
-            record = row | {"loss": matrix.sum(1).mean() / targets.sum(), "difference": found.get(point)}
-            record |= {"seeds": len(matrix), "diverged": int((~np.isfinite(matrix).all(1)).sum())}
-            records.append(record | {"reference": point == reference})
+            ours = np.stack([base["works"] if point == "base" else points[point][seed]["works"] for seed in seeds])
+            record = row | {"loss": ours.mean(), "difference": None, "seeds": len(seeds)}
+            record |= {"diverged": int((~np.isfinite(ours).all(1)).sum()), "reference": point == reference}
+            if np.isfinite(ours).all() and np.isfinite(theirs).all():
+                record["difference"] = lab.student((ours - theirs).mean(1))
+                record["by_work"] = (ours - theirs).mean(0)
+            records.append(record)
         summary[axes] = records
     return summary
 
@@ -202,44 +193,43 @@ def cell(axis, record):
     return f"{record[axis]:g}" if isinstance(record[axis], float) else str(record[axis])
 
 
-def unit_of(about):
-    return "nats a token" if about["tokens_a_byte"] == 1 else "nats a byte"
-
-
 def tables(folder):
     """The Markdown tables, one an axis, of the runs in folder, a Path, from its files alone."""
     about = lab.read_about(folder)
     pieces = []
     for axes, (base, *records) in summarize(folder).items():
-        head = [*[AXES[axis] for axis in axes], "values trained", unit_of(about), "difference", "95 % interval"]
+        head = [*[AXES[axis] for axis in axes], "values trained", "nats a byte", "difference", "95 %, over seeds"]
+        head.append("difference, by work")
         rows = []
         for record in (base, *records):
             names = [cell(axis, record) for axis in axes]
             if record is base:
                 names = ["the base", *[""] * (len(axes) - 1)]
             loss = f"{record['loss']:.4f}"
-            change = interval = ""
+            change = interval = by_work = ""
             if record["diverged"]:
                 loss = f"diverged, {record['diverged']} of {record['seeds']}"
             elif record["difference"] is not None:
                 value, low, high = record["difference"]
                 change = f"{value:+.4f}"
-                interval = f"{low:+.4f} to {high:+.4f}"
-                if low <= 0 <= high:
-                    interval += ", not distinguished"
+                by_work = ", ".join(f"{value:+.4f}" for value in record["by_work"])
+                if record["seeds"] > 1:
+                    interval = f"{low:+.4f} to {high:+.4f}"
+                    if low <= 0 <= high:
+                        interval += ", not distinguished"
             if record["reference"]:
                 change = "reference"
-                interval = ""
-            rows.append([*names, f"{record['values']:,}", loss, change, interval])
+                interval = by_work = ""
+            rows.append([*names, f"{record['values']:,}", loss, change, interval, by_work])
         fixed = [f"{AXES[axis]} {cell(axis, about['reference'])}" for axis in AXES if axis not in axes]
         n = records[0]["seeds"]
-        told = [f"{about['data']}/val, {n} {'seed' if n == 1 else 'seeds'}", *fixed]
+        told = [f"{about['data']}/val ({', '.join(about['works'])}), {n} seed{'s' * (n > 1)}", *fixed]
         told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step")
         pieces += [lab.markdown(head, rows), f"{'; '.join(told)}."]
     return "\n\n".join(pieces)
 
 
-def draw(axes, records, unit, path):
+def draw(axes, records, path):
     """The loss along the last of the axes, a line for every point of the others; bars: 95 % of the difference."""
     base, *records = records
     *others, last = axes
@@ -257,9 +247,8 @@ def draw(axes, records, unit, path):
         losses = [math.nan if record["diverged"] else record["loss"] for record in line]
         bars = np.zeros((2, len(line)))
         for n, record in enumerate(line):
-            if record["difference"]:  # around a mean that a skewed bootstrap may leave outside: no bar is below 0
-                value, low, high = record["difference"]
-                bars[:, n] = max(value - low, 0), max(high - value, 0)
+            if record["difference"] and record["seeds"] > 1:
+                bars[:, n] = record["difference"][0] - record["difference"][1]  # Student's interval is symmetric
         style = "o-" if numeric or others else "o"
         panel.errorbar([at(r) for r in line], losses, bars, fmt=style, color=f"C{i}", ms=4, capsize=3, label=label)
     for record in records:
@@ -270,8 +259,8 @@ def draw(axes, records, unit, path):
         panel.set_xscale("log")
         panel.minorticks_off()
         panel.set_xticks(list(ticks), list(ticks.values()))
-    panel.set(xlabel=AXES[last], ylabel=f"loss on val ({unit})")
-    panel.set_title("bars: 95 % interval of the difference to the reference; ×: diverged", fontsize=8)
+    panel.set(xlabel=AXES[last], ylabel="loss on val (nats a byte)")
+    panel.set_title("bars: 95 % of the difference to the reference, over seeds; ×: diverged", fontsize=8)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     lab.save_picture(figure, path)
@@ -282,13 +271,13 @@ def draw(axes, records, unit, path):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    axes = parser.add_argument_group("axes", "none named: all of them")
+    axes = parser.add_argument_group("axes", "none named: sites, depth and steps")
     axes.add_argument("--sites", nargs="*", type=in_order, help=f"(default: {' '.join(SUBSETS)})")
     axes.add_argument("--depth", nargs="*", help=f"which layers (default: {' '.join(HALVES)}, and each one, from 0)")
     axes.add_argument("--lr", nargs="*", type=float, help="peak learning rate (default: 0.01 to 1, five)")
     axes.add_argument("--steps", nargs="*", type=int, help="optimizer steps (default: 25 to 400, five)")
     axes.add_argument("--cross", action="store_true", help="every combination of the axes named, not each alone")
-    axes.add_argument("--seeds", type=int, help="of every point (default: 3 for sites, depth; 1 for others, crossed)")
+    axes.add_argument("--seeds", type=int, help="of every point, at most 10 (default: 3; crossed: 1)")
     add = parser.add_argument
     add("--ref-lr", type=float, default=0.1, help="the reference's (default: %(default)s)")
     add("--ref-steps", type=int, help="the reference's (default: 100, and 30 with --quick)")
@@ -298,6 +287,7 @@ def parse(argv):
     add("--workers", type=int, default=2, help="processes, a thread each; 1 on a GPU (default: %(default)s)")
     add("--out", type=Path, default=Path("out/ablation"), help="folder (default: %(default)s)")
     add("--quick", action="store_true", help="one seed, few values, 30 steps; into OUT/quick")
+    add("--plan", action="store_true", help="say how many runs and hours, and stop")
     return parser.parse_args(argv)
 
 
@@ -306,6 +296,10 @@ def run(argv):
     for name in ("seeds", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
+    if args.seeds and args.seeds > 10:
+        raise ValueError(
+            f"seeds must be at most 10, which is as far as the table of Student's t goes, not {args.seeds}"
+        )
     device, dtype = common.pick_device(args.device)
     model = common.load(args.base)
     n_layer = model.config.n_layer
@@ -316,7 +310,7 @@ def run(argv):
         raise ValueError("cross wants two axes or more to be named")
     defaults = {"sites": SUBSETS, "depth": [*(HALVES if n_layer > 1 else HALVES[:1]), *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
-    axes = {axis: given.get(axis) or defaults[axis] for axis in given or AXES}
+    axes = {axis: given.get(axis) or defaults[axis] for axis in given or UNNAMED}
     reference = {"sites": SUBSETS[-1], "depth": HALVES[0], "lr": args.ref_lr, "steps": args.ref_steps}
     if args.ref_steps is None:
         reference["steps"] = 30 if args.quick else 100
@@ -329,8 +323,19 @@ def run(argv):
 
     about = {"fingerprint": fingerprint(model), "data": Path(args.data).name}
     about |= {"data_hash": data["train"].data_hash()[:16] + data["val"].data_hash()[:16]}
-    about |= {"tokens_a_byte": lab.tokens_a_byte(data["val"]), "block_size": min(model.config.block_size, 256)}
+    works = lab.read_works(args.data, "val", model)
+    about |= {"works": list(works), "block_size": min(model.config.block_size, 256)}
     about |= {"dtype": dtype, "crossed": args.cross, "reference": reference}
+    steps = sum(job["steps"] for job in jobs if job["sites"] != "none")
+    attach(model)
+    a_step, a_window = lab.pace(model, data["train"], TrainConfig(batch_size=BATCH_SIZE, dtype=dtype))
+    seconds = steps * a_step + len(jobs) * sum(map(len, works.values())) * a_window
+    print(
+        f"{len(jobs)} runs, {steps:,} steps: about {seconds / args.workers / 60:.0f} minutes on {args.workers} cores",
+        flush=True,
+    )
+    if args.plan:
+        return 0
     out = args.out / "quick" if args.quick else args.out
     lab.open_folder(out, about)
     settings = {"base": args.base, "data": args.data, "device": args.device}
@@ -340,7 +345,7 @@ def run(argv):
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():
         path = out / f"{'-'.join(axes)}.png"
-        draw(axes, records, unit_of(about), path)
+        draw(axes, records, path)
         print(path)
     return 0
 

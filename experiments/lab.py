@@ -1,5 +1,5 @@
-"""What the experiments share: runs that go on where they were stopped, losses window by window and how sure one may be
-of their means, tables and pictures, clocks and counters.
+"""What the experiments share: runs that go on where they were stopped, losses work by work and how sure one may be of
+their means, tables and pictures, clocks and counters.
 
 A folder of runs holds about.json, what all of them share; results.csv, a row a run; and windows.npz, each run's arrays
 under the run's name, which is what was known of it in advance: its row's cells up to the seed.
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
 from common import replace_file
-from train import autocast, evaluate
+from train import autocast, evaluate, lm_loss
 
 matplotlib.use("agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
@@ -38,6 +38,23 @@ BASE = str(ROOT / "data/base.pt")
 RESULTS = ROOT / "experiments/results"  # what is committed
 # Student's t, the 97.5 % point, by degrees of freedom: any table has it, and the tests integrate the density
 T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
+BLOCK = 32  # windows: some pages
+TITLES = {  # the line with which a work begins, and its name
+    "MACBETH": "Macbeth",
+    "TWELFTH NIGHT; OR, WHAT YOU WILL": "Twelfth Night",
+    "JULIUS CAESAR": "Julius Caesar",
+    "THE MERCHANT OF VENICE": "The Merchant of Venice",
+    "The Tragedie of Macbeth": "Macbeth, 1623",
+    "Twelfe Night, Or what you will": "Twelfth Night, 1623",
+    "The Tragedie of Julius Caesar": "Julius Caesar, 1623",
+    "The Merchant of Venice": "The Merchant of Venice, 1623",
+    "As you Like it": "As You Like It, 1623",
+    "The life and death of King Richard the Second": "Richard II, 1623",
+    "The Two Gentlemen of Verona": "The Two Gentlemen of Verona, 1623",
+    "Isaiah 1": "Isaiah",
+    "Luke 1": "Luke",
+    "John 1": "John",
+}
 STOPPED = "stopped; the same command goes on from here"
 
 
@@ -135,12 +152,19 @@ def arrays_of(row, arrays, folder):
     return arrays[run_name(row)]
 
 
-def stack_runs(runs, name, targets):
-    """Return the runs' nats of that name, (runs, windows). Raises ValueError unless targets, (windows,), fit them."""
+def stack_works(runs, kind=""):
+    """Nats a byte of every work by every run, (runs, works). kind: 'forget_', or '' for what was learned.
+
+    Raises ValueError where the runs did not read the same blocks.
+    """
+    losses = []
     for run in runs:
-        if name not in run or run[name].shape != targets.shape:
-            raise ValueError("windows.npz holds runs that were measured on different windows: remove it")
-    return np.stack([run[name] for run in runs])
+        work = run.get(f"{kind}work")
+        if work is None or not np.array_equal(work, runs[0][f"{kind}work"]):
+            raise ValueError("windows.npz holds runs that were measured on different texts: remove it")
+        work = work.astype(int)
+        losses.append(np.bincount(work, run[f"{kind}nats"]) / np.bincount(work, run[f"{kind}bytes"]))
+    return np.stack(losses)
 
 
 # --- making the runs ---
@@ -192,6 +216,9 @@ def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
     return [done[run_name(job)] for job in jobs if run_name(job) in done]
 
 
+# --- texts, and losses work by work ---
+
+
 def load_data(name, model, splits):
     """data.load for this model, in windows of at most 256 tokens, as train.py has them."""
     config = model.config
@@ -203,7 +230,30 @@ def tokens_a_byte(split):
     return split.n_tokens / split.n_bytes if split.n_bytes else 1.0
 
 
-# --- losses, and how sure one may be of their mean ---
+def read_works(name, split, model):
+    """Return {title: Stream} of a split, cut at the lines that are TITLES: a window belongs to one work only.
+
+    What has no such line, or is no text, is one work, called after its folder.
+    """
+    path = datasets.find(name, ("train", split))[split]
+    whole = load_data(name, model, ("train", split))[split]  # the loader's own checks
+    if path.suffix != ".txt":
+        return {path.parent.name: whole}
+    pieces = {}
+    title = path.parent.name
+    for line in path.read_bytes().splitlines(keepends=True):
+        found = TITLES.get(line.strip().decode("utf-8", "replace"), title)
+        if found not in pieces:  # a title that comes again, as a speaker's name does, begins nothing
+            title = found
+        pieces.setdefault(title, []).append(line)
+    works = {}
+    for title, lines in pieces.items():
+        raw = b"".join(lines)
+        tokens = np.frombuffer(raw, np.uint8)  # a byte's id is its value
+        if model.tokenizer.about != "bytes":
+            tokens = np.array(model.tokenizer.encode_ordinary(raw.decode("utf-8")), np.int32)
+        works[title] = datasets.Stream(tokens, whole.block_size, len(raw))
+    return works
 
 
 def window_losses(model, split, config, n_windows=None):
@@ -225,35 +275,42 @@ def window_losses(model, split, config, n_windows=None):
     return torch.cat(nats).numpy(), torch.cat(targets).double().numpy()
 
 
-def estimates(nats, targets, formulas):
-    """What follows from the methods' mean losses, and how sure that is: the one place that knows a bootstrap.
+def work_losses(model, works, config, n_windows=None):
+    """Read every work whole, or n_windows evenly spaced windows of each.
 
-    nats: {name: (seeds, windows)}; targets (windows,); formulas: {key: a function of {name: mean loss in nats a
-    target}}. Returns {key: (value, low, high)}, the value of all windows and seeds, and the middle 95 % of the
-    bootstrap's.
+    works: read_works'. Returns three arrays (blocks,), a block being up to BLOCK windows in a row of one work: 'nats',
+    'bytes', and 'work', which one.
     """
-    means = {name: matrix.mean(0).sum() / targets.sum() for name, matrix in nats.items()}
-    draws = bootstrap(nats, targets)
-    found = {}
-    for key, formula in formulas.items():
-        low, high = np.quantile(formula(draws), (0.025, 0.975)).tolist()
-        found[key] = (float(formula(means)), low, high)
-    return found
+    found = {"nats": [], "bytes": [], "work": []}
+    for i, split in enumerate(works.values()):
+        nats, targets = window_losses(model, split, config, n_windows)
+        starts = np.arange(0, len(nats), BLOCK)
+        found["nats"].append(np.add.reduceat(nats, starts))
+        found["bytes"].append(np.add.reduceat(targets, starts) / tokens_a_byte(split))
+        found["work"].append(np.full(len(starts), i))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def bootstrap(nats, targets, n=2000):
-    """Resample windows and seeds n times, the same windows and the same seeds for everyone: differences are paired.
+# --- how sure one may be of a mean ---
 
-    nats: {name: (seeds, windows)}, the base's with one row; targets (windows,). Returns {name: n means, nats a target}.
+
+def student(values):
+    """The mean of values, (n,) with n ≤ 10, and Student's 95 % interval: (mean, low, high), ends NaN for n = 1."""
+    n = len(values)
+    mean = float(np.mean(values))
+    half = T_975[n - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+def block_noise(nats, n_bytes, n=2000):
+    """The middle 95 % of n bootstrap resamples of one work's blocks: how far a mean moves with the passages read.
+
+    nats, n_bytes: (blocks,), the first a method's less another's. It says nothing of other works. Returns (low, high)
+    in nats a byte.
     """
     dice = np.random.default_rng(0)
-    windows = dice.multinomial(len(targets), np.full(len(targets), 1 / len(targets)), n)  # (n, windows): how often each
-    seeds = {s: dice.multinomial(s, np.full(s, 1 / s), n) / s for s in sorted({len(m) for m in nats.values()})}
-    means = {}
-    for name, matrix in nats.items():
-        per_seed = windows @ matrix.T / (windows @ targets)[:, None]  # (n, seeds)
-        means[name] = (seeds[len(matrix)] * per_seed).sum(1)
-    return means
+    drawn = dice.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), n)  # (n, blocks): how often each
+    return np.quantile(drawn @ nats / (drawn @ n_bytes), (0.025, 0.975)).tolist()
 
 
 def accuracy_difference(ours, theirs, n=2000):
@@ -270,11 +327,8 @@ def accuracy_difference(ours, theirs, n=2000):
     draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), n) / n_draws
     medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]  # (n, draws)
     low, high = np.quantile((draws * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))
-    half = math.nan
-    if n_draws > 1:
-        half = T_975[n_draws - 1] * of_draw.std(ddof=1) / math.sqrt(n_draws)
-    value = of_draw.mean()
-    return tuple(map(float, (value, low, high, value - half, value + half)))
+    value, t_low, t_high = student(of_draw)
+    return value, float(low), float(high), t_low, t_high
 
 
 # --- tables and pictures ---
@@ -329,6 +383,16 @@ def interleave(contestants, repeats, device, warmup=2):
     return times
 
 
+def equivalence(times, others):
+    """The 90 % interval of the median of times over others: the order statistics that the sign test leaves standing.
+
+    Within ±3 % of 1 the two are called equivalent: two one-sided tests, each at 5 %.
+    """
+    ratios = sorted(t / other for t, other in zip(times, others, strict=True))
+    cut = max(int((len(ratios) + 1 - 1.645 * math.sqrt(len(ratios))) / 2), 1)  # the normal's 95 % point
+    return ratios[cut - 1], ratios[-cut]
+
+
 def ratio(times, others):
     """Median and quartiles of times over others, repeat by repeat: a slow moment of the machine cancels out."""
     ratios = [t / other for t, other in zip(times, others, strict=True)]
@@ -368,6 +432,32 @@ def training_step(model, batch, loss_fn, config):
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def pace(model, split, config):
+    """Seconds of one core for a training step of a language model, and for one window's forward pass.
+
+    In the processor's time, which other programs lengthen less.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    device = model.lm_head.weight.device
+    batch = datasets.to_device(split.batch(0, 0, config.batch_size // config.grad_accum), device)
+    step = training_step(model, batch, lm_loss, config)
+    step()  # the first is slower
+
+    def read():
+        with torch.no_grad(), autocast(model, config):
+            model(batch[0])
+
+    times = []
+    for call in (step, read):
+        start = time.process_time()
+        for _ in range(3):
+            call()
+        times.append((time.process_time() - start) / 3)
+    torch.set_num_threads(threads)
+    return times[0] * config.grad_accum, times[1] / len(batch[0])
 
 
 def count_step(model, batch, loss_fn, config):

@@ -2,8 +2,8 @@
 
 A method is a function that takes a frozen GPT, adds what it adds, and returns the parameters to train; attach() sees to
 the rest, and train.train() needs no more. Where it merges, a second function returns a plain GPT that computes the
-same. METHODS, at the end, lists them with the learning rate that the (IA)³ paper's authors ran each with (the configs
-of their code, github.com/r-three/t-few).
+same. METHODS, at the end, lists them. None comes with a learning rate: the published ones are for another optimizer
+(docs/training.md), so whoever compares chooses one for each.
 """
 
 import copy
@@ -44,9 +44,9 @@ def add_full(model):
 def add_bitfit(model):
     """BitFit: the biases, and nothing else (Ben Zaken et al. 2021, arXiv:2106.10199, section 3).
 
-    Of the linear maps 9·n a layer, of the LayerNorms 2·n a layer and n at the end. Some codebases (T-Few's is one) call
-    BitFit what trains the LayerNorms' weights as well. In a GPT-2 the value of b_k does not reach the output, so n of a
-    layer's 11·n are idle.
+    Of the linear maps 9·n a layer, of the LayerNorms 2·n a layer and n at the end. What the (IA)³ paper's authors ran
+    as BitFit trains the LayerNorms' weights as well (github.com/r-three/t-few, configs/bitfit.json). In a GPT-2 the
+    value of b_k does not reach the output, so n of a layer's 11·n are idle.
     """
     return [p for name, p in model.named_parameters() if name.endswith(".bias")]
 
@@ -56,9 +56,9 @@ def add_layernorm(model):
     return [p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
 
 
-def add_ia3(model):
+def add_ia3(model, sites=ia3.SITES):
     """(IA)³ itself."""
-    return list(ia3.attach(model).parameters())
+    return list(ia3.attach(model, sites=sites).parameters())
 
 
 # --- LoRA ---
@@ -112,7 +112,7 @@ def merge_lora(model):
 
 
 class LoRALinear(nn.Module):
-    """A linear map plus a low-rank change, W x + B A x: LoRA where every map is a module of its own, as in a Llama."""
+    """A linear map plus a low-rank change, W x + B A x: LoRA on a module as a whole, a GPT's fused c_attn too."""
 
     def __init__(self, linear, r):
         super().__init__()
@@ -127,15 +127,71 @@ class LoRALinear(nn.Module):
 
 def add_lora_llama(model, r, names):
     """LoRA on those of a Llama's linear maps that names lists, such as ('q_proj', 'v_proj')."""
+    sublayers = [sublayer for block in model.model.layers for sublayer in (block.self_attn, block.mlp)]
+    return add_loras(sublayers, r, names)
+
+
+def add_lora_all(model, r):
+    """LoRA on every linear map of a block; on a GPT that is 16·r·n_embd values a layer, c_attn being one map."""
+    if not hasattr(model, "transformer"):
+        return add_lora_llama(model, r, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    sublayers = [sublayer for block in model.transformer.h for sublayer in (block.attn, block.mlp)]
+    return add_loras(sublayers, r, ("c_attn", "c_fc", "c_proj"))
+
+
+def add_loras(sublayers, r, names):
+    """LoRA on those of the sublayers' linear maps that names lists. Returns what it trains."""
     trained = []
-    for block in model.model.layers:
-        for sublayer in (block.self_attn, block.mlp):
-            for name in names:
-                if hasattr(sublayer, name):
-                    lora = LoRALinear(getattr(sublayer, name), r)
-                    setattr(sublayer, name, lora)
-                    trained += [lora.A, lora.B]
+    for sublayer in sublayers:
+        for name in names:
+            if hasattr(sublayer, name):
+                lora = LoRALinear(getattr(sublayer, name), r)
+                setattr(sublayer, name, lora)
+                trained += [lora.A, lora.B]
     return trained
+
+
+@torch.no_grad()
+def merge_lora_all(model):
+    """W ← W + B A, in float64, rounded once."""
+    model = copy.deepcopy(model)
+    loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, lora in loras.items():
+        weight = lora.linear.weight
+        weight.copy_(weight.double() + lora.B.double() @ lora.A.double())
+        model.set_submodule(name, lora.linear)
+    return model
+
+
+class MixedLoRA(nn.Module):
+    """A batch of several tasks' rows: W_m x + B_m A_m x with the A and B of each row's task, gathered by task_ids.
+
+    loras: the tasks' LoRA on one c_attn; task_ids (B,) long.
+    """
+
+    def __init__(self, loras, task_ids):
+        super().__init__()
+        self.c_attn = loras[0].c_attn
+        self.rows = loras[0].rows
+        self.A = nn.Parameter(torch.stack([lora.A.detach() for lora in loras]))  # (n_tasks, maps, r, C)
+        self.B = nn.Parameter(torch.stack([lora.B.detach() for lora in loras]))  # (n_tasks, maps, C, r)
+        self.task_ids = task_ids
+
+    def forward(self, x):
+        y = self.c_attn(x)  # (B, T, 3C)
+        A = self.A[self.task_ids]  # (B, maps, r, C)
+        B = self.B[self.task_ids]
+        for i, rows in enumerate(self.rows):
+            y[..., rows] += x @ A[:, i].mT @ B[:, i].mT  # (B, T, C) → (B, T, r) → (B, T, C)
+        return y
+
+
+def mix_lora(models, task_ids):
+    """One GPT of several that add_lora made of the same base: row b of its batch is computed as models[task_ids[b]]."""
+    mixed = copy.deepcopy(models[0])
+    for i, block in enumerate(mixed.transformer.h):
+        block.attn.c_attn = MixedLoRA([model.transformer.h[i].attn.c_attn for model in models], task_ids)
+    return mixed
 
 
 # --- prompt tuning ---
@@ -165,6 +221,45 @@ def add_prompt_llama(model, n_prompt):
     return [model.model.embed_tokens.prompt]
 
 
+class PromptBlock(nn.Module):
+    """A GPT's first block, with learned vectors before the text.
+
+    They have no place among the base's positions, of which a window takes all: a vector that is learned can hold one.
+    """
+
+    def __init__(self, block, prompt):
+        super().__init__()
+        self.block = block
+        self.prompt = nn.Parameter(prompt)  # (P, C)
+
+    def forward(self, x, l_k=None, l_v=None, l_ff=None, cache=None):
+        if cache is not None:
+            raise ValueError("a prompt is read anew with every token: it has no cache")
+        soft = self.prompt.to(x.dtype).expand(x.size(0), -1, -1)
+        return self.block(torch.cat((soft, x), 1), l_k, l_v, l_ff)  # (B, P + T, C)
+
+
+class DropPrompt(nn.Module):
+    """The last LayerNorm, of the text only."""
+
+    def __init__(self, ln_f, n_prompt):
+        super().__init__()
+        self.ln_f = ln_f
+        self.n_prompt = n_prompt
+
+    def forward(self, x):
+        return self.ln_f(x[:, self.n_prompt :])  # (B, T, C)
+
+
+def add_prompt(model, n_prompt):
+    """Prompt tuning of a GPT. The vectors start as tokens that exist (Lester et al. 2021, section 3.2)."""
+    wte = model.transformer.wte
+    prompt = wte.weight[torch.randint(wte.num_embeddings, (n_prompt,))].detach().clone()
+    model.transformer.h[0] = PromptBlock(model.transformer.h[0], prompt)
+    model.transformer.ln_f = DropPrompt(model.transformer.ln_f, n_prompt)
+    return [model.transformer.h[0].prompt]
+
+
 # --- bottleneck adapters ---
 
 
@@ -186,9 +281,9 @@ class Adapter(nn.Module):
         return h + self.up(F.gelu(self.down(h), approximate="tanh"))  # (B, T, C) → (B, T, width) → (B, T, C)
 
 
-def add_adapters(model, width):
+def add_adapters(model, width, layernorms=True):
     """An adapter behind each sublayer's projection, before the residual sum; the LayerNorms are trained too (2.1)."""
-    trained = add_layernorm(model)
+    trained = add_layernorm(model) if layernorms else []
     for block in model.transformer.h:
         for sublayer in (block.attn, block.mlp):
             adapter = Adapter(model.config.n_embd, width)
@@ -203,8 +298,8 @@ def add_adapters(model, width):
 class PrefixAttention(nn.Module):
     """Attention to learned keys and values before those of the text: softmax(Q [P_k; K]ᵀ / √d_head) [P_v; V].
 
-    Li and Liang 2021, arXiv:2101.00190, section 4, without the MLP that they train the prefix through. No merge: the
-    attention is longer.
+    Li and Liang 2021, arXiv:2101.00190, section 4, without the MLP that they, and the (IA)³ paper's authors, train the
+    prefix through. No merge: the attention is longer.
     """
 
     def __init__(self, attn, keys, values):
@@ -252,20 +347,24 @@ def add_prefix(model, n_prefix):
 @dataclass(frozen=True)
 class Method:
     title: str  # in tables
-    lr: float  # published
     add: Callable  # to a frozen GPT; returns the parameters to train
     merge: Callable | None  # of a GPT, to a plain one
     mixes: str  # how one batch can serve several tasks
 
 
 METHODS = {
-    "base": Method("the untouched base", 0.0, add_nothing, copy.deepcopy, "is one"),
-    "full": Method("full fine-tuning", 3e-4, add_full, copy.deepcopy, "no"),
-    "bitfit": Method("BitFit", 3e-4, add_bitfit, copy.deepcopy, "gathered biases"),
-    "layernorm": Method("LayerNorm tuning", 3e-4, add_layernorm, copy.deepcopy, "gathered vectors"),
-    "lora1": Method("LoRA r = 1 on k, v", 3e-3, partial(add_lora, r=1, maps="kv"), merge_lora, "gathered matrices"),
-    "lora4": Method("LoRA r = 4 on q, v", 3e-3, partial(add_lora, r=4, maps="qv"), merge_lora, "gathered matrices"),
-    "adapters": Method("adapters of width 8", 3e-3, partial(add_adapters, width=8), None, "gathered matrices"),
-    "prefix": Method("a prefix of 8", 1e-2, partial(add_prefix, n_prefix=8), None, "gathered keys, values"),
-    "ia3": Method("(IA)³", 3e-3, add_ia3, merge, "gathered vectors: `task_ids=`"),
+    "base": Method("the untouched base", add_nothing, copy.deepcopy, "is one"),
+    "full": Method("full fine-tuning", add_full, copy.deepcopy, "no"),
+    "bitfit": Method("BitFit", add_bitfit, copy.deepcopy, "gathered biases"),
+    "layernorm": Method("LayerNorm tuning", add_layernorm, copy.deepcopy, "gathered vectors"),
+    "lora1": Method("LoRA r = 1 on k, v", partial(add_lora, r=1, maps="kv"), merge_lora, "gathered matrices"),
+    "lora4": Method("LoRA r = 4 on q, v", partial(add_lora, r=4, maps="qv"), merge_lora, "gathered matrices"),
+    "lora-all": Method("LoRA r = 1 on all maps", partial(add_lora_all, r=1), merge_lora_all, "gathered matrices"),
+    "adapters": Method("adapters of 8, and LayerNorms", partial(add_adapters, width=8), None, "gathered matrices"),
+    "adapters-only": Method(
+        "adapters of 8", partial(add_adapters, width=8, layernorms=False), None, "gathered matrices"
+    ),
+    "prefix": Method("a prefix of 8, without the MLP", partial(add_prefix, n_prefix=8), None, "gathered keys, values"),
+    "prompt": Method("a prompt of 16", partial(add_prompt, n_prompt=16), None, "gathered vectors"),
+    "ia3": Method("(IA)³", add_ia3, merge, "gathered vectors: `task_ids=`"),
 }

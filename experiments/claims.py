@@ -1,0 +1,270 @@
+"""What articles say of (IA)³: a verdict and a source for each claim, and their comparison table with figures from here.
+
+    python -m experiments.claims > experiments/results/claims.md
+
+Figures come from what is committed in experiments/results, or are counted on the spot. Where a run has not been made,
+or is an older command's, there stands 'not run'.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+import common
+from experiments import bench, compare, lab, rivals
+from experiments.rivals import METHODS
+from ia3 import IA3
+from tools.count import find_model, row, row_of_t0
+
+DATA = "folio"
+NOT_RUN = "not run"
+
+
+# --- figures ---
+
+
+def read_comparison(folder):
+    """compare's statistics on folio at 1×, its runs, and its costs by method; empty where they are not there."""
+    try:
+        key = (DATA, compare.STEPS)
+        costs = {cells["method"]: cells for cells in lab.read_csv(folder / "costs.csv", compare.COSTS)}
+        return compare.statistics(folder)[key], compare.read_tests(folder)[key], costs
+    except (OSError, ValueError, KeyError):
+        return {}, {}, {}
+
+
+def time_of(costs, name, what):
+    """A median time over the base's."""
+    value = costs.get(name, {}).get(what)
+    return NOT_RUN if value is None else f"{value:.2f}"
+
+
+def gap_of(found, name):
+    """The share of full fine-tuning's gain, in percent, and its interval over the works."""
+    return f"{compare.of_works(found[name]['gap'], '.1f')} %" if name in found else NOT_RUN
+
+
+def count_values(add, model):
+    """How many values a method trains. add: as Method.add."""
+    model.requires_grad_(False)
+    return sum(p.numel() for p in add(model))
+
+
+def megabytes(values):
+    return f"{4 * values / 1e6:.3g} MB"
+
+
+def read_figures(results):
+    """Return {name: text}. results: the folder of committed results."""
+    found, tests, costs = read_comparison(results / "compare")
+    figures = {}
+    counts = {name: count_values(METHODS[name].add, common.load(lab.BASE)) for name in METHODS}
+    for name, n in counts.items():
+        key = name.replace("-", "_")
+        figures[f"n_{key}"] = f"{n:,}"
+        figures[f"share_{key}"] = f"{n / counts['full']:.2%}"
+        figures[f"bytes_{key}"] = megabytes(n)
+        figures[f"optimizer_{key}"] = f"{12 * n / 1e6:.3g} MB"
+        figures[f"gap_{key}"] = gap_of(found, name)
+        figures[f"forward_{key}"] = time_of(costs, name, "unmerged")
+        figures[f"merged_{key}"] = time_of(costs, name, "merged")
+        figures[f"mixed_{key}"] = time_of(costs, name, "mixed")
+        figures[f"half_{key}"] = compare.half_gap(tests, name) if name in tests else NOT_RUN
+    figures["equal"] = NOT_RUN
+    if "ia3" in costs:
+        ends = f"{costs['ia3']['equal_low']:.3f} to {costs['ia3']['equal_high']:.3f}"
+        figures["equal"] = f"{ends}, {'equivalent' if compare.is_equivalent(costs['ia3']) else 'inconclusive'}"
+    for name in ("gpt2", "LLaMA-7B", "Llama-3-8B"):
+        figures[f"of_{name}"] = row(name, find_model(name))[5]
+    figures["of_T0"] = row_of_t0()[5]
+    llama = find_model("LLaMA-7B")
+    total = sum(p.numel() for p in llama.parameters())
+    n_lora = count_values(partial(rivals.add_lora_llama, r=4, names=("q_proj", "v_proj")), llama)
+    figures |= {"share_lora_7b": f"{n_lora / total:.3%}", "bytes_lora_7b": megabytes(n_lora)}
+    figures["bytes_7b"] = megabytes(IA3(llama.config).count())
+    settings = {"base": lab.BASE, "folders": {"folio": "folio"}, "device": "cpu", "dtype": "float32"}
+    kept = compare.count_places(settings | compare.GPT_WORK, "folio")
+    for title, name in (("(IA)³ on k, v, ff", "all"), ("(IA)³ on k, v", "kv"), ("(IA)³ on ff", "ff")):
+        figures[f"kept_{name}"] = f"{kept[title]['saved_bytes'] / kept['full fine-tuning']['saved_bytes']:.2f}"
+    raced = lab.read_csv(results / "bench/results.csv", bench.RESULTS)
+    steps = {cells["shape"]: f"{cells['over_plain']:.2f}" for cells in raced if cells["contestant"] == bench.OURS}
+    figures["steps"] = ", ".join(f"{time} ({shape})" for shape, time in steps.items()) or NOT_RUN
+    is_there = (results / "fewshot/table.md").exists()
+    figures["fewshot"] = "[measured](fewshot/table.md)" if is_there else f"[asked](../fewshot.py), {NOT_RUN}"
+    is_there = (results / "compare-smollm2/table.md").exists()
+    figures["smollm2"] = "[SmolLM2](compare-smollm2/table.md)" if is_there else f"SmolLM2: {NOT_RUN}"
+    return figures
+
+
+# --- words, with the figures' names in braces ---
+
+CLAIMS = (  # the claim, the verdict, where to look
+    (
+        "three vectors a layer rescale keys, values and the MLP's hidden activations; output l ⊙ Wx",
+        "holds for a decoder; a layer with cross-attention has five, and the MLP's is l ⊙ γ(Wx)",
+        "[model.py](../../model.py), [paper.md](../../docs/paper.md)",
+    ),
+    (
+        "less than 0.01 % of the parameters, or 0.01 to 0.1 %; fewer than LoRA, comparable to BitFit",
+        "depends on the model: {of_gpt2} of GPT-2 124M, {of_LLaMA-7B} of LLaMA-7B, {of_Llama-3-8B} of Llama-3-8B, "
+        "{of_T0} of T0-11B. On the bundled base {n_ia3} values; LoRA r = 1 on k, v has {n_lora1}, r = 4 on q, v "
+        "{n_lora4}, BitFit {n_bitfit}",
+        "`python -m tools.convert count`",
+    ),
+    (
+        "a vector can suppress heads that do not matter and amplify those that do",
+        "it has a scale a channel, so it can; whether training does it: not run",
+        "[tools/plot.py](../../tools/plot.py) draws the vectors",
+    ),
+    (
+        "the MLP's vector acts behind the activation, before the up-projection",
+        "behind the activation holds; what follows is the down-projection",
+        "[model.py](../../model.py), [llama.md](../../docs/llama.md)",
+    ),
+    (
+        "only the vectors and their optimizer state need training memory",
+        "does not hold: gradients and AdamW's averages do shrink, to {optimizer_ia3} from {optimizer_full}; the "
+        "weights stay, and of the activations {kept_all} of what full fine-tuning keeps, {kept_ff} with ff alone, "
+        "{kept_kv} with k, v",
+        "`python -m experiments.compare --counts`",
+    ),
+    (
+        "no added inference latency: the vectors fold into the weights",
+        "holds by construction: merged, the keys, shapes, dtype and FLOPs are the base's. As a check, the 90 % "
+        "interval of its time over the base's: {equal}",
+        "[merge.py](../../merge.py), compare's costs",
+    ),
+    (
+        "fast training: few parameters, rapid convergence",
+        "a step over full fine-tuning's time: {steps}; 4 of 6 units of FLOPs are its floor. The step at which it has "
+        "half of what full fine-tuning gains on folio: {half_ia3}; full fine-tuning itself: {half_full}",
+        "[bench](bench/table.md), compare",
+    ),
+    (
+        "against LoRA: rescales activations, where LoRA adds a low-rank change of weights; often fewer parameters",
+        "holds until they are merged: then both are a change of weights, (IA)³'s diag(l)W - W, of no low rank. How "
+        "many values LoRA has is a choice of r and of the maps",
+        "[paper.md](../../docs/paper.md)",
+    ),
+    (
+        "against adapters: element-wise, no added depth, no serial bottleneck",
+        "holds. A forward pass over the base's time, with adapters: {forward_adapters_only}; with vectors: "
+        "{forward_ia3}; merged: {merged_ia3}",
+        "compare's costs",
+    ),
+    (
+        "many tasks on one frozen base, a set of vectors each",
+        "holds, within one batch too. 16 tasks in 16 short rows, over the base's time: {mixed_ia3}; with LoRA, "
+        "gathered likewise: {mixed_lora4}",
+        "[tasks.md](../../docs/tasks.md), compare's costs, bench",
+    ),
+    (
+        "rapid adaptation of large models to new domains with little data",
+        "with few labels: {fewshot}. Share of full fine-tuning's gain on 1623 spelling, 100 steps: {gap_ia3}; "
+        "{smollm2}. Large models: not tried",
+        "compare",
+    ),
+    (
+        "edge and on-device, thanks to size and folding",
+        "merged it is its base, so what runs the base runs it. A task is {bytes_ia3} on the bundled base, {bytes_7b} "
+        "for LLaMA-7B",
+        "[formats.md](../../docs/formats.md)",
+    ),
+    (
+        "instruction tuning",
+        "not tried: prompts with completions can be learned",
+        "[training.md](../../docs/training.md)",
+    ),
+)
+ROWS = (  # what, then by method: what articles say, and what is found here
+    (
+        "core mechanism",
+        "vectors rescale: holds",
+        "low-rank matrices added to weights: holds",
+        "bottlenecks between layers: behind both projections, within a layer",
+        "vectors before the input, or before keys and values: holds",
+    ),
+    (
+        "what changes",
+        "activation scales; merged, weights",
+        "weights, by BA: holds",
+        "new modules; in the paper the LayerNorms, too",
+        "the context: holds",
+    ),
+    (
+        "trained, of the base",
+        "about 0.01 %: {share_ia3}; LLaMA-7B {of_LLaMA-7B}",
+        "0.1 to 1 %: {share_lora1} (r = 1 on k, v), {share_lora4} (r = 4 on q, v), {share_lora_all} (r = 1 on all); "
+        "LLaMA-7B {share_lora_7b} (r = 4 on q, v)",
+        "0.5 to 5 %: {share_adapters_only}; with LayerNorms {share_adapters}",
+        "under 0.1 %: {share_prompt} (prompt), {share_prefix} (prefix)",
+    ),
+    (
+        "inference time, over the base's",
+        "none, merged: {merged_ia3}; unmerged {forward_ia3}",
+        "minimal, or merged: {merged_lora4}; unmerged {forward_lora4}",
+        "a little a layer: {forward_adapters_only}",
+        "longer context: {forward_prompt} (prompt), {forward_prefix} (prefix)",
+    ),
+    (
+        "memory a task",
+        "about 0.01 MB: {bytes_ia3}; LLaMA-7B {bytes_7b}",
+        "1 to 100 MB: {bytes_lora4}; LLaMA-7B {bytes_lora_7b} (r = 4 on q, v)",
+        "10 to 200 MB: {bytes_adapters_only}",
+        "0.1 to 10 MB: {bytes_prompt} (prompt), {bytes_prefix} (prefix)",
+    ),
+    (
+        "several tasks at once",
+        "yes: 16 in a batch, over the base's time: {mixed_ia3}",
+        "by merging and unmerging: no need, matrices can be gathered: {mixed_lora4}",
+        "a conditional pass: gathered likewise; not tried",
+        "by swapping the prompt: each row has its own; not tried",
+    ),
+    (
+        "gain, of full fine-tuning's (folio, 100 steps)",
+        "{gap_ia3}",
+        "{gap_lora1} (r = 1 on k, v), {gap_lora4} (r = 4 on q, v), {gap_lora_all} (r = 1 on all)",
+        "{gap_adapters_only}; with LayerNorms {gap_adapters}",
+        "{gap_prompt} (prompt), {gap_prefix} (prefix)",
+    ),
+    ("typical use", *["advice, which nothing here measures"] * 4),
+    (
+        "changes the FFN / the attention",
+        "yes / keys and values: holds",
+        "typically no / q, k, v, o: a choice; r = 1 on all maps changes both",
+        "yes / no: the paper's stand behind both",
+        "no / context: holds",
+    ),
+)
+
+
+def text(figures):
+    """The two tables, in Markdown."""
+    claims = [
+        [f"{n}", claim, verdict.format(**figures), source] for n, (claim, verdict, source) in enumerate(CLAIMS, 1)
+    ]
+    rows = [[cell.format(**figures) for cell in cells] for cells in ROWS]
+    methods = ["(IA)³", "LoRA", "adapters of 8", "a prompt of 16, a prefix of 8"]
+    return "\n\n".join(
+        [
+            "What articles say of (IA)³. *(`python -m experiments.claims`; what has not been run says so.)*",
+            lab.markdown(["", "they say", "verdict", "where to look"], claims),
+            "Their comparison table, row by row: what they say, and what is found here, on the bundled base of 2.7 M "
+            "parameters where no other is named. Its own shares and bytes are large since the base is small.",
+            lab.markdown(["", *methods], rows),
+        ]
+    )
+
+
+def run(argv):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    print(text(read_figures(lab.RESULTS)))
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("claims.py", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
