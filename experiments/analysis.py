@@ -37,7 +37,7 @@ from train import TrainConfig, train
 
 N_WINDOWS = 256
 BITS = math.log2(26**2)
-METHODS = {"ia3": (0.03, 0.1), "lora1-all": (0.01, 0.03), "full": (1e-3, 3e-3)}  # of capacity, with their rates
+METHODS = {"ia3": (0.03, 0.1), "lora-all": (0.01, 0.03), "full": (1e-3, 3e-3)}  # of capacity, with their rates
 NS = [2**i for i in range(3, 13)]
 PAIRS = {"method": str, "n": int, "lr": float, "steps": int, "seed": int, "values": int, "bits": float, "rank": float}
 RATES = {200: (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 2000: (3e-3, 1e-2, 3e-2)}  # of size: steps: rates

@@ -121,3 +121,19 @@ def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
     model = common.load(lab.BASE)
     negative = sum((p < 0).sum().item() for p in IA3.load(lab.ROOT / "data/folio.npz", model).parameters())
     assert f"{negative:,} of its 6,912 scales are negative" in text
+
+
+@pytest.mark.slow
+def test_capacity_in_small_stopped_and_gone_on_with(tmp_path, capsys):
+    argv = ["capacity", "--quick", f"--out={tmp_path}"]
+    assert analysis.main(argv) == 0
+    table = (tmp_path / "quick/table.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip().endswith(table.strip())
+    assert analysis.main(argv) == 0
+    assert capsys.readouterr().out.strip() == table.strip()  # no run is made again
+    rows = lab.read_csv(tmp_path / "quick/results.csv", analysis.PAIRS)
+    assert len(rows) == 12 and {row["values"] for row in rows if row["method"] == "ia3"} == {6912}
+    assert "Numbers trained: ia3 6,912, lora-all 18,432, full 2,7" in table
+    for row in rows:  # a matrix of LoRA's changes by rank one, what full fine-tuning changes by more
+        assert row["method"] != "lora-all" or row["rank"] == pytest.approx(1, abs=0.2)
+        assert row["method"] != "full" or row["rank"] > 10
