@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -252,6 +253,23 @@ def test_lora_on_a_llama_is_a_low_rank_change_of_the_maps_named():
         x = torch.randn(2, 3, 16)
         expected = torch.nn.functional.linear(x, lora.linear.weight + lora.B @ lora.A, lora.linear.bias)
         torch.testing.assert_close(lora(x), expected)
+
+
+def test_the_pages_method_is_a_rival_on_a_llama_too(tmp_path):
+    page = (lab.ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    names = {"nn": torch.nn, "torch": torch, "RIVALS": {}}
+    for block in re.findall(r"```python\n((?:class Shift|def add_shift_llama).*?)```", page, re.S):
+        exec(block, names)
+    add, rates = names["RIVALS"]["shift"]
+    assert len(rates) > 1
+    rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:4]
+    model = make_llama(block_size=512).requires_grad_(False)
+    before = shots.score(model, rows)
+    trained = add(model)
+    np.testing.assert_array_equal(shots.score(model, rows), before)
+    assert shots.learn(model, rows, rates[-1], 3, 0) == 0
+    assert np.abs(shots.score(model.eval(), rows) - before).max() > 1e-5
+    assert sum(p.numel() for p in trained) == model.config.n_layer * model.config.n_hidden
 
 
 # --- the runs ---
