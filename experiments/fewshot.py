@@ -19,9 +19,9 @@ product sentences and 200 tweets zero-shot, choosing nothing by them.
 
 **Scoring.** One rule for every row: a choice's log-likelihood after the prompt, divided by its number of tokens, and
 the best choice is the answer. A prompt, and what stands before it, is read once through the cache. Three templates.
-The accuracy of a draw is the median of its three; a row's is the mean over draws. Weights are held in bfloat16, as
-SmolLM2 was published, and so is what is computed, for every row; what is trained, logits and log-likelihoods are
-float32.
+The accuracy of a draw is the median of its three; a row's is the mean over draws. The base is
+SmolLM2-135M-Instruct, Q4_1 dequantized. Weights and what is computed are bfloat16, in which it was published, for every
+row; what is trained, logits and log-likelihoods are float32.
 
 **Draws.** K training examples, as many of each label, from train; draws 0 to 4, or 0 to 2 where it says three. Smaller
 K are parts of larger ones. Every method sees the same K examples in a draw; no label of val is used.
