@@ -610,9 +610,11 @@ def run(argv):
         about["works"][name] = list(lab.read_works(folder, "test", base))
     methods = [name for name in METHODS if name in LLAMA_RATES or (not is_llama and name != "base")]
     given = dict(LLAMA_RATES) if is_llama else {}
-    seeds, steps = LLAMA_SEEDS if is_llama else SEEDS, STEPS
+    seeds = LLAMA_SEEDS if is_llama else SEEDS
+    steps = STEPS
     if args.quick:
-        given, seeds, steps = dict.fromkeys(methods, QUICK_RATE), [1], 5
+        given = given or dict.fromkeys(methods, QUICK_RATE)
+        seeds, steps = [1], 5
     plan(settings, datas, methods, seeds, steps, args.workers, not given)
     if args.plan:
         return 0
