@@ -322,7 +322,7 @@ def read_tests(folder):
     """Return {(data, steps): {method: its runs' arrays, a dict each}}, in the order of METHODS, the base in each."""
     rows, arrays = lab.read_runs(folder, RUNS)
     found = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["seed"]):  # they are written as they end, and compared seed by seed
         if row["method"] not in METHODS:
             raise ValueError(f"{folder}/results.csv names a method {row['method']!r} that is not in rivals.py")
         if row["stage"] == "test":
@@ -393,13 +393,14 @@ def tables(folder):
     tests = read_tests(folder)
     about = lab.read_about(folder)
     forget = about["forget"]
-    runs = {(row["data"], row["method"]): row for row in lab.read_csv(folder / "results.csv", RUNS) if row["steps"]}
+    rows = lab.read_csv(folder / "results.csv", RUNS)
+    runs = {(row["data"], row["method"]): row for row in rows if row["stage"] == "test"}
     head = ["method", "values", "rate", "test loss", "gap closed, %", "loss less (IA)³'s", "the same, over seeds"]
     head += ["half the gap at step", f"{forget} forgotten"]
     pieces = []
     for (data, steps), found in statistics(folder).items():
         works = about["works"][data]
-        rows = []
+        lines = []
         for name, values in found.items():
             row = dict.fromkeys(head, "")
             row["method"] = METHODS[name].title
@@ -417,12 +418,12 @@ def tables(folder):
                     row["the same, over seeds"] = lab.spread(*lab.student(values["seeds"]), "+.4f")
                 if not is_ranked(values):
                     row["loss less (IA)³'s"] += ", no ranking"
-            rows.append(list(row.values()))
+            lines.append(list(row.values()))
         n = len(tests[data, steps]["ia3"])
         title = f"**{data}**, {steps} steps of {about['batch_size']} windows, {n} seed{'s' * (n > 1)}, on "
         pieces.append(f"{title}{', '.join(works)}:")
-        pieces.append(lab.markdown(head, rows))
-    pieces += rate_table(lab.read_csv(folder / "results.csv", RUNS))
+        pieces.append(lab.markdown(head, lines))
+    pieces += rate_table(rows)
     costs = lab.read_csv(folder / "costs.csv", COSTS)
     if costs:
         pieces.append(cost_table(costs))
