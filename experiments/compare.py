@@ -61,14 +61,14 @@ LONG_STEPS = 400
 LLAMA_RATES = {"full": 3e-5, "lora-all": 1e-3, "ia3": 3e-3}  # of (IA)³ the paper's; of the others, usual ones
 LLAMA_SEEDS = range(1, 3)
 QUICK_RATE = 3e-3
+BATCH_SIZE = 16
 # windows: of each work, None for all; curve: windows of val, for the curves
-GPT_WORK = {"llama": False, "batch_size": 16, "grad_accum": 1, "curve": 32, "windows": {"": None, "forget_": 256}}
+GPT_WORK = {"llama": False, "batch_size": BATCH_SIZE, "grad_accum": 1, "curve": 32}
+GPT_WORK["windows"] = {"": None, "forget_": 256}
 # half the rows of twice the tokens, as many at once as its logits leave room for
 LLAMA_WORK = {"llama": True, "batch_size": 8, "grad_accum": 2, "curve": 8, "windows": {"": 64, "forget_": 64}}
 VAL_WINDOWS = 256  # to choose a learning rate
-BATCH_SIZE = 16
 REPEATS = 25
-LINES = ("-", "--")  # the first ten methods', and the others'
 PLACES = {  # what --counts sets side by side: title, function
     "full fine-tuning": rivals.add_full,
     "(IA)³ on k, v, ff": rivals.add_ia3,
@@ -322,7 +322,7 @@ def read_tests(folder):
     """Return {(data, steps): {method: its runs' arrays, a dict each}}, in the order of METHODS, the base in each."""
     rows, arrays = lab.read_runs(folder, RUNS)
     found = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["seed"]):  # they are written as they end, and compared seed by seed
         if row["method"] not in METHODS:
             raise ValueError(f"{folder}/results.csv names a method {row['method']!r} that is not in rivals.py")
         if row["stage"] == "test":
@@ -393,13 +393,14 @@ def tables(folder):
     tests = read_tests(folder)
     about = lab.read_about(folder)
     forget = about["forget"]
-    runs = {(row["data"], row["method"]): row for row in lab.read_csv(folder / "results.csv", RUNS) if row["steps"]}
+    rows = lab.read_csv(folder / "results.csv", RUNS)
+    runs = {(row["data"], row["method"]): row for row in rows if row["stage"] == "test"}
     head = ["method", "values", "rate", "test loss", "gap closed, %", "loss less (IA)³'s", "the same, over seeds"]
     head += ["half the gap at step", f"{forget} forgotten"]
     pieces = []
     for (data, steps), found in statistics(folder).items():
         works = about["works"][data]
-        rows = []
+        lines = []
         for name, values in found.items():
             row = dict.fromkeys(head, "")
             row["method"] = METHODS[name].title
@@ -417,12 +418,12 @@ def tables(folder):
                     row["the same, over seeds"] = lab.spread(*lab.student(values["seeds"]), "+.4f")
                 if not is_ranked(values):
                     row["loss less (IA)³'s"] += ", no ranking"
-            rows.append(list(row.values()))
+            lines.append(list(row.values()))
         n = len(tests[data, steps]["ia3"])
         title = f"**{data}**, {steps} steps of {about['batch_size']} windows, {n} seed{'s' * (n > 1)}, on "
         pieces.append(f"{title}{', '.join(works)}:")
-        pieces.append(lab.markdown(head, rows))
-    pieces += rate_table(lab.read_csv(folder / "results.csv", RUNS))
+        pieces.append(lab.markdown(head, lines))
+    pieces += rate_table(rows)
     costs = lab.read_csv(folder / "costs.csv", COSTS)
     if costs:
         pieces.append(cost_table(costs))
@@ -494,6 +495,13 @@ def panels(n):
     return figure, axes[0]
 
 
+def style(name):
+    """How a method's line looks: (IA)³'s black, ten others by colour, what is more dashed."""
+    i = list(METHODS).index(name)
+    look = {"color": "k", "lw": 2} if name == "ia3" else {"color": f"C{i % 10}", "ls": ("-", "--")[i // 10]}
+    return look | {"label": METHODS[name].title}
+
+
 def draw_beside(folder):
     """beside.png: the difference to (IA)³ on every work a dot, its thin bar block_noise; thick: t over the works."""
     tests = read_tests(folder)
@@ -526,9 +534,9 @@ def draw_curves(folder):
     groups = read_tests(folder)
     figure, axes = panels(len(groups))
     for ax, ((data, steps), methods) in zip(axes, groups.items(), strict=True):
-        for i, (name, method) in enumerate(METHODS.items()):
-            if name != "base" and name in methods:
-                ax.plot(*mean_curve(methods[name]), color=f"C{i % 10}", ls=LINES[i // 10], label=method.title)
+        for name in methods:
+            if name != "base":
+                ax.plot(*mean_curve(methods[name]), **style(name))
         ax.set(title=f"{data}, {steps} steps", xlabel="step")
     axes[0].set_ylabel("val loss (nats a byte)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -544,14 +552,11 @@ def draw_rates(folder):
     figure, axes = panels(len(datas))
     for ax, data in zip(axes, datas, strict=True):
         losses = mean_losses(rows, data)
-        for i, (name, method) in enumerate(METHODS.items()):
-            of_lr = losses.get(name, {})
+        for name, of_lr in losses.items():
             finite = {lr: loss for lr, loss in of_lr.items() if math.isfinite(loss)}
-            ax.plot(
-                finite.keys(), finite.values(), "o", color=f"C{i % 10}", ls=LINES[i // 10], ms=3, label=method.title
-            )
+            ax.plot(finite.keys(), finite.values(), marker="o", ms=3, **style(name))
             for lr in of_lr.keys() - finite.keys():
-                ax.plot(lr, 0.97, "x", color=f"C{i % 10}", transform=ax.get_xaxis_transform())
+                ax.plot(lr, 0.97, "x", color=style(name)["color"], transform=ax.get_xaxis_transform())
         least = min(min(of_lr.values()) for of_lr in losses.values())
         ax.set(xscale="log", title=data, xlabel="learning rate; ×: diverged", ylim=(least - 0.02, least + 0.5))
     axes[0].set_ylabel(f"loss on val after {STEPS} steps (nats a byte)")
@@ -606,9 +611,11 @@ def run(argv):
         about["works"][name] = list(lab.read_works(folder, "test", base))
     methods = [name for name in METHODS if name in LLAMA_RATES or (not is_llama and name != "base")]
     given = dict(LLAMA_RATES) if is_llama else {}
-    seeds, steps = LLAMA_SEEDS if is_llama else SEEDS, STEPS
+    seeds = LLAMA_SEEDS if is_llama else SEEDS
+    steps = STEPS
     if args.quick:
-        given, seeds, steps = dict.fromkeys(methods, QUICK_RATE), [1], 5
+        given = given or dict.fromkeys(methods, QUICK_RATE)
+        seeds, steps = [1], 5
     plan(settings, datas, methods, seeds, steps, args.workers, not given)
     if args.plan:
         return 0
