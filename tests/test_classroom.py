@@ -436,6 +436,13 @@ WRONG = [
         "save_and_load_atomic",
         "ia3.py",
         WRITE,
+        WRITE.replace("replace_file(path)", 'open(f"{path}.tmp", "wb")'),
+        "must replace it",
+    ),
+    (
+        "save_and_load_atomic",
+        "ia3.py",
+        WRITE,
         "import io\n"
         "        f = io.BytesIO()\n"
         "        np.savez(f, about=np.bytes_(json.dumps(about)), **arrays)\n"
@@ -824,6 +831,26 @@ def test_the_demo_of_a_done_starter(done):
 
 def answers():
     return (ROOT / "classroom/ANSWERS.md").read_text(encoding="utf-8")
+
+
+def test_the_pages_for_teachers_fit_the_handout():
+    """The same questions, worth 40 points; the files that Gradescope takes; the minutes, in hours."""
+    handout = (ROOT / "classroom/HANDOUT.md").read_text(encoding="utf-8")
+    questions = re.findall(r"(?m)^##+ (Question \d+\. .*?) \((\d+) points", handout)
+    assert questions == re.findall(r"(?m)^##+ (Question \d+\. .*?) \((\d+) points", answers())
+    assert sum(int(points) for _, points in questions) == 40
+    teaching = (ROOT / "classroom/TEACHING.md").read_text(encoding="utf-8")
+    taken = re.search(r"for file in (.*); do cp", teaching)[1].split()
+    assert sorted(taken) == CUT
+    minutes = [int(n) for n in re.findall(r"(?m)^### \d+\. .* points, (\d+) minutes", handout)]
+    assert len(minutes) == len(NAMES) and "some four hours" in teaching and 3.5 < sum(minutes) / 60 < 4.5
+
+
+def test_a_submission_grades_itself_if_it_likes(solve, grade):
+    """As the teacher is told: a grader in the process of what it grades is no guard."""
+    changes = [("ia3.py", "import hashlib\n", "import hashlib\nimport pytest\npytest.fail = lambda *_, **__: None\n")]
+    changes += [("ia3.py", COUNT, "0")]
+    assert grade(solve(NAMES, changes), ["count"]) == {"count": None}
 
 
 def test_the_tests_that_the_answers_name_are_there():

@@ -20,7 +20,8 @@ def test_a_crash_leaves_the_old_file(dice, tmp_path, monkeypatch):
             Path(file).write_bytes(b"half of")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(np, "savez", crash)
+    for name in ("savez", "savez_compressed"):
+        monkeypatch.setattr(np, name, crash)
     with contextlib.suppress(OSError):
         vectors.save(path)
     words = "a crash while save writes must leave the old file: write under another name and rename (replace_file does)"
@@ -34,5 +35,6 @@ def test_the_new_file_takes_the_place_of_the_old_one(dice, tmp_path):
     path.write_bytes(b"the old file")
     with open(path, "rb") as old:
         vectors.save(path)
+        check(path.read_bytes() != b"the old file", "save(path) leaves what was at path before, and must replace it")
         words = "save wrote into the old file: write under another name, and rename that into place (replace_file does)"
         check(old.read() == b"the old file", words)

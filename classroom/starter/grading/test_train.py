@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed, check, snapshot
+from conftest import against, changed, check, snapshot
 
 import common
 import data
@@ -32,7 +32,7 @@ def near(a, b, config):
 def test_the_warmup_rises_in_equal_steps(dice, schedule):
     config, warmup, rate = rates(dice, schedule)
     check(rate[0] > 0, "the learning rate of step 0 is 0: that step would be lost")
-    check(near(max(rate), config.lr, config), f"the peak must be lr, {config.lr:.4g}, and it is {max(rate):.4g}")
+    check(near(max(rate), config.lr, config), f"the peak must be lr: it is {against(max(rate), config.lr)}")
     peak = rate.index(max(rate))
     words = f"a warmup of {warmup + 0.75} steps is ⌊{warmup + 0.75}⌋ = {warmup} whole ones"
     check(peak == warmup, f"{words}, and the peak is at step {warmup}, not {peak}")
