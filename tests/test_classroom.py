@@ -485,6 +485,13 @@ WRONG = [
         "torch.stack([matrix[t, layer] for t in task_ids.tolist()]).unsqueeze(1)",
         "without a loop",
     ),
+    (
+        "stack_tasks",
+        "ia3.py",
+        GATHER,
+        "sum((task_ids == t).float().view(-1, 1, 1) * matrix[t, layer] for t in range(len(matrix)))",
+        "without a loop",
+    ),
     ("stack_tasks", "ia3.py", "IA3(given[0].config, sites)", "IA3(tasks[0].config, sites)", "'NoneType' object has no"),
     ("stack_tasks", "ia3.py", BASES, "{given[0].fingerprint}", "one task remembers a base"),
     ("stack_tasks", "ia3.py", BASES, BASES.replace("given if", "given[:2] if"), "the last one's another"),
@@ -650,6 +657,8 @@ def test_exercises_are_dropped_and_reordered_by_the_table_alone(tmp_path, grade)
     assert 'NotImplementedError("Exercise 1: Count the values")' in source and source.count("NotImplementedError") == 2
     assert (tmp_path / "starter/merge.py").read_text(encoding="utf-8") == solution("merge.py")
     assert len(list((tmp_path / "starter/grading").glob("test_*.py"))) == 3
+    there = {path.name for path in (tmp_path / "starter").glob("*.py")}
+    assert "gradient.py" in there and "llama.py" not in there  # which is not cut here, and shows model.py's answers
     with pytest.raises(ValueError, match="no section"):
         make.make(tmp_path / "other", [make.Exercise("count", 3, "No such section", [])])
 
