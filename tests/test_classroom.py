@@ -717,6 +717,12 @@ def test_what_goes_wrong_costs_its_exercise_only_and_is_on_the_sheet(solve):
     assert f"total  {sum(test['score'] for test in results['tests'])} / " in sheet
 
 
+def test_code_that_cannot_be_imported_is_named(solve, grade):
+    """Where it is what every test imports, too: pytest itself then ends without a word to the sheet."""
+    folder = solve(NAMES, [("ia3.py", "import hashlib\n", "import hashlib\nimport no_such_module\n")])
+    assert grade(folder, ["count"]) == {"count": "ModuleNotFoundError: No module named 'no_such_module'"}
+
+
 def test_one_exercise_is_graded_in_the_sheets_words(solve):
     folder = solve(["count"])
     result = subprocess.run([sys.executable, "grade.py", "9", "5"], cwd=folder, capture_output=True, text=True)
