@@ -508,7 +508,7 @@ WRONG = [
         "ia3.py",
         "else task.matrices().get(name, ones) for task in tasks]",
         "else task.matrices().get(name, ones) for task in tasks[::-1]]",
-        "bit for bit",
+        "l_k",
     ),
     ("stack_tasks", "ia3.py", " or len(fingerprints) > 1", "", "two bases"),
     ("train", "train.py", "if step < warmup:", "if False:", "warmup"),
