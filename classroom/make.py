@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CLASSROOM = Path(__file__).resolve().parent
@@ -28,13 +28,14 @@ class Exercise:
     title: str  # its section in HANDOUT.md has this title
     cuts: list  # (file, function) or (file, function, condition of the if whose body is cut)
     needs: tuple = ()  # names of exercises without which this one cannot be graded
+    parts: dict = field(default_factory=dict)  # {part: points} where it is graded in parts, by test_NAME_PART.py each
 
 
 # in the order of their numbers, which start at 1
 EXERCISES = [
     Exercise(
         "keys_and_values",
-        8,
+        6,
         "Scale keys and values",
         [
             ("model.py", "CausalSelfAttention.forward", "l_k is not None"),
@@ -43,49 +44,62 @@ EXERCISES = [
     ),
     Exercise(
         "hidden_activations",
-        5,
+        4,
         "Scale the MLP's hidden activations",
         [("model.py", "MLP.forward", "l_ff is not None")],
     ),
-    Exercise("start_at_ones", 5, "Start at ones", [("ia3.py", "IA3.__init__.ones")]),
-    Exercise("freeze_the_base", 7, "Freeze the base", [("ia3.py", "attach")]),
-    Exercise("count", 3, "Count the values", [("ia3.py", "IA3.count")]),
+    Exercise("start_at_ones", 3, "Start at ones", [("ia3.py", "IA3.__init__.ones")]),
+    Exercise("freeze_the_base", 6, "Freeze the base", [("ia3.py", "attach")]),
+    Exercise("count", 2, "Count the values", [("ia3.py", "IA3.count")]),
     Exercise(
         "gradient",
-        8,
+        6,
         "Derive and check the gradient",
         [("gradient.py", "gradient_of_l"), ("gradient.py", "central_difference")],
     ),
-    Exercise("fold_rows", 6, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
+    Exercise("fold_rows", 5, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
     Exercise(
         "fold_columns",
-        8,
+        6,
         "Fold l_ff into columns, and merge",
         [("merge.py", "fold_columns"), ("merge.py", "fold_gpt2"), ("merge.py", "merge")],
     ),
     Exercise(
         "save_and_load",
         7,
-        "Save, load, and refuse a wrong base",
+        "Save and load",
         [("ia3.py", "IA3.save"), ("ia3.py", "IA3.load")],
+        parts={"format": 2, "round_trip": 2, "refusal": 2, "atomic": 1},
     ),
     Exercise(
         "stack_tasks",
-        8,
+        6,
         "Stack tasks and mix them in a batch",
         [("ia3.py", "stack"), ("ia3.py", "IA3.per_layer.of_layer", "task_ids is not None")],
     ),
     Exercise(
         "train",
-        5,
+        4,
         "Warm up, decay, and learn",
         [("train.py", "learning_rate")],
         needs=("keys_and_values", "hidden_activations", "start_at_ones", "freeze_the_base"),
     ),
+    Exercise(
+        "llama",
+        5,
+        "The same three in a LLaMA",
+        [
+            ("llama.py", "LlamaConfig.widths"),
+            ("llama.py", "CausalSelfAttention.forward", "l_k is not None"),
+            ("llama.py", "CausalSelfAttention.forward", "l_v is not None"),
+            ("llama.py", "MLP.forward", "l_ff is not None"),
+            ("merge.py", "fold_llama"),
+        ],
+    ),
 ]
 
 # what a starter holds beside classroom/starter, the tests of its exercises and the handout: {there: here}
-FILES = {"gradient.py": "classroom/gradient.py"}
+FILES = {"gradient.py": "classroom/gradient.py", "llama.py": "llama.py"}
 for name in ("model.py", "ia3.py", "merge.py", "train.py", "sample.py", "common.py", "tools/plot.py"):
     FILES[name] = name
 for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/base.pt"):
@@ -95,6 +109,8 @@ for task in ("folio", "sonnets", "kjv"):
 for text in ("plays", "folio", "sonnets", "kjv"):
     for split in ("train", "val", "test"):
         FILES[f"data/{text}/{split}.txt"] = f"data/{text}/{split}.txt"
+# these of them only where an exercise cuts them: as they are they would show other exercises' answers
+IF_CUT = ("gradient.py", "llama.py")
 
 
 def find(source, function, condition=None):
@@ -187,19 +203,29 @@ def handout(text, exercises):
 
 
 def score_sheet(exercises):
-    """Return what the grader knows of the exercises, as a list of dicts."""
+    """Return what the grader knows of the exercises, as a list of dicts: one an exercise, or one a part of it.
+
+    A row's name is that of its tests, grading/test_NAME.py.
+    """
     numbers = {exercise.name: number for number, exercise in enumerate(exercises, 1)}
     sheet = []
     for exercise in exercises:
-        sheet.append(
-            {
-                "number": numbers[exercise.name],
-                "name": exercise.name,
-                "title": exercise.title,
-                "points": exercise.points,
-                "needs": [numbers[name] for name in exercise.needs if name in numbers],
-            }
-        )
+        graded = [(exercise.name, exercise.title, exercise.points)]
+        if exercise.parts:
+            graded = [
+                (f"{exercise.name}_{part}", f"{exercise.title}: {part.replace('_', ' ')}", points)
+                for part, points in exercise.parts.items()
+            ]
+        for name, title, points in graded:
+            sheet.append(
+                {
+                    "number": numbers[exercise.name],
+                    "name": name,
+                    "title": title,
+                    "points": points,
+                    "needs": [numbers[name] for name in exercise.needs if name in numbers],
+                }
+            )
     return sheet
 
 
@@ -207,22 +233,25 @@ def make(out, exercises=EXERCISES):
     """Write a starter into the folder out, which must be new or empty. Raises ValueError where it is not."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder")
-    unknown = {where for exercise in exercises for where, *_ in exercise.cuts} - FILES.keys()
+    cut_files = {where for exercise in exercises for where, *_ in exercise.cuts}
+    unknown = cut_files - FILES.keys()
     if unknown:
         raise ValueError(f"a starter has no {', '.join(sorted(unknown))}: see FILES")
 
     # what is written: the handout, the sheet, and the code with its cuts
     texts = {"README.md": handout((CLASSROOM / "HANDOUT.md").read_text(encoding="utf-8"), exercises)}
-    texts["grading/exercises.json"] = json.dumps(score_sheet(exercises), indent=1) + "\n"
-    for there, here in FILES.items():
+    sheet = score_sheet(exercises)
+    texts["grading/exercises.json"] = json.dumps(sheet, indent=1) + "\n"
+    files = {there: here for there, here in FILES.items() if there not in IF_CUT or there in cut_files}
+    for there, here in files.items():
         if there.endswith(".py"):
             texts[there] = cut_all(there, (ROOT / here).read_text(encoding="utf-8"), exercises)
 
     # what is copied: the grader and the data
-    tests = [f"grading/test_{exercise.name}.py" for exercise in exercises]
+    tests = [f"grading/test_{row['name']}.py" for row in sheet]
     given = ["Makefile", "pyproject.toml", ".gitignore", "grade.py", "grading/conftest.py", *tests]
     copies = {name: CLASSROOM / "starter" / name for name in given}
-    copies |= {there: ROOT / here for there, here in FILES.items() if there not in texts}
+    copies |= {there: ROOT / here for there, here in files.items() if there not in texts}
 
     for there in (*texts, *copies):
         (out / there).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Grades starters for test_classroom.py: JSON in, [folder, exercises, options of pytest], and out, {name: problems}.
+"""Grades starters for test_classroom.py: JSON in, [folder, rows of the sheet, options of pytest], out, {name: problem}.
 
 One line each.
 
@@ -25,7 +25,7 @@ for line in sys.stdin:
         sys.path.insert(0, folder)
         import grade
 
-        problems = grade.run_tests(exercises)
+        problems = {exercise["name"]: grade.run_tests(exercise) for exercise in exercises}
         with os.fdopen(write, "w") as file:
             json.dump(problems, file)
         os._exit(0)

@@ -6,6 +6,7 @@ The exercise of a test is that of its file: grading/exercises.json has the list.
 import json
 import os
 import secrets
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def close(a, b):
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-9 * (1 + b.abs().max()))
 
 
+def against(found, wanted):
+    """Both numbers, with as many digits as show that they differ."""
+    digits = 3
+    while digits < 17 and f"{found:.{digits}g}" == f"{wanted:.{digits}g}":
+        digits += 1
+    return f"{found:.{digits}g}, where {wanted:.{digits}g} is right"
+
+
 @pytest.fixture
 def dice():
     return np.random.default_rng(int(os.environ.get("GRADE_SEED") or secrets.randbelow(10**9)))
@@ -62,6 +71,16 @@ def dice():
 def draw(dice, *shape, mean=0.0, spread=1.0):
     """A float64 tensor of N(mean, spread)."""
     return torch.from_numpy(dice.normal(mean, spread, shape))
+
+
+def draw_short(dice, *shape):
+    """A float32 tensor around 1 of 11 binary digits: times a bfloat16, which has 8, it is exact in float32."""
+    return draw(dice, *shape, mean=1.0, spread=0.5).half().float()
+
+
+def product(l, t):
+    """What l · t is in t's dtype, rounded once, for an l of draw_short."""
+    return (l.double() * t.double()).to(t.dtype)
 
 
 def make_gpt(dice, **sizes):
@@ -92,6 +111,26 @@ def make_vectors(dice, config, sites=("k", "v", "ff"), n_tasks=None, fingerprint
     vectors = ia3.IA3.__new__(ia3.IA3)
     put_vectors(vectors, dice, config, sites, 0.5, n_tasks, fingerprint)
     return vectors
+
+
+def make_known(dice, sites=("k", "v", "ff"), **sizes):
+    """A small GPT, and random vectors that remember it as their base."""
+    model = make_gpt(dice, **sizes)
+    return model, make_vectors(dice, model.config, sites, fingerprint=ia3.fingerprint(model))
+
+
+def about(model, vectors):
+    """What a file says of its vectors, a dict, by the handout."""
+    names = [name for name, _ in vectors.named_parameters()]
+    return {"config": asdict(model.config), "vectors": names, "fingerprint": vectors.fingerprint}
+
+
+def write(path, told, vectors, **changes):
+    """Write vectors by numpy, told about them, with arrays changed; a change to None leaves the array out."""
+    arrays = {name: p.detach().numpy() for name, p in vectors.named_parameters()}
+    arrays = {"about": np.bytes_(json.dumps(told))} | arrays | changes
+    with open(path, "wb") as f:
+        np.savez(f, **{name: array for name, array in arrays.items() if array is not None})
 
 
 @pytest.fixture

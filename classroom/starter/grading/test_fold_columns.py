@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import changed, check, close, draw, make_gpt, make_vectors, refused, snapshot
+from conftest import changed, check, close, draw, draw_short, make_gpt, make_vectors, product, refused, snapshot
 
 import merge
 from model import GPT
@@ -15,7 +15,7 @@ def test_the_down_projection_scales_what_goes_in(dice):
     C = int(dice.integers(3, 9))
     before = torch.nn.Linear(4 * C, C).double()
     after = copy.deepcopy(before)
-    weight = after.weight
+    weight, bias = after.weight, after.bias
     l_ff = draw(dice, 4 * C, mean=1.0, spread=0.7)
     merge.fold_columns(after, None)
     check(torch.equal(after.weight, before.weight), "l_ff is None, but the weights have changed")
@@ -23,10 +23,21 @@ def test_the_down_projection_scales_what_goes_in(dice):
     check(after.weight is weight, "write into c_proj.weight, rather than putting another Parameter in its place")
     words = "b_2 must stay: it is added after the scaled activations went through W_2"
     check(torch.equal(after.bias, before.bias), words)
+    check(after.bias is bias, "leave linear.bias as it is, rather than putting another Parameter in its place")
     h = draw(dice, 5, 4 * C)
     check(not close(after(h), before(h)), "nothing is folded")
     words = "W_2' h must be W_2 (l_ff ⊙ h): entry j of h meets column j of W_2"
     check(close(after(h), before(h * l_ff)), words)
+
+
+@torch.no_grad()
+def test_the_down_projection_in_bfloat16(dice):
+    before = torch.nn.Linear(64, 16).bfloat16()  # so large, since roundings often agree by chance
+    after, l_ff = copy.deepcopy(before), draw_short(dice, 64)
+    merge.fold_columns(after, l_ff)
+    check(after.weight.dtype == torch.bfloat16, "weights in bfloat16 must stay in bfloat16")
+    words = "in bfloat16: round the product once, as scale does it; here the vector is rounded before it"
+    check(torch.equal(after.weight, product(l_ff, before.weight)), words)
 
 
 @pytest.fixture
@@ -52,12 +63,14 @@ def make_task(dice, **sizes):
     model = make_gpt(dice, **sizes).double()
     model.ia3 = make_vectors(dice, model.config).requires_grad_()
     model.transformer.requires_grad_(False)
+    model.tokenizer = "its tokenizer"
     return model
 
 
 def test_merge(dice, calls):
     model = make_task(dice)
     vectors, before = model.ia3, snapshot(model)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         merged = merge.merge(model)
     except AttributeError:  # what comes of vectors that are gone
@@ -67,8 +80,12 @@ def test_merge(dice, calls):
     check(model.ia3 is vectors, "merge took the vectors off the model given: take them off a copy")
     words = "merge changed the model given in place"
     check(not changed(model, before), f"{words}, {(changed(model, before) or [''])[0]}: fold into a copy")
+    words = "merge changed which tensors of the model given are trainable: it must be left as it was"
+    check({name: p.requires_grad for name, p in model.named_parameters()} == trainable, words)
     check(merged.ia3 is None, "what comes out is a plain GPT: its ia3 must be None")
     check(all(p.requires_grad for p in merged.parameters()), "every weight of the merged model must be trainable again")
+    check(merged.tokenizer == model.tokenizer, "the merged model has lost the tokenizer")
+    check(not merged.training, "the model was in eval mode, and what comes of merging it must be, too")
     C = model.config.n_embd
     h = draw(dice, 3, 4 * C)
     touched = set()

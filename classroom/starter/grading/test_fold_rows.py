@@ -1,13 +1,13 @@
 """fold_rows(): the outputs that the rows make come out scaled, biases included, and all others as they were.
 
-What c_attn computes is looked at, not the logits, since those do not see everything: b_k never reaches them.
+What c_attn computes is looked at, not the logits.
 """
 
 import copy
 
 import pytest
 import torch
-from conftest import check, close, draw, make_gpt
+from conftest import check, close, draw, draw_short, make_gpt, product
 
 from merge import fold_rows
 
@@ -28,12 +28,13 @@ def test_keys_or_values_come_out_scaled(dice, c_attn, name):
     rows = slice(C, 2 * C) if name == "k" else slice(2 * C, 3 * C)
     others = [i for i in range(3 * C) if i not in range(3 * C)[rows]]
     after = copy.deepcopy(before)
-    weight = after.weight
+    weight, bias = after.weight, after.bias
     fold_rows(after, rows, None)
     check(torch.equal(after.weight, before.weight), "l is None, but the weights have changed")
     check(torch.equal(after.bias, before.bias), "l is None, but the bias has changed")
     fold_rows(after, rows, l)
     check(after.weight is weight, "write into linear.weight, rather than putting another Parameter in its place")
+    check(after.bias is bias, "write into linear.bias, rather than putting another Parameter in its place")
 
     x = draw(dice, 5, C)
     zero = torch.zeros(1, C, dtype=torch.float64)
@@ -61,8 +62,12 @@ def test_without_biases(dice):
 
 
 @torch.no_grad()
-def test_dtypes_stay(c_attn):
-    linear, l = c_attn
-    linear = linear.bfloat16()
-    fold_rows(linear, slice(0, len(l)), l.float())
-    check(linear.weight.dtype == torch.bfloat16, "weights in bfloat16 must stay in bfloat16")
+def test_in_bfloat16(dice):
+    C = 64  # so many, since roundings often agree by chance
+    before = make_gpt(dice, n_head=2, n_embd=C).bfloat16().transformer.h[0].attn.c_attn
+    after, l, rows = copy.deepcopy(before), draw_short(dice, C), slice(C, 2 * C)
+    fold_rows(after, rows, l)
+    check(after.weight.dtype == torch.bfloat16, "weights in bfloat16 must stay in bfloat16")
+    words = "in bfloat16: round the product once, as scale does it; here the vector is rounded before it"
+    check(torch.equal(after.weight[rows], product(l.unsqueeze(1), before.weight[rows])), f"the weight {words}")
+    check(torch.equal(after.bias[rows], product(l, before.bias[rows])), f"the bias {words}")

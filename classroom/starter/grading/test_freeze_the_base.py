@@ -44,15 +44,31 @@ def test_vectors_are_made_where_none_are_given(dice, given_start, sites):
     check(found == wanted, f"attach(model, sites={sites}) leaves trainable: {sorted(found)}")
 
 
-def test_another_bases_vectors_are_refused(dice):
+def test_what_does_not_belong_to_the_base_is_refused(dice):
+    """And nothing is changed: a model that refuses keeps what it had, and so do the vectors."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8}
     model, other = make_gpt(dice, **sizes), make_gpt(dice, **sizes)
-    vectors = make_vectors(dice, other.config, fingerprint=fingerprint(other))
-    refused("vectors of another base of the same shape (vectors.fingerprint tells)", attach, model, vectors)
-    for wrong in ({"n_layer": 3}, {"n_embd": 12}):
-        vectors = make_vectors(dice, make_gpt(dice, **(sizes | wrong)).config)
-        refused(f"vectors for a base of another shape ({wrong})", attach, model, vectors)
-    check(model.ia3 is None, "a refused attach must leave model.ia3 as it was")
+    held = model.ia3 = make_vectors(dice, model.config)
+    wrong = {
+        "vectors of another base of the same shape (vectors.fingerprint tells)": make_vectors(
+            dice, other.config, fingerprint=fingerprint(other)
+        ),
+        "what is no IA3 (here a dict of matrices)": snapshot(held),
+    }
+    for change in ({"n_layer": 3}, {"n_embd": 12}):
+        wrong[f"vectors for a base of another shape ({change})"] = make_vectors(
+            dice, make_gpt(dice, **(sizes | change)).config
+        )
+    for what, vectors in wrong.items():
+        theirs = getattr(vectors, "fingerprint", None)
+        refused(what, attach, model, vectors)
+        check(
+            model.ia3 is held, f"{what}: refused, but the vectors of before are gone. Look before you change anything"
+        )
+        words = f"{what}: refused, but the base is frozen. Look before you change anything"
+        check(all(p.requires_grad for p in model.parameters()), words)
+        words = f"{what}: refused, but they remember this base now. Look before you change anything"
+        check(getattr(vectors, "fingerprint", None) == theirs, words)
 
 
 def test_vectors_stay_float32_on_a_base_in_bfloat16(dice):

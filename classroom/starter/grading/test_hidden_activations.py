@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import check, close, draw, make_gpt
+from conftest import check, close, draw, draw_short, make_gpt, product
 
 
 def gelu(u):
@@ -62,13 +62,24 @@ def test_gradients_flow_and_nothing_given_is_changed(mlp):
 
 
 @torch.no_grad()
-def test_a_base_in_bfloat16(mlp):
-    mlp, x, l_ff = mlp
+def test_a_base_in_bfloat16(dice, mlp):
+    """The down-projection is made to hand on C of the 4·C channels as they are."""
+    mlp = mlp[0].bfloat16()
+    C = mlp.c_proj.out_features
+    first = C * int(dice.integers(4))
+    mlp.c_proj.weight.zero_()
+    mlp.c_proj.weight[:, first : first + C] = torch.eye(C)
+    mlp.c_proj.bias.zero_()
+    x, l = draw(dice, 32, 1, C).bfloat16(), draw_short(dice, 4 * C)  # so many, since roundings often agree by chance
+    before = mlp(x)
     words = "on a base in bfloat16 the scaled activations must be bfloat16 again: c_proj wants its own dtype"
     try:
-        out = mlp.bfloat16()(x.bfloat16(), l_ff[0].float())
+        after = mlp(x, l)
     except NotImplementedError:
         raise
     except RuntimeError as e:  # what a linear map says to mixed dtypes
         check(False, f"{words} ({str(e).splitlines()[0][:80]})")
-    check(out.dtype == torch.bfloat16, words)
+    check(after.dtype == torch.bfloat16, words)
+    words = "take the product in the wider dtype, float32, and round that, once: here the vector itself is rounded"
+    right = torch.equal(after, product(l[first : first + C], before))
+    check(right, f"on a base in bfloat16: {words}, or the product twice")

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import check, close, draw, make_gpt
+from conftest import check, close, draw, draw_short, make_gpt, product
+from torch.nn import functional as F
 
 
 def paper(attn, x, l_q, l_k, l_v):
@@ -75,13 +76,34 @@ def test_gradients_flow_and_nothing_given_is_changed(attn):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["l_k", "l_v"])
-def test_a_base_in_bfloat16(attn, name):
-    attn, x, l_k, _ = attn
+def test_a_base_in_bfloat16(dice, attn, monkeypatch, name):
+    """One token attends to itself alone, so the attention hands on its value, and so does a c_proj of the identity."""
+    attn = attn[0].bfloat16()
+    C = attn.c_proj.in_features
+    attn.c_proj.weight.copy_(torch.eye(C))
+    attn.c_proj.bias.zero_()
+    attention = F.scaled_dot_product_attention
+    seen = []
+
+    def spy(q, k, v, **options):
+        seen.append([t.transpose(1, 2).flatten(2) for t in (q, k)])  # (B, 1, C)
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    x, l = draw(dice, 32, 1, C).bfloat16(), draw_short(dice, C)  # so many, since roundings often agree by chance
+    before = attn(x)
     words = "on a base in bfloat16 the scaled keys and values must have the keys' and values' dtype, bfloat16 again"
     try:
-        out = attn.bfloat16()(x.bfloat16(), **{name: l_k[0].float()})
+        after = attn(x, **{name: l})
     except NotImplementedError:
         raise
     except RuntimeError as e:  # what the attention says to mixed dtypes
         check(False, f"{words} ({str(e).splitlines()[0][:80]})")
-    check(out.dtype == torch.bfloat16, words)
+    check(after.dtype == torch.bfloat16, words)
+    if name == "l_v":
+        right = torch.equal(after, product(l, before))
+    else:  # or on the queries, question 4(b)
+        (q, k), (q_now, k_now) = seen
+        right = torch.equal(k_now, product(l, k)) or torch.equal(q_now, product(l, q))
+    words = "take the product in the wider dtype, float32, and round that, once: here the vector itself is rounded"
+    check(right, f"on a base in bfloat16, with {name}: {words}, or the product twice")

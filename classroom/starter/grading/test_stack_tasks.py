@@ -17,7 +17,8 @@ def make_tasks(dice):
 
 def test_the_stack(dice, given_start):
     tasks = make_tasks(dice)
-    order = [*(tasks[i] for i in dice.permutation(3)), None]
+    order = [tasks[i] for i in dice.permutation(3)]
+    order.insert(int(dice.integers(4)), None)
     stacked, L = stack(order), tasks[0].config.n_layer
     check(isinstance(stacked, IA3), "stack must return an IA3")
     for name in NAMES:
@@ -42,22 +43,36 @@ def test_the_stack(dice, given_start):
 
 def test_what_no_task_scales_is_none(dice, given_start):
     config = make_gpt(dice).config
-    stacked = stack([make_vectors(dice, config, ("k",)), None, make_vectors(dice, config, ("v",))])
+    stacked = stack([None, make_vectors(dice, config, ("k",)), make_vectors(dice, config, ("v",))])
     check(stacked.l_ff is None, "no task has l_ff, so the stack's must be None")
     check(stacked.l_k is not None and stacked.l_v is not None, "one task has l_k, another l_v: the stack has both")
     check(stacked.fingerprint is None, "tasks that were never attached give a stack whose fingerprint is None")
 
 
+def test_the_base_is_the_one_that_any_task_remembers(dice, given_start):
+    config = make_gpt(dice).config
+    tasks = [make_vectors(dice, config), None, make_vectors(dice, config, fingerprint="one base")]
+    for order in (tasks, tasks[::-1]):
+        words = "one task remembers a base, another none: the stack must remember it, wherever the task stands"
+        check(stack(order).fingerprint == "one base", words)
+
+
 def test_what_does_not_belong_together_is_refused(dice, given_start):
     tasks = make_tasks(dice)
     other = make_vectors(dice, tasks[0].config, fingerprint="another base")
-    deeper = make_vectors(dice, make_gpt(dice, n_layer=tasks[0].config.n_layer + 1).config)
+    config = tasks[0].config
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    deeper = make_vectors(dice, make_gpt(dice, **(sizes | {"n_layer": config.n_layer + 1})).config)
+    wider = make_vectors(dice, make_gpt(dice, **(sizes | {"n_embd": 2 * config.n_embd})).config, ("v",))
+    keys = make_vectors(dice, config, ("k",))
     stacked = make_vectors(dice, tasks[0].config, n_tasks=2)
     for what, wrong in {
         "a stack of nothing": [],
         "a stack of the base alone": [None],
         "tasks of two bases": [tasks[0], other],
-        "tasks of two shapes": [tasks[0], deeper],
+        "tasks of two bases, the last one's another": [None, keys, tasks[0], tasks[1], other],
+        "tasks of two depths": [tasks[0], deeper],
+        "tasks of two widths, whatever their sites are": [keys, wider],
         "a stack in a stack": [tasks[0], stacked],
     }.items():
         refused(what, stack, wrong)
@@ -81,11 +96,29 @@ def test_every_row_of_a_batch_gets_its_own_tasks_vectors(dice):
                 same = (matrix == l[b, 0]).all(-1).nonzero().tolist()
                 got = "task {}, layer {}".format(*same[0]) if same else "no task's"
                 check(False, f"{name}: row {b} of the batch has task {task}, but layer {i} gets the vector of {got}")
+    words = "no gradient reaches {}: gather from the Parameter itself, not from a detached copy"
+    for name, l in zip(NAMES, layers[0], strict=True):
+        check(l.requires_grad, words.format(name))
     sum(l.sum() for layer in layers for l in layer).backward()
     used = torch.zeros(n_tasks, dtype=torch.bool)
     used[ids] = True
     right = vectors.l_k.grad is not None and torch.equal(vectors.l_k.grad.abs().sum((1, 2)) > 0, used)
     check(right, "gradients must reach the vectors of the tasks in the batch, and only theirs")
+
+
+def operations(node):
+    """How many operations autograd remembers behind a tensor's grad_fn."""
+    return 1 + sum(operations(other) for other, _ in node.next_functions if other is not None)
+
+
+def test_the_gather_has_no_loop_over_rows_or_tasks(dice):
+    config = make_gpt(dice).config
+    counts = []
+    for n_tasks, B in ((2, 3), (7, 3), (7, 20)):
+        ids = torch.from_numpy(dice.integers(0, n_tasks, B))
+        counts.append(operations(make_vectors(dice, config, n_tasks=n_tasks).per_layer(ids)[0][0].grad_fn))
+    words = "2 tasks and 3 rows, 7 and 3, 7 and 20 take {}, {} and {} operations a layer: index once, without a loop"
+    check(len(set(counts)) == 1, words.format(*counts))
 
 
 def test_a_site_left_out_is_none_for_a_batch_too(dice):

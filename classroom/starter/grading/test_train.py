@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import changed, check, snapshot
+from conftest import against, changed, check, snapshot
 
 import common
 import data
@@ -19,7 +19,7 @@ def rates(dice, schedule):
     warmup = int(dice.integers(3, 20))
     steps = warmup + 12 * int(dice.integers(3, 9))
     config = train.TrainConfig(
-        steps=steps, lr=float(dice.uniform(0.01, 1)), schedule=schedule, warmup=(warmup + 0.5) / steps
+        steps=steps, lr=float(dice.uniform(0.01, 1)), schedule=schedule, warmup=(warmup + 0.75) / steps
     )
     return config, warmup, [train.learning_rate(step, config) for step in range(steps + 1)]
 
@@ -32,12 +32,25 @@ def near(a, b, config):
 def test_the_warmup_rises_in_equal_steps(dice, schedule):
     config, warmup, rate = rates(dice, schedule)
     check(rate[0] > 0, "the learning rate of step 0 is 0: that step would be lost")
-    check(near(max(rate), config.lr, config), f"the peak must be lr, {config.lr:.4g}, and it is {max(rate):.4g}")
+    check(near(max(rate), config.lr, config), f"the peak must be lr: it is {against(max(rate), config.lr)}")
     peak = rate.index(max(rate))
-    check(peak == warmup, f"{warmup} steps of warmup: the peak is at step {warmup}, not {peak}")
+    words = f"a warmup of {warmup + 0.75} steps is ⌊{warmup + 0.75}⌋ = {warmup} whole ones"
+    check(peak == warmup, f"{words}, and the peak is at step {warmup}, not {peak}")
     for step in range(warmup):
         words = f"the warmup rises by lr/{warmup + 1} a step, but not from step {step} to {step + 1}"
         check(near(rate[step + 1] - rate[step], config.lr / (warmup + 1), config), words)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_that_is_all_warmup(schedule):
+    config = train.TrainConfig(steps=10, lr=1.0, warmup=1.0, schedule=schedule)
+    try:
+        rate = [train.learning_rate(step, config) for step in range(11)]
+    except ZeroDivisionError:
+        check(
+            False, "where warmup is 1, all steps rise and none is left for the decay: that divides by zero at the end"
+        )
+    check(rate[:10] == sorted(rate[:10]) and rate[9] < 1, "where warmup is 1, the rate must rise to the last step")
 
 
 def test_the_linear_decay(dice):
@@ -78,8 +91,10 @@ def test_vectors_learn_and_the_base_stays(dice):
         logits = model.eval()(idx)[0]
         attach(model)
         check(torch.equal(model.eval()(idx)[0], logits), "at step 0 the logits are not the base's, bit for bit")
+    free = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("ia3.")]
+    check(not free, f"attach left {len(free)} tensors of the base trainable: it must be frozen before anything learns")
     history = train.train(model, split, config)
-    gain = base_loss - history[-1]["val_loss"]
-    check(gain > 0.1, f"after 12 steps val must be 0.1 nats below the base's {base_loss:.2f}; it fell by {gain:.3f}")
     model.ia3 = None
     check(not changed(model, before), "training changed the base: without the vectors it is no longer what it was")
+    gain = base_loss - history[-1]["val_loss"]
+    check(gain > 0.1, f"after 12 steps val must be 0.1 nats below the base's {base_loss:.2f}; it fell by {gain:.3f}")

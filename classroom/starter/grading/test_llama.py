@@ -1,0 +1,162 @@
+"""A LLaMA's block against the formula, softmax(R(Q) R(l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V), and how it is folded."""
+
+import math
+
+import pytest
+import torch
+from conftest import check, close, draw, draw_short, product
+
+import llama
+import merge
+
+
+def make_config(dice, **sizes):
+    """Fewer heads of keys than of queries, and biases, which no Llama has to have."""
+    n_kv_head = int(dice.integers(2, 4))
+    sizes = {"n_head": 2 * n_kv_head, "n_kv_head": n_kv_head, "n_embd": 8 * n_kv_head} | sizes
+    sizes |= {
+        "n_layer": 1,
+        "n_hidden": 8 * n_kv_head + int(dice.integers(1, 9)),
+        "attention_bias": True,
+        "mlp_bias": True,
+    }
+    return llama.LlamaConfig(block_size=8, vocab_size=31, rope_base=100.0, norm_eps=1e-5, tied=True, **sizes)
+
+
+@pytest.fixture
+def sizes(dice, monkeypatch):
+    """A config; and Llamas can be made, whether or not widths is done: it has a test of its own."""
+    config = make_config(dice)
+    width = config.n_kv_head * (config.n_embd // config.n_head)
+    monkeypatch.setattr(llama.LlamaConfig, "widths", (width, width, config.n_hidden))
+    return config
+
+
+def fill(dice, module):
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(draw(dice, *p.shape, spread=0.5))
+    return module.double()
+
+
+def test_the_widths(dice):
+    config = make_config(dice)
+    d_head = config.n_embd // config.n_head
+    heads = f"{config.n_head} heads of queries and {config.n_kv_head} of keys and values, {d_head} channels each"
+    found = tuple(config.widths)
+    words = (
+        f"widths of l_k, l_v, l_ff: with n_embd = {config.n_embd}, {heads}, and an MLP of {config.n_hidden} channels,"
+    )
+    wanted = (config.n_kv_head * d_head, config.n_kv_head * d_head, config.n_hidden)
+    check(found == wanted, f"{words} {found} cannot meet keys, values and hidden activations")
+
+
+def turn(x, cos, sin):
+    """x (B, heads, T, d_head) turned: channels i and i + d_head/2 are a complex number, times cos + i·sin."""
+    half = x.size(-1) // 2
+    z = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)
+    return torch.cat((z.real, z.imag), -1)
+
+
+def paper(attn, x, cos, sin, l_k, l_v, l_after):
+    """The attention's output (B, T, C) by the formula, each head by itself; l_after scales keys after the rotation."""
+    B, T, C = x.shape
+    d = C // attn.n_head
+    q = attn.q_proj(x).view(B, T, -1, d).transpose(1, 2)
+    k, v = (t.view(B, T, -1, d).transpose(1, 2) for t in (l_k * attn.k_proj(x), l_v * attn.v_proj(x)))
+    q, k = turn(q, cos, sin), turn(k, cos, sin) * l_after.view(-1, 1, d)
+    future = torch.ones(T, T).triu(1).bool()
+    heads = []
+    for head in range(attn.n_head):
+        theirs = head // (attn.n_head // attn.n_kv_head)  # the head of keys and values that it reads
+        scores = (q[:, head] @ k[:, theirs].mT / math.sqrt(d)).masked_fill(future, -math.inf)
+        heads.append(scores.softmax(-1) @ v[:, theirs])
+    return attn.o_proj(torch.cat(heads, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["l_k alone", "l_v alone", "l_k and l_v"])
+def test_the_attention(dice, sizes, given):
+    attn = fill(dice, llama.CausalSelfAttention(sizes))
+    x = draw(dice, 2, 5, sizes.n_embd)
+    cos, sin = llama.rotary_table(sizes, torch.arange(5), torch.float64)
+    width = attn.k_proj.out_features
+    vectors = draw(dice, 2, width, mean=1.0, spread=0.7)
+    k, v = (l if name in given else None for name, l in zip(("l_k", "l_v"), vectors, strict=True))
+    out = attn(x, cos, sin, k, v)
+    ones = torch.ones(width, dtype=torch.float64)
+    k, v = (ones if l is None else l for l in (k, v))
+    if close(out, paper(attn, x, cos, sin, k, v, ones)):
+        return
+    words = "the output is not softmax(R(Q) R(l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)"
+    if close(out, paper(attn, x, cos, sin, ones, ones, ones)):
+        words = "nothing is scaled"
+    elif close(out, paper(attn, x, cos, sin, ones, v, k)):
+        words = "l_k acts after the rotation, and it must act before"
+    elif close(out, paper(attn, x, cos, sin, v, k, ones)):
+        words = "l_k and l_v are mixed up"
+    check(False, f"with {given}: {words}")
+
+
+@torch.no_grad()
+def test_the_mlp(dice, sizes):
+    mlp = fill(dice, llama.MLP(sizes))
+    x, l_ff = draw(dice, 2, 3, sizes.n_embd), draw(dice, sizes.n_hidden, mean=1.0, spread=0.7)
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    out = mlp(x, l_ff)
+    words = "the output is not W_down (l_ff ⊙ silu(W_gate x) ⊙ W_up x)"
+    if close(out, mlp.down_proj(l_ff * gate * torch.sigmoid(l_ff * gate) * up)):
+        words = "l_ff acts before the silu, but it must act after it"
+    check(close(out, mlp.down_proj(gate * torch.sigmoid(gate) * up * l_ff)), words)
+
+
+@torch.no_grad()
+def test_a_base_in_bfloat16(dice, sizes):
+    """A single token's attention hands on its value, and an o_proj of the identity, too; down_proj, n_embd channels."""
+    C, width = sizes.n_embd, sizes.n_kv_head * (sizes.n_embd // sizes.n_head)
+    attn, mlp = fill(dice, llama.CausalSelfAttention(sizes)).bfloat16(), fill(dice, llama.MLP(sizes)).bfloat16()
+    for linear in (attn.o_proj, mlp.down_proj):
+        linear.weight.copy_(torch.eye(*linear.weight.shape))
+        linear.bias.zero_()
+    x = draw(dice, 32, 1, C).bfloat16()  # so many, since roundings often agree by chance
+    cos, sin = llama.rotary_table(sizes, torch.arange(1), torch.bfloat16)
+    l_k, l_v, l_ff = draw_short(dice, width), draw_short(dice, width), draw_short(dice, sizes.n_hidden)
+    words = "on a base in bfloat16 {} must be taken in float32 and rounded once, to bfloat16"
+    try:
+        attn(x, cos, sin, l_k)
+        values, hidden = attn(x, cos, sin, None, l_v), mlp(x, l_ff)
+    except NotImplementedError:
+        raise
+    except RuntimeError as e:  # what linear maps and the attention say to mixed dtypes
+        check(False, f"{words.format('products')} ({str(e).splitlines()[0][:80]})")
+    d = C // sizes.n_head
+    each = l_v.view(-1, 1, d).expand(-1, sizes.n_head // sizes.n_kv_head, d).flatten()
+    check(torch.equal(values, product(each, attn(x, cos, sin))), words.format("l_v ⊙ V"))
+    check(torch.equal(hidden, product(l_ff[:C], mlp(x))), words.format("l_ff's product"))
+
+
+def test_the_fold(dice, sizes, monkeypatch):
+    """fold_rows and fold_columns only note what they are called with: they are other exercises."""
+    block = llama.Block(sizes)
+    calls = []
+    for name in ("fold_rows", "fold_columns"):
+        monkeypatch.setattr(merge, name, lambda *given, name=name: calls.append((name, *given)))
+    l_k, l_v, l_ff = (draw(dice, width) for width in sizes.widths)
+    merge.fold_llama(block, l_k, l_v, l_ff)
+    names = {module: name for name, module in block.named_modules()}
+    found = {}
+    for function, linear, *rows, l in calls:
+        whole = not rows or range(linear.out_features)[rows[0]] == range(linear.out_features)
+        check(whole, f"{names[linear]} makes nothing but what is scaled: all of its rows are folded, slice(None)")
+        found[names[linear]] = function, id(l)
+    places = [("self_attn.k_proj", "fold_rows", l_k), ("self_attn.v_proj", "fold_rows", l_v)]
+    if "mlp.up_proj" in found:  # the same function
+        places.append(("mlp.up_proj", "fold_rows", l_ff))
+    else:
+        places.append(("mlp.down_proj", "fold_columns", l_ff))
+    for name, function, l in places:
+        right = found.get(name) == (function, id(l))
+        check(
+            right, f"{name} wants a call of {function}, with the vector that scales its outputs, or what goes into it"
+        )
+    check(len(calls) == 3, f"three maps take a vector, and {len(calls)} calls were made, for {sorted(found)}")

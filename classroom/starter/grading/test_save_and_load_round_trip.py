@@ -1,0 +1,34 @@
+"""save() and load(): what one writes the other reads, bit for bit; and load reads what numpy wrote by the handout."""
+
+import pytest
+import torch
+from conftest import SUBSETS, about, check, make_known, write
+
+from ia3 import IA3
+
+
+def compare(again, vectors, values, model):
+    check(isinstance(again, IA3), "load must return an IA3")
+    found = {name for name, _ in again.named_parameters()}
+    check(found == set(values), f"{sorted(values)} were saved, but {sorted(found)} come back")
+    for name, p in again.named_parameters():
+        check(torch.equal(p, values[name]), f"{name} does not come back bit for bit")
+        check(p.dtype == torch.float32 and p.requires_grad, f"{name} must come back as a float32 Parameter, trainable")
+    check(again.fingerprint == vectors.fingerprint, "the fingerprint of the base must come back as .fingerprint")
+    check(model.ia3 is None, "load must not attach the vectors: it returns them")
+
+
+@pytest.mark.parametrize("sites", SUBSETS)
+def test_there_and_back(dice, given_start, tmp_path, sites):
+    model, vectors = make_known(dice, sites)
+    values = {name: p.detach().clone() for name, p in vectors.named_parameters()}
+    vectors.save(tmp_path / "task.npz")
+    compare(IA3.load(tmp_path / "task.npz", model), vectors, values, model)
+
+
+@pytest.mark.parametrize("sites", SUBSETS)
+def test_a_file_like_folio_opens(dice, given_start, tmp_path, sites):
+    model, vectors = make_known(dice, sites)
+    write(tmp_path / "theirs.npz", about(model, vectors), vectors)
+    compare(IA3.load(tmp_path / "theirs.npz", model), vectors, dict(vectors.named_parameters()), model)
+    IA3.load(tmp_path / "theirs.npz", model.bfloat16())  # the same base, whatever it is held in
