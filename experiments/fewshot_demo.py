@@ -21,7 +21,7 @@ from experiments.shots import SharedPrompts, ask, context, draw, learn, read_tas
 from ia3 import attach
 from merge import merge, verify
 
-RATE = 3e-3  # the paper's (section 3.3)
+RATE = 3e-3  # the paper's
 PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
 
 
@@ -53,7 +53,7 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(lab.ROOT / "data/smollm2.pt"), help="a Llama (default: %(default)s)")
     parser.add_argument("--data", default=str(lab.ROOT / "data/sentiment"), help="folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 8 examples (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of 8 examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/fewshot"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
