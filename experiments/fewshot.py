@@ -26,9 +26,9 @@ row; what is trained, logits and log-likelihoods are float32.
 **Draws.** K training examples, as many of each label, from train; draws 0 to 4, or 0 to 2 where it says three. Smaller
 K are parts of larger ones. Every method sees the same K examples in a draw; no label of val is used.
 
-**(IA)³.** As in the paper (3.2, 3.5), but with AdamW and fewer steps: rate 3e-3, batches of 8, 6 % warmup, linear decay,
-clip 1, L_LM + L_UL + L_LN. The 3K pairs of example and template are passed through in a random order, again and again.
-100 steps, a tenth of the paper's. Plain format.
+**(IA)³.** As in the paper (3.2, 3.5), but with AdamW and fewer steps: rate 3e-3, batches of 8, 6 % warmup, linear
+decay, clip 1, L_LM + L_UL + L_LN. The 3K pairs of example and template are passed through in a random order, again and
+again. 100 steps, a tenth of the paper's. Plain format.
 
 **In-context learning.** The K examples, in the template of the question, before it: plain (an empty line between) or
 as a chat. Raw, or with contextual calibration (Zhao et al. 2021, arXiv:2102.09690): the choices' probabilities divided
