@@ -171,7 +171,6 @@ def stack_works(runs, kind=""):
 
 
 def start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once; the parent says so, in one line
     torch.set_num_threads(1)  # a process a core is faster than a thread a core, and the same bits on any machine
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - train()'s progress, of several processes at once
 
@@ -189,7 +188,11 @@ def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
     left = [job for job in jobs if run_name(job) not in done]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
+        # Ctrl-C reaches every process of a terminal's command: workers inherit that they ignore it, and this one ends
+        # them. Else it would now and then see a dead worker before it heard of the Ctrl-C itself
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
         running = {pool.submit(measure, **job): job for job in left}
+        signal.signal(signal.SIGINT, heard)
         start = time.time()
         for n, future in enumerate(as_completed(running), 1):
             if future.cancelled():
