@@ -42,7 +42,7 @@ def draw_picture(bars, path):
         ax.barh(place, 100 * share, color="tab:red" if words.startswith("(IA)³") else "tab:gray")
         ax.text(1, place, f"{words}   {takes}", va="center", color="white", fontsize=12)
         ax.text(100 * share + 0.5, place, f"{100 * share:.1f} %", va="center", fontsize=13)
-    ax.axvline(50, color="black", lw=0.8, ls=":")
+    ax.axvline(50, color="black", lw=0.8, ls=":", zorder=0)
     ax.set(xlim=(0, 108), yticks=[], xlabel="movie sentences told apart, % (chance: 50)")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.set_title("SmolLM2-135M, two CPU cores: (IA)³ beside in-context learning", loc="left", fontsize=14)
