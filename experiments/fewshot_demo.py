@@ -35,7 +35,7 @@ def share_right(model, rows, shots=()):
     return sum(best == row["label"] for best, row in zip(beta.argmax(-1).tolist(), rows, strict=True)) / len(rows)
 
 
-def draw_picture(bars, path):
+def draw_picture(bars, base, path):
     """bars: [(words, what it takes, share right)]. A picture of a card's size."""
     figure, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
     for place, (words, takes, share) in enumerate(reversed(bars)):
@@ -45,7 +45,8 @@ def draw_picture(bars, path):
     ax.axvline(50, color="black", lw=0.8, ls=":", zorder=0)
     ax.set(xlim=(0, 108), yticks=[], xlabel="movie sentences told apart, % (chance: 50)")
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.set_title("SmolLM2-135M, two CPU cores: (IA)³ beside in-context learning", loc="left", fontsize=14)
+    where = f"{Path(base).stem}, {torch.get_num_threads()} CPU threads"
+    ax.set_title(f"{where}: (IA)³ beside in-context learning", loc="left", fontsize=14)
     lab.save_picture(figure, path)
 
 
@@ -92,7 +93,7 @@ def run(argv):
     report("(IA)³ from 32, merged", "no added cost", share_right(merged, rows))
     idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0]["prompts"][1])])
     found = verify(model, merged, idx)
-    draw_picture(bars, args.out / "fewshot.png")
+    draw_picture(bars, args.base, args.out / "fewshot.png")
     print(found)
     size = (args.out / "ia3.npz").stat().st_size
     print(f"{args.out}: ia3.npz ({size / 1000:,.0f} kB), merged.pt, fewshot.png")

@@ -144,19 +144,18 @@ def loss_ln(log_p, there, labels):
     return F.cross_entropy(normalized(log_p, there), labels)
 
 
-def terms_of(losses):
-    """The functions that 'lm', 'ul', 'ln' name. Raises ValueError for others, or for none."""
+def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
+    """The sum of some of 'lm', 'ul', 'ln' with weights 1, as a loss_fn(model, *inputs, labels) for train().
+
+    log_likelihoods_of(model, *inputs): as token_log_likelihoods. Raises ValueError for other losses, or for none.
+    """
     if not losses or not set(losses) <= set(LOSSES):
         raise ValueError(f"losses must be some of {', '.join(LOSSES)}, not {','.join(losses) or 'none'}")
-    return [{"lm": loss_lm, "ul": loss_ul, "ln": loss_ln}[name] for name in losses]
+    terms = [{"lm": loss_lm, "ul": loss_ul, "ln": loss_ln}[name] for name in losses]
 
-
-def make_loss(losses=LOSSES):
-    """The sum of some of 'lm', 'ul', 'ln' with weights 1, as a loss_fn(model, x, y, labels) for train()."""
-    terms = terms_of(losses)
-
-    def loss_fn(model, x, y, labels):
-        log_p, there = token_log_likelihoods(model, x, y)
+    def loss_fn(model, *batch):
+        *inputs, labels = batch
+        log_p, there = log_likelihoods_of(model, *inputs)
         return sum(term(log_p, there, labels) for term in terms)
 
     return loss_fn

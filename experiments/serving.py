@@ -15,19 +15,17 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 from experiments import lab, ranking
-from experiments.shots import BATCH_SIZE, SharedPrompts, ask, choice_log_likelihoods, draw, read_task
+from experiments.shots import BATCH_SIZE, SharedPrompts, ask, choice_log_likelihoods, draw, read_task, scores
 from ia3 import IA3, attach, stack, unstack
 from merge import merge
 from train import TrainConfig, train
 
 TASKS = ("movies", "movies-flipped", "source")
 RATE = 3e-3
-TERMS = ranking.terms_of(ranking.LOSSES)
 
 
 class MixedPrompts(SharedPrompts):
@@ -38,25 +36,8 @@ class MixedPrompts(SharedPrompts):
         self.task_ids = torch.tensor([example[3] for example in examples])
 
     def windows(self, ids):
-        return *super().windows(ids), self.task_ids[ids]
-
-
-def loss_fn(model, prompts, choices, labels, padding, task_ids):
-    """The paper's three losses (section 3.2) of a mixed batch."""
-    log_p, there = choice_log_likelihoods(model, prompts, choices, padding, task_ids)
-    return sum(term(log_p, there, labels) for term in TERMS)
-
-
-@torch.no_grad()
-def scores(model, split, task_ids=None):
-    """β of every choice of every row, (rows, most choices), by batches of 12. task_ids (rows,): where it is stacked."""
-    found = []
-    for ids in torch.arange(len(split)).split(12):
-        prompts, choices, _, padding, _ = split.windows(ids)
-        tasks = None if task_ids is None else task_ids[ids]
-        beta = ranking.normalized(*choice_log_likelihoods(model, prompts, choices, padding, tasks))
-        found.append(F.pad(beta, (0, 4 - beta.size(1)), value=-torch.inf))  # source has four choices
-    return torch.cat(found)
+        *inputs, labels = super().windows(ids)
+        return *inputs, self.task_ids[ids], labels
 
 
 def mixed(tokenizer, folder, split, k, templates):
@@ -77,7 +58,9 @@ def learn(model, folder, k, steps):
     settings = {"batch_size": BATCH_SIZE, "weight_decay": 0.0, "schedule": "linear", "eval_interval": steps}
     config = TrainConfig(steps=steps, lr=RATE, eval_windows=1, **settings)
     with sdpa_kernel(SDPBackend.MATH):  # as in shots.learn
-        train(model, {"train": split, "val": split}, config, loss_fn)
+        train(
+            model, {"train": split, "val": split}, config, ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
+        )
     model.eval()
     return unstack(vectors)
 

@@ -114,7 +114,7 @@ class SharedPrompts(ranking.Choices):
     """
 
     def windows(self, ids):
-        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, labels (B,), padding (B,), all long."""
+        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, padding (B,), labels (B,), all long."""
         rows = [self.examples[i] for i in ids]
         n = max(len(choices) for _, choices, _ in rows)
         longest = max(len(choice) for _, choices, _ in rows for choice in choices)
@@ -126,7 +126,7 @@ class SharedPrompts(ranking.Choices):
             x[row, padding[row] :] = torch.tensor(prompt)
             for i, choice in enumerate(choices):
                 y[row, i, : len(choice)] = torch.tensor(choice)
-        return x, y, torch.tensor([label for _, _, label in rows]), padding
+        return x, y, padding, torch.tensor([label for _, _, label in rows])
 
 
 class PromptCache:
@@ -178,29 +178,19 @@ def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None):
     return log_p.view_as(choices), there.view_as(choices)
 
 
-def make_loss(losses=ranking.LOSSES):
-    """ranking.make_loss for SharedPrompts."""
-    terms = ranking.terms_of(losses)
-
-    def loss_fn(model, prompts, choices, labels, padding):
-        log_p, there = choice_log_likelihoods(model, prompts, choices, padding)
-        return sum(term(log_p, there, labels) for term in terms)
-
-    return loss_fn
-
-
 # --- scores ---
 
 
 @torch.no_grad()
-def scores(model, split):
-    """ranking.scores of SharedPrompts without a prefix: (len(split), most choices)."""
+def scores(model, split, task_ids=None):
+    """ranking.scores of SharedPrompts without a prefix: (len(split), most choices). task_ids: (len(split),) or None."""
     order = sorted(range(len(split)), key=lambda i: len(split.examples[i][0]))  # little padding
     beta = torch.full((len(split), max(len(choices) for _, choices, _ in split.examples)), -torch.inf)
     for i in range(0, len(split), 32):
         ids = order[i : i + 32]
-        prompts, choices, _, padding = datasets.to_device(split.windows(ids), model.lm_head.weight.device)
-        found = ranking.normalized(*choice_log_likelihoods(model, prompts, choices, padding))
+        prompts, choices, padding = datasets.to_device(split.windows(ids)[:3], model.lm_head.weight.device)
+        tasks = None if task_ids is None else task_ids[ids]
+        found = ranking.normalized(*choice_log_likelihoods(model, prompts, choices, padding, tasks))
         beta = beta.to(found.dtype)
         beta[ids, : found.size(1)] = found.cpu()
     return beta
@@ -302,7 +292,7 @@ def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=(), dtype="f
         with sdpa_kernel(
             SDPBackend.MATH
         ):  # on a CPU and so short a text, going back through the fused one takes longer
-            train(model, {"train": split, "val": split}, config, make_loss(losses))
+            train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
     except FloatingPointError:
         return 1
     return 0

@@ -100,9 +100,10 @@ def test_a_prompt_read_once_for_its_choices_gives_the_same_loss_and_gradients(ll
     vectors = make_ia3(llama).double()  # float32 gradients would be rounded
     examples = mixed_examples(np.random.default_rng(1))
     found = []
-    for split, make_loss in ((ranking.Choices, ranking.make_loss), (shots.SharedPrompts, shots.make_loss)):
+    ways = ((ranking.Choices, ranking.token_log_likelihoods), (shots.SharedPrompts, shots.choice_log_likelihoods))
+    for split, log_likelihoods_of in ways:
         vectors.zero_grad()
-        loss = make_loss()(llama, *split(examples).windows(range(17)))
+        loss = ranking.make_loss(log_likelihoods_of=log_likelihoods_of)(llama, *split(examples).windows(range(17)))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in vectors.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
