@@ -35,54 +35,42 @@ from sample import complete
 COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")  # of metrics.csv
 
 
-def flag(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, bounds=None):
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
 @dataclass
 class TrainConfig:
-    """What train() does. Every field is a flag of the command line, too. Raises ValueError for values out of range."""
+    """What train() does. Every field is a flag of the command line, too. Raises ValueError for values out of bounds."""
 
-    steps: int = flag(200, "optimizer steps")
-    lr: float = flag(0.1, "peak learning rate")
-    schedule: str = flag("cosine", "the decay to zero after the warmup", ("cosine", "linear"))
-    warmup: float = flag(0.06, "share of the steps in which the learning rate rises")
-    batch_size: int = flag(16, "windows or examples a step, over all parts and processes")
-    grad_accum: int = flag(1, "parts that a process cuts its batch into, one in memory at a time")
-    weight_decay: float = flag(0.1, "AdamW's, on matrices of the base only, never on vectors")
-    grad_clip: float = flag(1.0, "largest gradient norm")
-    eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint")
-    eval_windows: int = flag(64, "windows of val in an evaluation during the run; at its end all of val is read")
-    seed: int = flag(0, "draws the batches, the dropout and a new model's weights")
-    dtype: str = flag("float32", "bfloat16: autocast what is held in float32", ("float32", "bfloat16"))
+    steps: int = flag(200, "optimizer steps", bounds=(1, 10**9))
+    lr: float = flag(0.1, "peak learning rate", bounds=(1e-12, 1000))
+    schedule: str = flag("cosine", "the decay to zero after the warmup", choices=("cosine", "linear"))
+    warmup: float = flag(0.06, "share of the steps in which the learning rate rises", bounds=(0, 1))
+    batch_size: int = flag(16, "windows or examples a step, over all parts and processes", bounds=(1, 10**5))
+    grad_accum: int = flag(1, "parts that a process cuts its batch into, one in memory at a time", bounds=(1, 10**5))
+    weight_decay: float = flag(0.1, "AdamW's, on matrices of the base only, never on vectors", bounds=(0, 1000))
+    grad_clip: float = flag(1.0, "largest gradient norm", bounds=(1e-12, math.inf))
+    eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint", bounds=(1, 10**9))
+    eval_windows: int = flag(
+        64, "windows of val in an evaluation during the run; at its end all of val is read", bounds=(1, 10**9)
+    )
+    seed: int = flag(0, "draws the batches, the dropout and a new model's weights", bounds=(0, 2**63 - 1))
+    dtype: str = flag("float32", "bfloat16: autocast what is held in float32", choices=("float32", "bfloat16"))
     out: str | None = flag(None, "folder of the run")
     resume: bool = flag(False, "go on with the run in --out from its last checkpoint, if it has one")
 
     def __post_init__(self):
         for f in fields(self):
+            value = getattr(self, f.name)
             choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {getattr(self, f.name)}")
-        for name, most in (
-            ("steps", 10**9),
-            ("batch_size", 10**5),
-            ("grad_accum", 10**5),
-            ("eval_interval", 10**9),
-            ("eval_windows", 10**9),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {value}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
-        if not 0 < self.lr <= 1000:
-            raise ValueError(f"lr must be above 0 and at most 1000, not {self.lr}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is a share of the steps, from 0 to 1, not {self.warmup}")
-        if not 0 <= self.weight_decay <= 1000:
-            raise ValueError(f"weight_decay must be from 0 to 1000, not {self.weight_decay}")
-        if not self.grad_clip > 0:
-            raise ValueError(f"grad_clip must be above 0, not {self.grad_clip}")
+            bounds = f.metadata["bounds"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
+            if f.type is int and type(value) is not int:
+                raise ValueError(f"{f.name} must be a whole number, not {value}")
+            if bounds and not bounds[0] <= value <= bounds[1]:
+                raise ValueError(f"{f.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
         world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
         if self.batch_size < world * self.grad_accum:
             raise ValueError(f"batch_size must be at least {world} processes × grad_accum {self.grad_accum}")

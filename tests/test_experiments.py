@@ -1058,7 +1058,7 @@ def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
         (compare, "--workers 0", "workers must be at least 1, not 0"),
         (ablate, "--depth 6", "depth must be all, first-half, second-half, or a layer from 0 to 5, not 6"),
         (ablate, "--depth top", "not top"),
-        (ablate, "--lr 0.1 0", "lr must be above 0"),
+        (ablate, "--lr 0.1 0", "lr must be from 1e-12 to 1000, not 0"),
         (ablate, "--steps 0", "steps must be"),
         (ablate, "--sites ff,v,k", "nothing to compare"),
         (ablate, "--seeds 0", "seeds must be at least 1"),
