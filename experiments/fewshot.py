@@ -281,25 +281,27 @@ def measure_costs(settings, chosen):
 # --- tables and a picture, from the files alone ---
 
 
-def results(folder, chosen):
+def results(folder):
     """Return {row's name: {task: [right, a draw each]}} of the runs on test, and the names of what diverged."""
     rows, arrays = lab.read_runs(folder, RUNS)
     found = {}
     for row in sorted((row for row in rows if row["split"] == "test"), key=lambda row: row["seed"]):
         run = lab.arrays_of(row, arrays, folder)
         name = f"{row['method']}, {row['form']}, K = {row['k']}"
-        name += f", {row['steps']} steps at {row['lr']:g}" if row["steps"] else ""
-        name += f", order {row['order']}" if row["order"] else ""
-        versions = {name: right(run)}
+        if row["steps"]:
+            name += f", {row['steps']} steps at {row['lr']:g}"
+        if row["order"]:
+            name += f", order {row['order']}"
+        draws = {name: right(run)}
         if "free" in run:
-            versions[f"{name}, calibrated"] = right(run, True)
-        for floor in run:
-            if floor.startswith(("biases", "probe")):
-                method, k, _ = floor.split("-")
-                found.setdefault(f"{method}, plain, K = {k}", {}).setdefault(row["task"], [])
-                found[f"{method}, plain, K = {k}"][row["task"]].append(run[floor] == run["labels"])
-        for name, value in versions.items():
+            draws[f"{name}, calibrated"] = right(run, True)
+        for name, value in draws.items():
             found.setdefault(name, {}).setdefault(row["task"], []).append(value)
+        for name in run:
+            if name.startswith(("biases", "probe")):
+                method, k, _ = name.split("-")
+                of_task = found.setdefault(f"{method}, plain, K = {k}", {})
+                of_task.setdefault(row["task"], []).append(run[name] == run["labels"])
     return found, [lab.run_name(row) for row in rows if row["diverged"]]
 
 
@@ -309,60 +311,63 @@ def names_at(k, settings, chosen):
     return f"ia3, plain, K = {k}, {settings['steps']} steps at {RATE:g}", f"icl, {chosen['form']}, K = {k}{how}"
 
 
-def tables(folder, settings, chosen):
-    """The tables, in Markdown."""
-    found, diverged = results(folder, chosen)
-    tasks = settings["tasks"]
+def primary_table(found, settings, chosen):
+    """The primary comparison, a line a task. found: of results()."""
     ours, theirs = [found.get(name, {}) for name in names_at(settings["ks"][-2], settings, chosen)]
-    head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
+    wanted = len(settings["seeds"])
     lines = []
-    for task in tasks:
+    for task in settings["tasks"]:
         n = min(len(ours.get(task, [])), len(theirs.get(task, [])))
-        if n < len(settings["seeds"]):
-            lines.append([task, f"{n} of {len(settings['seeds'])} draws run", "", "", ""])
+        if n < wanted:
+            lines.append([task, f"{n} of {wanted} draws run", "", "", ""])
             continue
         value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours[task], theirs[task])]
         cells = [f"{100 * accuracy_of(draws[task]):.1f}" for draws in (ours, theirs)]
         lines.append([task, *cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"])
+    head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
+    return lab.markdown(head, lines)
+
+
+def range_of_draws(draws):
+    """A cell: the mean accuracy of the draws, the lowest and the highest, and how many there are."""
+    each = [100 * accuracy_of([draw]) for draw in draws]
+    return f"{lab.spread(np.mean(each), min(each), max(each), '.1f')}, {len(each)}"
+
+
+def templates_of_draws(draws):
+    """A cell: the mean accuracy of the draws by template."""
+    means = np.mean([draw.mean(-1) for draw in draws], 0)  # (templates,)
+    return " / ".join(f"{100 * mean:.1f}" for mean in means)
+
+
+def tables(folder, settings, chosen):
+    """The tables, in Markdown."""
+    found, diverged = results(folder)
+    tasks = settings["tasks"]
     rows, _ = lab.read_runs(folder, RUNS)
     done = {lab.run_name(row) for row in rows}
     wanted = [lab.run_name(row) for row in jobs_of_rates(settings) + jobs_to_report(settings, chosen)]
     made = f"{sum(name in done for name in wanted)} of {len(wanted)} runs are made, the formats' apart."
-    pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", lab.markdown(head, lines)]
-    all_rows = []
-    by_template = []
-    for name, of_task in found.items():
-        all_rows.append([name])
-        by_template.append([name])
-        for task in tasks:
-            draws = [100 * accuracy_of([draw]) for draw in of_task.get(task, [])]
-            text = ""
-            if draws:
-                text = f"{lab.spread(np.mean(draws), min(draws), max(draws), '.1f')}, {len(draws)}"
-            all_rows[-1].append(text)
-            means = [] if not draws else np.mean([draw.mean(-1) for draw in of_task[task]], 0)
-            by_template[-1].append(" / ".join(f"{100 * mean:.1f}" for mean in means))
-    pieces += [
-        "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
-        lab.markdown(["", *tasks], all_rows),
-    ]
-    pieces += ["The same by template, means of the draws:", lab.markdown(["", *tasks], by_template)]
+    pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", primary_table(found, settings, chosen)]
+    captions = {
+        range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
+        templates_of_draws: "The same by template, means of the draws:",
+    }
+    for cell, caption in captions.items():
+        lines = []
+        for name, of_task in found.items():
+            lines.append([name, *[cell(of_task[task]) if task in of_task else "" for task in tasks]])
+        pieces += [caption, lab.markdown(["", *tasks], lines)]
     pieces.append(f"Training diverged in: {', '.join(diverged) or 'no run'}.")
     return "\n\n".join(pieces + cost_table(lab.read_csv(folder / "costs.csv", COSTS)))
 
 
 def cost_table(costs):
     """costs: costs.csv's rows, none where it is not measured."""
-    head = [
-        "K in context",
-        "tokens",
-        "FLOPs of a prediction, cached",
-        "read anew",
-        "by 2N",
-        "read anew, by 2N",
-        "seconds",
-    ]
-    head += ["cache, bytes", "(IA)³ cheaper after, cached", "read anew"]
+    if not costs:
+        return []
+    head = ["K in context", "tokens", "FLOPs of a prediction, cached", "read anew", "by 2N", "read anew, by 2N"]
+    head += ["seconds", "cache, bytes", "(IA)³ cheaper after, cached", "read anew"]
     lines = []
     for row in costs:
         anew = row["flops"] + row["prefix_flops"]
@@ -371,30 +376,29 @@ def cost_table(costs):
         more = [n - costs[0]["flops"] for n in (row["flops"], anew)]
         after = [f"{math.ceil(row['training_flops'] / n):,} predictions" if n > 0 else "" for n in more]
         lines.append([*line, f"{row['cache_bytes']:,}", *after])
-    if not lines:
-        return []
     row = costs[0]
-    text = f"(IA)³'s prediction is that of K = 0. Its training: {row['training_flops']:.2e} FLOPs. A task: "
-    text += (
-        f"{row['task_bytes']:,} bytes; a thousand, {row['task_bytes'] / 1e3:,.0f} kB. The paper's setting (its table 1,"
+    text = (
+        f"(IA)³'s prediction is that of K = 0. Its training: {row['training_flops']:.2e} FLOPs. A task: "
+        f"{row['task_bytes']:,} bytes; a thousand, {row['task_bytes'] / 1e3:,.0f} kB. The paper's setting (its table "
+        "1, by 2N): T-Few 1.1e12 FLOPs a prediction, 2.7e16 to train, 4.2 MB; GPT-3 175B in context 1.4e15."
     )
-    text += " by 2N): T-Few 1.1e12 FLOPs a prediction, 2.7e16 to train, 4.2 MB; GPT-3 175B in context 1.4e15."
     return [lab.markdown(head, lines), text]
 
 
 def draw_pictures(folder, settings, chosen):
     """Accuracy against K and, where costs.csv is measured, against the FLOPs of a prediction; a panel a task."""
-    found, _ = results(folder, chosen)
+    found, _ = results(folder)
     costs = {row["k"]: row for row in lab.read_csv(folder / "costs.csv", COSTS)}
     for name in ("accuracy", "costs") if costs else ("accuracy",):
         figure, axes = plt.subplots(1, len(settings["tasks"]), figsize=(16, 3), layout="constrained", squeeze=False)
         for ax, task in zip(axes[0], settings["tasks"], strict=True):
             zero = found.get("zero, plain, K = 0", {}).get(task)
             for place, label in ((0, "(IA)³"), (1, "in-context learning")):
-                names = {k: names_at(k, settings, chosen)[place] for k in settings["ks"]}
-                means = {
-                    k: 100 * accuracy_of(found[row][task]) for k, row in names.items() if task in found.get(row, {})
-                }
+                means = {}
+                for k in settings["ks"]:
+                    draws = found.get(names_at(k, settings, chosen)[place], {}).get(task)
+                    if draws:
+                        means[k] = 100 * accuracy_of(draws)
                 x = list(means)
                 if name == "costs":
                     x = [costs[k if place else 0]["flops"] for k in means]  # its context is in the cache
