@@ -311,8 +311,8 @@ def names_at(k, settings, chosen):
     return f"ia3, plain, K = {k}, {settings['steps']} steps at {RATE:g}", f"icl, {chosen['form']}, K = {k}{how}"
 
 
-def primary_table(found, settings, chosen):
-    """The primary comparison, a line a task. found: of results()."""
+def comparison(found, settings, chosen, templates=slice(None)):
+    """A table of the primary comparison's two sides, a line a task. found: of results(). templates: all, or a part."""
     ours, theirs = [found.get(name, {}) for name in names_at(settings["ks"][-2], settings, chosen)]
     wanted = len(settings["seeds"])
     lines = []
@@ -321,8 +321,9 @@ def primary_table(found, settings, chosen):
         if n < wanted:
             lines.append([task, f"{n} of {wanted} draws run", "", "", ""])
             continue
-        value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours[task], theirs[task])]
-        cells = [f"{100 * accuracy_of(draws[task]):.1f}" for draws in (ours, theirs)]
+        sides = [[draw[templates] for draw in of_task[task]] for of_task in (ours, theirs)]
+        value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(*sides)]
+        cells = [f"{100 * accuracy_of(draws):.1f}" for draws in sides]
         lines.append([task, *cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"])
     head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
     return lab.markdown(head, lines)
@@ -348,7 +349,9 @@ def tables(folder, settings, chosen):
     done = {lab.run_name(row) for row in rows}
     wanted = [lab.run_name(row) for row in jobs_of_rates(settings) + jobs_to_report(settings, chosen)]
     made = f"{sum(name in done for name in wanted)} of {len(wanted)} runs are made, the formats' apart."
-    pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", primary_table(found, settings, chosen)]
+    pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(found, settings, chosen)]
+    pieces += ["The same on the first template alone, whose answers are single tokens; descriptive:"]
+    pieces += [comparison(found, settings, chosen, slice(1))]
     captions = {
         range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
         templates_of_draws: "The same by template, means of the draws:",
