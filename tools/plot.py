@@ -48,9 +48,9 @@ def read_metrics(path):
 
 def plot_losses(runs, path):
     """Draw val loss, and the train loss thinner, of every run that has a metrics.csv. runs: folders."""
+    metrics = [read_metrics(run / "metrics.csv") for run in runs]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, run in enumerate(runs):
-        steps, val, train = read_metrics(run / "metrics.csv")
+    for i, (run, (steps, val, train)) in enumerate(zip(runs, metrics, strict=True)):
         axes.plot(steps, val, f"C{i}", marker=".", label=f"{run.name}, val")
         axes.plot(steps, train, f"C{i}", lw=0.7, alpha=0.6, label=f"{run.name}, train")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
