@@ -83,8 +83,9 @@ def compare(args):
         alone = scores(wide, split)[own]
         same = {"mixed": (together[own] == alone).all(-1)}  # bit for bit
         narrow.ia3 = IA3.load(args.out / f"{name}.npz", narrow)
+        part = SharedPrompts([split.examples[i] for i in own.nonzero().flatten()])
         for words, model in (("merged", wide), ("merged in bfloat16", narrow)):
-            answers, folded = [scores(m, split)[own].argmax(-1) for m in (model, merge(model))]
+            answers, folded = [scores(m, part).argmax(-1) for m in (model, merge(model))]
             same[words] = answers == folded
         row = {"task": name, "sentences": len(alone)}
         row["zero-shot"] = (zero[own] == labels[own]).double().mean().item()
