@@ -194,9 +194,11 @@ def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
         running = {pool.submit(measure, **job): job for job in left}
         signal.signal(signal.SIGINT, heard)
         start = time.time()
-        for n, future in enumerate(as_completed(running), 1):
+        n = 0
+        for future in as_completed(running):
             if future.cancelled():
                 continue
+            n += 1
             results, arrays[run_name(running[future])] = future.result()
             row = running[future] | results
             done[run_name(row)] = row
