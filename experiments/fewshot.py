@@ -389,30 +389,43 @@ def cost_table(costs):
 
 
 def draw_pictures(folder, settings, chosen):
-    """Accuracy against K and, where costs.csv is measured, against the FLOPs of a prediction; a panel a task."""
+    """Accuracy against K and, where costs.csv is measured, against the FLOPs of a prediction; a panel a task.
+
+    A point is the mean of all draws, its bar the lowest and the highest; where draws are not made yet, there is none.
+    """
     found, _ = results(folder)
     costs = {row["k"]: row for row in lab.read_csv(folder / "costs.csv", COSTS)}
+    labels = {"accuracy": ("(IA)³", "in context", "logistic regression"), "costs": ("(IA)³", "in context")}
     for name in ("accuracy", "costs") if costs else ("accuracy",):
-        figure, axes = plt.subplots(1, len(settings["tasks"]), figsize=(16, 3), layout="constrained", squeeze=False)
+        size = {"figsize": (16, 3.2), "layout": "constrained", "squeeze": False, "sharey": True}
+        figure, axes = plt.subplots(1, len(settings["tasks"]), **size)
         for ax, task in zip(axes[0], settings["tasks"], strict=True):
-            zero = found.get("zero, plain, K = 0", {}).get(task)
-            for place, label in ((0, "(IA)³"), (1, "in-context learning")):
-                means = {}
+            for place, label in enumerate(labels[name]):
+                each = {}  # {K: accuracy of every draw}
                 for k in settings["ks"]:
-                    draws = found.get(names_at(k, settings, chosen)[place], {}).get(task)
-                    if draws:
-                        means[k] = 100 * accuracy_of(draws)
-                x = list(means)
+                    row = (*names_at(k, settings, chosen), f"probe, plain, K = {k}")[place]
+                    draws = found.get(row, {}).get(task, [])
+                    if len(draws) == len(settings["seeds"]):
+                        each[k] = [100 * accuracy_of([draw]) for draw in draws]
+                means = [np.mean(draws) for draws in each.values()]
+                bars = [
+                    [mean - min(draws), max(draws) - mean] for mean, draws in zip(means, each.values(), strict=True)
+                ]
+                x = list(each)
                 if name == "costs":
-                    x = [costs[k if place else 0]["flops"] for k in means]  # its context is in the cache
-                    for k, flops in zip(means, x, strict=True):
-                        ax.annotate(f" {k}", (flops, means[k]), fontsize=7)
-                ax.plot(x, list(means.values()), "o-", label=label)
+                    x = [costs[0 if label == "(IA)³" else k]["flops"] for k in each]  # its context is in the cache
+                    for k, flops, mean in zip(each, x, means, strict=True):
+                        ax.annotate(f" {k}", (flops, mean), fontsize=7)
+                ax.errorbar(x, means, np.reshape(bars, (-1, 2)).T, fmt="o-", ms=4, capsize=2, label=label)
+            zero = found.get("zero, plain, K = 0", {}).get(task)
             if zero:
                 ax.axhline(100 * accuracy_of(zero), color="gray", ls=":", label="zero-shot")
             ax.set(xscale="log", title=task, xlabel="labelled examples" if name == "accuracy" else "FLOPs a prediction")
+            if name == "accuracy":
+                ax.minorticks_off()
+                ax.set_xticks(settings["ks"], [str(k) for k in settings["ks"]])
         axes[0, 0].set_ylabel("accuracy (%)")
-        axes[0, 0].legend(fontsize=7)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         lab.save_picture(figure, folder / f"{name}.png")
 
 

@@ -28,6 +28,16 @@ def test_the_rows_of_exactness_are_the_tables():
         assert row in table.splitlines()
 
 
+def test_the_row_of_few_shot_is_the_tables():
+    table = (ROOT / "experiments/results/fewshot/table.md").read_text(encoding="utf-8")
+    row = next(line for line in section("Measured").splitlines() if "fewshot/table.md" in line)
+    shown = re.findall(r"([a-z-]+) ([+-][0-9.]+)", row)
+    assert len(shown) == 6  # every task
+    for task, value in shown:
+        line = next(line for line in table.splitlines() if line.startswith(f"| {task} |"))
+        assert f"| {value} (" in line, task
+
+
 def test_it_is_a_front_page():
     lines = README.splitlines()
     assert len(lines) <= 250
