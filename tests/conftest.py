@@ -5,6 +5,7 @@ room. Tests that take a device run on the CPU, and on CUDA too where there is on
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def pytest_report_header():
     return f"devices: {', '.join(DEVICES)}" + (
         "" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)"
     )
+
+
+@pytest.fixture
+def handler():
+    """Python's own handler of Ctrl-C, also where the tests run in the background, whose shell lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=DEVICES)

@@ -786,7 +786,7 @@ def test_an_ablation_is_train_pys_run_and_goes_on(texts, capsys):
     assert err.count("\n") == 1 and "another --out" in err
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts):
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts, handler):
     command = [sys.executable, "-m", "experiments.ablate", *f"--base {texts}/base.pt --data {texts}/a".split()]
     command += f"--device cpu --sites k v --ref-steps 400 --seeds 3 --out {texts}/run".split()
     pipe = subprocess.PIPE
@@ -795,7 +795,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts):
         assert process.stdout.readline().startswith("1/")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "ablate.py: stopped; the same command goes on from here\n"
+    assert (process.returncode, err) == (130, "ablate.py: stopped; the same command goes on from here\n")
     rows, arrays = lab.read_runs(texts / "run", ablate.RUNS)
     assert 1 <= len(rows) == len(arrays) < 10
 

@@ -591,14 +591,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run(text):
         train(model, text, config(), loss_fn)
 
 
-@pytest.fixture
-def handler():
-    """Python's own handler of Ctrl-C, also where the tests run in the background, whose shell lets them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
-
-
 def interrupt_in_step(monkeypatch, step, times):
     """Send Ctrl-C, times of them, while the command line's run is in a step's forward pass."""
     calls = []
