@@ -52,9 +52,7 @@ class TrainConfig:
     weight_decay: float = flag(0.1, "AdamW's, on matrices of the base only, never on vectors", bounds=(0, 1000))
     grad_clip: float = flag(1.0, "largest gradient norm", bounds=(1e-12, math.inf))
     eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint", bounds=(1, 10**9))
-    eval_windows: int = flag(
-        64, "windows of val in an evaluation during the run; at its end all of val is read", bounds=(1, 10**9)
-    )
+    eval_windows: int = flag(64, "windows of val in an evaluation; at a run's end all is read", bounds=(1, 10**9))
     seed: int = flag(0, "draws the batches, the dropout and a new model's weights", bounds=(0, 2**63 - 1))
     dtype: str = flag("float32", "bfloat16: autocast what is held in float32", choices=("float32", "bfloat16"))
     out: str | None = flag(None, "folder of the run")

@@ -297,11 +297,11 @@ def results(folder):
             draws[f"{name}, calibrated"] = right(run, True)
         for name, value in draws.items():
             found.setdefault(name, {}).setdefault(row["task"], []).append(value)
-        for name in run:
-            if name.startswith(("biases", "probe")):
-                method, k, _ = name.split("-")
+        for floor in run:
+            if floor.startswith(("biases", "probe")):
+                method, k, _ = floor.split("-")
                 of_task = found.setdefault(f"{method}, plain, K = {k}", {})
-                of_task.setdefault(row["task"], []).append(run[name] == run["labels"])
+                of_task.setdefault(row["task"], []).append(run[floor] == run["labels"])
     return found, [lab.run_name(row) for row in rows if row["diverged"]]
 
 
@@ -350,8 +350,8 @@ def tables(folder, settings, chosen):
     wanted = [lab.run_name(row) for row in jobs_of_rates(settings) + jobs_to_report(settings, chosen)]
     made = f"{sum(name in done for name in wanted)} of {len(wanted)} runs are made, the formats' apart."
     pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(found, settings, chosen)]
-    pieces += ["The same on the first template alone, whose answers are single tokens; descriptive:"]
-    pieces += [comparison(found, settings, chosen, slice(1))]
+    pieces.append("The same on the first template alone, whose answers are single tokens; descriptive:")
+    pieces.append(comparison(found, settings, chosen, slice(1)))
     captions = {
         range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
         templates_of_draws: "The same by template, means of the draws:",
