@@ -386,3 +386,10 @@ def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
         drawn = shots.draw(shots.read_task(tmp_path / "data", row["task"], "val"), 8, 0)
         found = shots.score(model, drawn)[0].argmax(-1)
         assert row["its vectors"] == (found == [item["label"] for item in drawn]).mean()
+
+
+def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
+    folder = lab.RESULTS / "fewshot"
+    settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
+    made = fewshot.tables(folder, settings, fewshot.choices(folder, settings))
+    assert (folder / "table.md").read_text(encoding="utf-8") == made + "\n"
