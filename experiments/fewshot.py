@@ -270,7 +270,8 @@ def measure_costs(settings, chosen):
         flops, before = [sum(lab.count_flops(call)) for call in calls]
         times = lab.interleave(dict(enumerate(calls)), 5, device)
         n = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples) / 16
-        row = {"k": k, "prefix_tokens": len(prefix), "flops": (flops - before) // 16, "prefix_flops": before}
+        row = {"k": k, "prefix_tokens": len(prefix), "flops": (flops - before) // 16}
+        row["prefix_flops"] = before if k else 0
         row |= {"by_2n": round(two_n * n), "prefix_by_2n": two_n * len(prefix)}
         row["cache_bytes"] = dtype.itemsize * len(prefix) * model.config.n_layer * sum(model.config.widths[:2])
         row["seconds"] = (np.median(times[0]) - np.median(times[1])) / 16
@@ -395,16 +396,20 @@ def draw_pictures(folder, settings, chosen):
     """
     found, _ = results(folder)
     costs = {row["k"]: row for row in lab.read_csv(folder / "costs.csv", COSTS)}
-    labels = {"accuracy": ("(IA)³", "in context", "logistic regression"), "costs": ("(IA)³", "in context")}
+    labels = {
+        "accuracy": ("(IA)³", "in context", "logistic regression"),
+        "costs": ("(IA)³", "in context, from a cache", "in context, read anew"),
+    }
     for name in ("accuracy", "costs") if costs else ("accuracy",):
         size = {"figsize": (16, 3.2), "layout": "constrained", "squeeze": False, "sharey": True}
         figure, axes = plt.subplots(1, len(settings["tasks"]), **size)
         for ax, task in zip(axes[0], settings["tasks"], strict=True):
-            for place, label in enumerate(labels[name]):
+            for label in labels[name]:
                 each = {}  # {K: accuracy of every draw}
                 for k in settings["ks"]:
-                    row = (*names_at(k, settings, chosen), f"probe, plain, K = {k}")[place]
-                    draws = found.get(row, {}).get(task, [])
+                    ours, theirs = names_at(k, settings, chosen)
+                    name_of = {"(IA)³": ours, "logistic regression": f"probe, plain, K = {k}"}
+                    draws = found.get(name_of.get(label, theirs), {}).get(task, [])
                     if len(draws) == len(settings["seeds"]):
                         each[k] = [100 * accuracy_of([draw]) for draw in draws]
                 means = [np.mean(draws) for draws in each.values()]
@@ -413,7 +418,8 @@ def draw_pictures(folder, settings, chosen):
                 ]
                 x = list(each)
                 if name == "costs":
-                    x = [costs[0 if label == "(IA)³" else k]["flops"] for k in each]  # its context is in the cache
+                    of_k = [costs[0 if label == "(IA)³" else k] for k in each]
+                    x = [row["flops"] + row["prefix_flops"] * ("anew" in label) for row in of_k]
                     for k, flops, mean in zip(each, x, means, strict=True):
                         ax.annotate(f" {k}", (flops, mean), fontsize=7)
                 ax.errorbar(x, means, np.reshape(bars, (-1, 2)).T, fmt="o-", ms=4, capsize=2, label=label)
