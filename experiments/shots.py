@@ -289,9 +289,8 @@ def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=(), dtype="f
     settings = {"batch_size": BATCH_SIZE, "weight_decay": 0.0, "schedule": "linear", "eval_interval": steps}
     config = TrainConfig(steps=steps, lr=lr, seed=seed, eval_windows=1, dtype=dtype, **settings)
     try:
-        with sdpa_kernel(
-            SDPBackend.MATH
-        ):  # on a CPU and so short a text, going back through the fused one takes longer
+        # on a CPU and so short a text, going back through the fused kernel takes longer
+        with sdpa_kernel(SDPBackend.MATH):
             train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
     except FloatingPointError:
         return 1
