@@ -342,6 +342,18 @@ def templates_of_draws(draws):
     return " / ".join(f"{100 * mean:.1f}" for mean in means)
 
 
+def rates_tried(rows):
+    """A table: the mean accuracy of every method on products' val at every rate tried. rows: of results.csv."""
+    tried = {}
+    for row in rows:
+        if row["split"] == "val" and row["lr"]:
+            tried.setdefault(row["method"], {}).setdefault(row["lr"], []).append(100 * row["accuracy"])
+    lines = []
+    for name, of_rate in tried.items():
+        lines.append([name, ", ".join(f"{np.mean(of_rate[lr]):.1f} at {lr:g}" for lr in sorted(of_rate))])
+    return lab.markdown(["", "accuracy in %, means of the draws"], lines)
+
+
 def tables(folder, settings, chosen):
     """The tables, in Markdown."""
     found, diverged = results(folder)
@@ -362,6 +374,7 @@ def tables(folder, settings, chosen):
         for name, of_task in found.items():
             lines.append([name, *[cell(of_task[task]) if task in of_task else "" for task in tasks]])
         pieces += [caption, lab.markdown(["", *tasks], lines)]
+    pieces += ["What the rates were chosen by, on products' val, K = 32:", rates_tried(rows)]
     pieces.append(f"Training diverged in: {', '.join(diverged) or 'no run'}.")
     return "\n\n".join(pieces + cost_table(lab.read_csv(folder / "costs.csv", COSTS)))
 
@@ -383,7 +396,7 @@ def cost_table(costs):
     row = costs[0]
     text = (
         f"(IA)³'s prediction is that of K = 0. Its training: {row['training_flops']:.2e} FLOPs. A task: "
-        f"{row['task_bytes']:,} bytes; a thousand, {row['task_bytes'] / 1e3:,.0f} kB. The paper's setting (its table "
+        f"{row['task_bytes']:,} bytes; a thousand, {row['task_bytes'] / 1e3:,.0f} MB. The paper's setting (its table "
         "1, by 2N): T-Few 1.1e12 FLOPs a prediction, 2.7e16 to train, 4.2 MB; GPT-3 175B in context 1.4e15."
     )
     return [lab.markdown(head, lines), text]

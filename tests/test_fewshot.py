@@ -328,6 +328,8 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert stage("runs")[0] == 0
     assert "all runs are done" in stage("runs", "--minutes", "0")[1]
     assert stage("costs")[0] == 0
+    costs = lab.read_csv(out / "quick/costs.csv", fewshot.COSTS)
+    assert [row["prefix_flops"] > 0 for row in costs] == [False, True, True, True]  # nothing stands before K = 0
     status, text, _ = stage("report")
     assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
     assert "| movies |" in text and "draws run" not in text and (out / "quick/accuracy.png").stat().st_size > 1000
@@ -386,6 +388,22 @@ def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
         drawn = shots.draw(shots.read_task(tmp_path / "data", row["task"], "val"), 8, 0)
         found = shots.score(model, drawn)[0].argmax(-1)
         assert row["its vectors"] == (found == [item["label"] for item in drawn]).mean()
+
+
+def test_what_training_saves_by_hand():
+    row = dict.fromkeys(fewshot.COSTS, 0) | {"flops": 100, "training_flops": 5000, "task_bytes": 2_000_000}
+    table, text = fewshot.cost_table([row, row | {"k": 4, "flops": 150, "prefix_flops": 1000}])
+    of_k = {line.split(" | ")[0]: line.removesuffix(" |").split(" | ") for line in table.splitlines()}
+    assert of_k["| 0"][-2:] == ["", ""]
+    assert of_k["| 4"][-2:] == ["100 predictions", "5 predictions"]  # 5000 / 50, and 5000 / 1050, which is 4.8
+    assert "2,000,000 bytes; a thousand, 2,000 MB." in text
+
+
+def test_the_rates_tried_are_those_on_val_and_meaned_over_draws():
+    row = {"split": "val", "method": "ia3", "lr": 0.03, "accuracy": 0.5}
+    others = [{"lr": 0.01}, {"accuracy": 0.75}, {"split": "test"}, {"method": "icl", "lr": 0.0}]
+    rows = [row, *[row | other for other in others]]
+    assert fewshot.rates_tried(rows).splitlines()[2:] == ["| ia3 | 50.0 at 0.01, 62.5 at 0.03 |"]
 
 
 def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
