@@ -312,6 +312,27 @@ def names_at(k, settings, chosen):
     return f"ia3, plain, K = {k}, {settings['steps']} steps at {RATE:g}", f"icl, {chosen['form']}, K = {k}{how}"
 
 
+def difference(ours, theirs):
+    """The cells of a comparison, of the same draws: both accuracies, their difference, and its interval over draws."""
+    value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours, theirs)]
+    cells = [f"{100 * accuracy_of(draws):.1f}" for draws in (ours, theirs)]
+    return [*cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
+
+
+def beside_rivals(found, settings, chosen):
+    """A table of (IA)³ at 3e-3 less every rival whose draws are all run, on the same draws. found: of results()."""
+    k, steps, n = settings["ks"][-2], settings["steps"], len(settings["seeds"][:3])
+    ours = found.get(names_at(k, settings, chosen)[0], {})
+    lines = []
+    for name in (name for name in RIVALS if name in chosen):
+        theirs = found.get(f"{name}, plain, K = {k}, {steps} steps at {chosen[name]:g}", {})
+        for task, draws in theirs.items():
+            if len(draws) == n and len(ours.get(task, [])) == len(settings["seeds"]):
+                lines.append([name, task, *difference(ours[task][:n], draws)])
+    head = ["rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
+    return lab.markdown(head, lines)
+
+
 def comparison(found, settings, chosen, templates=slice(None)):
     """A table of the primary comparison's two sides, a line a task. found: of results(). templates: all, or a part."""
     ours, theirs = [found.get(name, {}) for name in names_at(settings["ks"][-2], settings, chosen)]
@@ -323,9 +344,7 @@ def comparison(found, settings, chosen, templates=slice(None)):
             lines.append([task, f"{n} of {wanted} draws run", "", "", ""])
             continue
         sides = [[draw[templates] for draw in of_task[task]] for of_task in (ours, theirs)]
-        value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(*sides)]
-        cells = [f"{100 * accuracy_of(draws):.1f}" for draws in sides]
-        lines.append([task, *cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"])
+        lines.append([task, *difference(*sides)])
     head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
     return lab.markdown(head, lines)
 
@@ -365,6 +384,8 @@ def tables(folder, settings, chosen):
     pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(found, settings, chosen)]
     pieces.append("The same on the first template alone, whose answers are single tokens; descriptive:")
     pieces.append(comparison(found, settings, chosen, slice(1)))
+    pieces.append("Beside the rivals, at the rates that products chose, (IA)³ at 3e-3, on the same draws; descriptive:")
+    pieces.append(beside_rivals(found, settings, chosen))
     captions = {
         range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
         templates_of_draws: "The same by template, means of the draws:",

@@ -332,6 +332,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert [row["prefix_flops"] > 0 for row in costs] == [False, True, True, True]  # nothing stands before K = 0
     status, text, _ = stage("report")
     assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
+    assert "| full | movies |" in text and "| prompt | movies |" in text
     assert "| movies |" in text and "draws run" not in text and (out / "quick/accuracy.png").stat().st_size > 1000
     assert (out / "quick/costs.png").stat().st_size > 1000
 
@@ -388,6 +389,19 @@ def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
         drawn = shots.draw(shots.read_task(tmp_path / "data", row["task"], "val"), 8, 0)
         found = shots.score(model, drawn)[0].argmax(-1)
         assert row["its vectors"] == (found == [item["label"] for item in drawn]).mean()
+
+
+def test_a_rival_is_compared_on_its_own_draws_and_only_when_all_are_run():
+    right = {share: np.arange(10) < 10 * share for share in (0.4, 0.5, 0.6, 0.9)}
+    ours = [np.stack([right[share]] * 3) for share in (0.5, 0.6, 0.4, 0.9, 0.9)]  # rivals have the first three draws
+    theirs = [np.stack([right[share]] * 3) for share in (0.4, 0.4, 0.4)]
+    settings = {"ks": (16, 32, 64), "steps": 100, "seeds": [0, 1, 2, 3, 4]}
+    chosen = {"form": "plain", "calibrated": True, "full": 3e-5, "lora4": 1e-3}
+    found = {"ia3, plain, K = 32, 100 steps at 0.003": {"movies": ours, "news": ours[:4]}}
+    found["full, plain, K = 32, 100 steps at 3e-05"] = {"movies": theirs, "news": theirs}
+    found["lora4, plain, K = 32, 100 steps at 0.001"] = {"movies": theirs[:2]}
+    lines = fewshot.beside_rivals(found, settings, chosen).splitlines()[2:]
+    assert len(lines) == 1 and lines[0].startswith("| full | movies | 50.0 | 40.0 | +10.0 (")
 
 
 def test_what_training_saves_by_hand():
