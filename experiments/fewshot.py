@@ -395,7 +395,7 @@ def tables(folder, settings, chosen):
         for name, of_task in found.items():
             lines.append([name, *[cell(of_task[task]) if task in of_task else "" for task in tasks]])
         pieces += [caption, lab.markdown(["", *tasks], lines)]
-    pieces += ["What the rates were chosen by, on products' val, K = 32:", rates_tried(rows)]
+    pieces += [f"What the rates were chosen by, on products' val, K = {settings['ks'][-2]}:", rates_tried(rows)]
     pieces.append(f"Training diverged in: {', '.join(diverged) or 'no run'}.")
     return "\n\n".join(pieces + cost_table(lab.read_csv(folder / "costs.csv", COSTS)))
 
