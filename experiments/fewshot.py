@@ -320,16 +320,20 @@ def difference(ours, theirs):
 
 
 def beside_rivals(found, settings, chosen):
-    """A table of (IA)³ at 3e-3 less every rival whose draws are all run, on the same draws. found: of results()."""
+    """A table of (IA)³, at 3e-3 and at the rate that products chose, less every rival. found: of results().
+
+    A rival whose three draws are all run is compared on these draws, where all of (IA)³'s are run.
+    """
     k, steps, n = settings["ks"][-2], settings["steps"], len(settings["seeds"][:3])
-    ours = found.get(names_at(k, settings, chosen)[0], {})
     lines = []
-    for name in (name for name in RIVALS if name in chosen):
-        theirs = found.get(f"{name}, plain, K = {k}, {steps} steps at {chosen[name]:g}", {})
-        for task, draws in theirs.items():
-            if len(draws) == n and len(ours.get(task, [])) == len(settings["seeds"]):
-                lines.append([name, task, *difference(ours[task][:n], draws)])
-    head = ["rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
+    for rate in dict.fromkeys((RATE, chosen.get("ia3", RATE))):
+        ours = found.get(f"ia3, plain, K = {k}, {steps} steps at {rate:g}", {})
+        for name in (name for name in RIVALS if name in chosen):
+            theirs = found.get(f"{name}, plain, K = {k}, {steps} steps at {chosen[name]:g}", {})
+            for task, draws in theirs.items():
+                if len(draws) == n and len(ours.get(task, [])) == len(settings["seeds"]):
+                    lines.append([f"{rate:g}", name, task, *difference(ours[task][:n], draws)])
+    head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
     return lab.markdown(head, lines)
 
 
@@ -384,7 +388,7 @@ def tables(folder, settings, chosen):
     pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(found, settings, chosen)]
     pieces.append("The same on the first template alone, whose answers are single tokens; descriptive:")
     pieces.append(comparison(found, settings, chosen, slice(1)))
-    pieces.append("Beside the rivals, at the rates that products chose, (IA)³ at 3e-3, on the same draws; descriptive:")
+    pieces.append("Beside the rivals, each at the rate that products chose, on the same draws; descriptive:")
     pieces.append(beside_rivals(found, settings, chosen))
     captions = {
         range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",

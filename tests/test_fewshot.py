@@ -401,7 +401,11 @@ def test_a_rival_is_compared_on_its_own_draws_and_only_when_all_are_run():
     found["full, plain, K = 32, 100 steps at 3e-05"] = {"movies": theirs, "news": theirs}
     found["lora4, plain, K = 32, 100 steps at 0.001"] = {"movies": theirs[:2]}
     lines = fewshot.beside_rivals(found, settings, chosen).splitlines()[2:]
-    assert len(lines) == 1 and lines[0].startswith("| full | movies | 50.0 | 40.0 | +10.0 (")
+    assert len(lines) == 1 and lines[0].startswith("| 0.003 | full | movies | 50.0 | 40.0 | +10.0 (")
+    found["ia3, plain, K = 32, 100 steps at 0.01"] = {"movies": ours[:4], "news": ours[::-1]}
+    for chosen_rate, expected in ((0.003, lines), (0.01, [*lines, "| 0.01 | full | news | 73.3 | 40.0 | +33.3 ("])):
+        made = fewshot.beside_rivals(found, settings, chosen | {"ia3": chosen_rate}).splitlines()[2:]
+        assert len(made) == len(expected) and all(a.startswith(b) for a, b in zip(made, expected, strict=True))
 
 
 def test_what_training_saves_by_hand():
