@@ -239,18 +239,18 @@ def draw(axes, records, path):
         lines.setdefault(", ".join(cell(axis, record) for axis in others), []).append(record)
 
     def at(record):
-        return record[last] if numeric else cell(last, record)
+        return record[last] if numeric else cell(last, record).replace("-", "\n")  # labels stand close together
 
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
     panel.axhline(base["loss"], color="k", ls="--", lw=1, label="the base")
     for i, (label, line) in enumerate(lines.items()):
         losses = [math.nan if record["diverged"] else record["loss"] for record in line]
-        bars = np.zeros((2, len(line)))
+        half = np.zeros((2, len(line)))  # of the interval
         for n, record in enumerate(line):
             if record["difference"] and record["seeds"] > 1:
-                bars[:, n] = record["difference"][0] - record["difference"][1]  # Student's interval is symmetric
+                half[:, n] = record["difference"][0] - record["difference"][1]  # Student's interval is symmetric
         style = "o-" if numeric or others else "o"
-        panel.errorbar([at(r) for r in line], losses, bars, fmt=style, color=f"C{i}", ms=4, capsize=3, label=label)
+        panel.errorbar([at(r) for r in line], losses, half, fmt=style, color=f"C{i}", ms=4, capsize=3, label=label)
     for record in records:
         if record["diverged"]:
             panel.plot(at(record), 0.5, "kx", transform=panel.get_xaxis_transform())
@@ -260,7 +260,8 @@ def draw(axes, records, path):
         panel.minorticks_off()
         panel.set_xticks(list(ticks), list(ticks.values()))
     panel.set(xlabel=AXES[last], ylabel="loss on val (nats a byte)")
-    panel.set_title("bars: 95 % of the difference to the reference, over seeds; ×: diverged", fontsize=8)
+    bars = "bars: 95 % of the difference to the reference, over seeds" if records[0]["seeds"] > 1 else "one seed"
+    panel.set_title(f"{bars}; ×: diverged", fontsize=8)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     lab.save_picture(figure, path)
