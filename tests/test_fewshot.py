@@ -1,5 +1,6 @@
 """The few-shot experiment on a tiny random Llama and made sentences: no test reads rated ones, or says who wins."""
 
+import argparse
 import itertools
 import json
 import math
@@ -18,6 +19,8 @@ from sample import Cache
 
 pytestmark = pytest.mark.slow
 
+SERVED = dict.fromkeys(("task", "sentences"), str) | dict.fromkeys(("zero-shot", "its vectors"), float)
+SERVED |= dict.fromkeys(("mixed", "merged", "merged in bfloat16"), int)  # serving's columns
 WORDS = ("dull", "grand", "red", "tall", "odd", "warm", "late", "new")
 
 
@@ -376,9 +379,7 @@ def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
     argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={out}", "--k=4", "--steps=3", "--items=8"]
     assert serving.main(argv) == 0
     assert capsys.readouterr().out.strip().endswith((out / "table.md").read_text().strip())
-    columns = dict.fromkeys(("task", "sentences"), str) | dict.fromkeys(("zero-shot", "its vectors"), float)
-    columns |= dict.fromkeys(("mixed", "merged", "merged in bfloat16"), int)
-    rows = lab.read_csv(out / "results.csv", columns)
+    rows = lab.read_csv(out / "results.csv", SERVED)
     assert [(row["task"], row["mixed"], row["merged"]) for row in rows] == [(task, 8, 8) for task in serving.TASKS]
     model = common.load(tmp_path / "base.pt")
     learned = [IA3.load(out / f"{task}.npz", model) for task in serving.TASKS]
@@ -429,3 +430,9 @@ def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
     settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
     made = fewshot.tables(folder, settings, fewshot.choices(folder, settings))
     assert (folder / "table.md").read_text(encoding="utf-8") == made + "\n"
+
+
+def test_the_committed_table_of_serving_is_its_results():
+    folder = lab.RESULTS / "serving"
+    made = serving.table(lab.read_csv(folder / "results.csv", SERVED), argparse.Namespace(k=32, steps=300))
+    assert (folder / "table.md").read_text(encoding="utf-8") == "\n\n".join(made) + "\n"
