@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 import common
-from experiments import bench, compare, lab, rivals
+from experiments import analysis, bench, compare, lab, rivals
 from experiments.rivals import METHODS
 from ia3 import IA3
 from tools.count import find_model, row, row_of_t0
@@ -44,6 +44,18 @@ def gap_of(found, name):
     return f"{compare.of_works(found[name]['gap'], '.1f')} %" if name in found else NOT_RUN
 
 
+def small_heads(results):
+    """How many heads have scales of a mean below a half, and all heads' means, of each analysis that is there."""
+    found = []
+    for name, where in (("heads", "folio"), ("heads-smollm2", "movie reviews, SmolLM2")):
+        rows = lab.read_csv(results / "analysis" / name / "results.csv", analysis.HEADS)
+        if rows:
+            means = [row[mean] for row in rows for mean in ("l_k_mean", "l_v_mean")]
+            small = sum(min(row["l_k_mean"], row["l_v_mean"]) < 0.5 for row in rows)
+            found.append(f"{small} of {len(rows)} on {where} ({min(means):.2f} to {max(means):.2f})")
+    return ", ".join(found) or NOT_RUN
+
+
 def count_values(add, model):
     """How many values a method trains. add: as Method.add."""
     model.requires_grad_(False)
@@ -70,6 +82,7 @@ def read_figures(results):
         figures[f"merged_{key}"] = time_of(costs, name, "merged")
         figures[f"mixed_{key}"] = time_of(costs, name, "mixed")
         figures[f"half_{key}"] = compare.half_gap(tests, name) if name in tests else NOT_RUN
+    figures["heads"] = small_heads(results)
     figures["equal"] = NOT_RUN
     if "ia3" in costs:
         ends = f"{costs['ia3']['equal_low']:.3f} to {costs['ia3']['equal_high']:.3f}"
@@ -113,8 +126,9 @@ CLAIMS = (  # the claim, the verdict, where to look
     ),
     (
         "a vector can suppress heads that do not matter and amplify those that do",
-        "it has a scale a channel, so it can; whether training does it: not run",
-        "[tools/plot.py](../../tools/plot.py) draws the vectors",
+        "it has a scale a channel, so it can. Heads whose keys or values are scaled by less than a half in the mean: "
+        "{heads}",
+        "[analysis](../README.md#analysis)",
     ),
     (
         "the MLP's vector acts behind the activation, before the up-projection",

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import make_gpt, make_ia3, make_llama
 
 import common
-from experiments import analysis, lab
+from experiments import analysis, claims, lab
 from ia3 import IA3, attach
 
 
@@ -95,9 +96,7 @@ def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
     (tmp_path / "val.txt").write_bytes(bytes(range(256)) * 3)
     argv = ["heads", f"--base={tmp_path}/base.pt", f"--ia3={tmp_path}/task.npz", f"--data={tmp_path}"]
     assert analysis.main([*argv, f"--out={tmp_path}/out", "--items=4"]) == 0
-    columns = {"layer": int, "head": int}
-    columns |= dict.fromkeys(("l_k_mean", "l_k_std", "l_v_mean", "l_v_std", "rise", "standard_error"), float)
-    rows = lab.read_csv(tmp_path / "out/results.csv", columns)
+    rows = lab.read_csv(tmp_path / "out/results.csv", analysis.HEADS)
     assert len(rows) == model.config.n_layer * model.config.widths[0] // d_head
     before = analysis.losses_of(model, tmp_path, 4)()
     model.ia3 = None
@@ -110,6 +109,11 @@ def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
         else:
             assert (row["l_k_mean"], row["l_v_std"], row["rise"]) == (1, 0, 0)
     assert "| l_k | 1.00 to 3.00 |" in capsys.readouterr().out
+    assert claims.small_heads(tmp_path) == claims.NOT_RUN
+    (tmp_path / "analysis").mkdir()
+    (tmp_path / "out").rename(tmp_path / "analysis/heads")
+    told = claims.small_heads(tmp_path)  # the values' mean is 0, but for rounding
+    assert told.startswith(f"1 of {len(rows)} on folio (") and told.endswith("0.00 to 3.00)")
 
 
 @pytest.mark.slow
@@ -137,3 +141,14 @@ def test_capacity_in_small_stopped_and_gone_on_with(tmp_path, capsys):
     for row in rows:  # a matrix of LoRA's changes by rank one, what full fine-tuning changes by more
         assert row["method"] != "lora-all" or row["rank"] == pytest.approx(1, abs=0.2)
         assert row["method"] != "full" or row["rank"] > 10
+
+
+def test_the_pages_numbers_stand_in_the_tables():
+    """Those of two digits and more in experiments/README's part on analysis; a share may have its space."""
+    page = (lab.ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    page = page.split("\n## analysis\n")[1].split("\n## ")[0].replace(" %", "%")
+    tables = (lab.RESULTS / "analysis").glob("*/table.md")
+    told = set(re.findall(r"\d[\d.,]*\d%?", " ".join(path.read_text(encoding="utf-8") for path in tables)))
+    found = re.findall(r"\d[\d.,]*\d%?", re.sub(r"(?m)^    .*$|\]\([^)]*\)", "", page))
+    assert len(found) > 10
+    assert [number for number in found if number not in told] == []
