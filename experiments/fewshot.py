@@ -290,7 +290,7 @@ def results(folder):
         run = lab.arrays_of(row, arrays, folder)
         name = f"{row['method']}, {row['form']}, K = {row['k']}"
         if row["steps"]:
-            name += f", {row['steps']} steps at {row['lr']:g}"
+            name = name_of_trained(row["method"], row["k"], row["steps"], row["lr"])
         if row["order"]:
             name += f", order {row['order']}"
         draws = {name: right(run)}
@@ -306,10 +306,15 @@ def results(folder):
     return found, [lab.run_name(row) for row in rows if row["diverged"]]
 
 
+def name_of_trained(method, k, steps, rate):
+    """The row of what is trained so: results() and the tables name it alike."""
+    return f"{method}, plain, K = {k}, {steps} steps at {rate:g}"
+
+
 def names_at(k, settings, chosen):
     """The rows that are compared: (IA)³'s at 3e-3, and in-context learning's as products chose it."""
     how = ", calibrated" if chosen["calibrated"] else ""
-    return f"ia3, plain, K = {k}, {settings['steps']} steps at {RATE:g}", f"icl, {chosen['form']}, K = {k}{how}"
+    return name_of_trained("ia3", k, settings["steps"], RATE), f"icl, {chosen['form']}, K = {k}{how}"
 
 
 def difference(ours, theirs):
@@ -327,9 +332,9 @@ def beside_rivals(found, settings, chosen):
     k, steps, n = settings["ks"][-2], settings["steps"], len(settings["seeds"][:3])
     lines = []
     for rate in dict.fromkeys((RATE, chosen.get("ia3", RATE))):
-        ours = found.get(f"ia3, plain, K = {k}, {steps} steps at {rate:g}", {})
+        ours = found.get(name_of_trained("ia3", k, steps, rate), {})
         for name in (name for name in RIVALS if name in chosen):
-            theirs = found.get(f"{name}, plain, K = {k}, {steps} steps at {chosen[name]:g}", {})
+            theirs = found.get(name_of_trained(name, k, steps, chosen[name]), {})
             for task, draws in theirs.items():
                 if len(draws) == n and len(ours.get(task, [])) == len(settings["seeds"]):
                     lines.append([f"{rate:g}", name, task, *difference(ours[task][:n], draws)])
