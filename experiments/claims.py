@@ -14,7 +14,7 @@ import common
 from experiments import analysis, bench, compare, lab, rivals
 from experiments.rivals import METHODS
 from ia3 import IA3
-from tools.count import find_model, row, row_of_t0
+from tools.count import T0, find_model, row, row_of_t0
 
 DATA = "folio"
 NOT_RUN = "not run"
@@ -89,7 +89,8 @@ def read_figures(results):
         figures["equal"] = f"{ends}, {'equivalent' if compare.is_equivalent(costs['ia3']) else 'inconclusive'}"
     for name in ("gpt2", "LLaMA-7B", "Llama-3-8B"):
         figures[f"of_{name}"] = row(name, find_model(name))[5]
-    figures["of_T0"] = row_of_t0()[5]
+    for name in T0:
+        figures[f"of_{name}"] = row_of_t0(name)[5]
     llama = find_model("LLaMA-7B")
     total = sum(p.numel() for p in llama.parameters())
     n_lora = count_values(partial(rivals.add_lora_llama, r=4, names=("q_proj", "v_proj")), llama)
@@ -120,8 +121,8 @@ CLAIMS = (  # the claim, the verdict, where to look
     (
         "less than 0.01 % of the parameters, or 0.01 to 0.1 %; fewer than LoRA, comparable to BitFit",
         "depends on the model: {of_gpt2} of GPT-2 124M, {of_LLaMA-7B} of LLaMA-7B, {of_Llama-3-8B} of Llama-3-8B, "
-        "{of_T0} of T0-11B. On the bundled base {n_ia3} values; LoRA r = 1 on k, v has {n_lora1}, r = 4 on q, v "
-        "{n_lora4}, BitFit {n_bitfit}",
+        "{of_T0-11B} of T0-11B, {of_T0-3B} of T0-3B. On the bundled base {n_ia3} values; LoRA r = 1 on k, v has "
+        "{n_lora1}, r = 4 on q, v {n_lora4}, BitFit {n_bitfit}",
         "`python -m tools.convert count`",
     ),
     (

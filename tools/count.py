@@ -19,18 +19,14 @@ LLAMAS = {  # (n_layer, n_head, n_kv_head, n_embd, n_hidden), vocabulary, tied
     # its config.json on the hub
     "SmolLM2-135M": ((30, 9, 3, 576, 1536), 49152, True),
 }
-# T0 (Sanh et al. 2021, arXiv:2110.08207) has the shape of T5 1.1 XXL: an encoder and a decoder, no biases, a gated
-# MLP, an embedding apart from the head. These are its config.json's sizes on the hub, bigscience/T0
-T0 = {
-    "n_layer": 24,  # of each
-    "n_embd": 4096,
-    "n_hidden": 10240,
-    "n_head": 64,
-    "d_head": 64,
-    "vocab_size": 32128,
-    "position_buckets": 32,
+# T0 (Sanh et al. 2021, arXiv:2110.08207) has the shape of T5 1.1 XL and XXL: an encoder and a decoder, no biases, a
+# gated MLP, an embedding apart from the head. These are its config.json's sizes on the hub, bigscience/T0_3B and T0
+T0 = {  # n_embd, n_hidden, n_head
+    "T0-3B": (2048, 5120, 32),
+    "T0-11B": (4096, 10240, 64),
 }
-PUBLISHED = [*SIZES, *LLAMAS, "T0-11B"]
+T0_LAYERS, T0_D_HEAD, T0_VOCAB, T0_BUCKETS = 24, 64, 32128, 32  # layers of each; buckets of relative positions
+PUBLISHED = [*SIZES, *LLAMAS, *T0]
 EMPTY = "-"  # a column that holds for other models only
 
 
@@ -44,7 +40,7 @@ def count(names):
     head = ("model", "layers", "n_embd", "parameters", "trained", "of all", "of the blocks", "1/(2·n_embd)", "bytes")
     rows = [head]
     for name in names:
-        rows.append(row_of_t0() if name == "T0-11B" else row(name, find_model(name)))
+        rows.append(row_of_t0(name) if name in T0 else row(name, find_model(name)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for cells in rows:
@@ -84,17 +80,17 @@ def row(name, model):
     return (name, *sizes, f"{n / n_all:.4%}", f"{n / n_blocks:.4%}", law, f"{n_bytes:,}")
 
 
-def row_of_t0():
-    """T0-11B's line, by arithmetic: no model here has its shape."""
-    n_layer, n_embd, n_hidden = T0["n_layer"], T0["n_embd"], T0["n_hidden"]
-    inner = T0["n_head"] * T0["d_head"]  # the width of keys and of values
+def row_of_t0(name):
+    """The line of a T0, by arithmetic: no model here has its shape."""
+    n_embd, n_hidden, n_head = T0[name]
+    inner = n_head * T0_D_HEAD  # the width of keys and of values
     attention = 4 * n_embd * inner  # W_q, W_k, W_v, W_o
     mlp = 3 * n_embd * n_hidden  # two up, one of them the gate, and one down
     encoder_layer = attention + mlp + 2 * n_embd  # a norm before each
     decoder_layer = 2 * attention + mlp + 3 * n_embd  # attention to itself and to the encoder
-    positions = 2 * T0["position_buckets"] * T0["n_head"]  # in the first layer of each
-    n_blocks = n_layer * (encoder_layer + decoder_layer) + positions
-    n_all = n_blocks + 2 * T0["vocab_size"] * n_embd + 2 * n_embd  # embedding and head; the last norms
-    n = n_layer * (2 * inner + n_hidden) + n_layer * (4 * inner + n_hidden)  # l_k, l_v of each attention, and l_ff
-    sizes = (f"{n_layer}+{n_layer}", f"{n_embd}", f"{n_all:,}", f"{n:,}")
-    return ("T0-11B", *sizes, f"{n / n_all:.4%}", f"{n / n_blocks:.4%}", EMPTY, EMPTY)
+    positions = 2 * T0_BUCKETS * n_head  # in the first layer of each
+    n_blocks = T0_LAYERS * (encoder_layer + decoder_layer) + positions
+    n_all = n_blocks + 2 * T0_VOCAB * n_embd + 2 * n_embd  # embedding and head; the last norms
+    n = T0_LAYERS * (2 * inner + n_hidden) + T0_LAYERS * (4 * inner + n_hidden)  # l_k, l_v of each attention, and l_ff
+    sizes = (f"{T0_LAYERS}+{T0_LAYERS}", f"{n_embd}", f"{n_all:,}", f"{n:,}")
+    return (name, *sizes, f"{n / n_all:.4%}", f"{n / n_blocks:.4%}", EMPTY, EMPTY)
