@@ -462,3 +462,28 @@ def test_what_the_page_says_of_the_rivals_is_the_tables():
         f"prompt tuning by {found['0.01', 'prompt', 'movies']} and {found['0.01', 'prompt', 'news']}.",
     ):
         assert words in page, words
+
+
+def test_what_the_page_says_of_logistic_regression_is_the_tables():
+    """By the means of the draws. The page's words must follow from them, whoever is ahead."""
+    means = {}
+    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
+        name, *cells = line.strip("| ").split(" | ")
+        if len(cells) == 6 and all("(" in cell for cell in cells):  # a row of accuracies on all tasks
+            means[name] = [float(cell.split()[0]) for cell in cells]
+    papers, chosen = (means[f"ia3, plain, K = 32, 100 steps at {rate}"] for rate in ("0.003", "0.01"))
+    probe = means["probe, plain, K = 32"]
+
+    def ahead(of_ia3):
+        return [task for task, a, b in zip(fewshot.TASKS, of_ia3, probe, strict=True) if a > b + 1]
+
+    page = " ".join((lab.ROOT / "experiments/README.md").read_text(encoding="utf-8").split())
+    is_better = all(a > b for a, b in zip(chosen, papers, strict=True))
+    assert ("At 1e-2 (IA)³ is better on all six tasks" in page) == is_better
+    level = abs(papers[3] - probe[3]) < 1
+    assert ("and level on source. Where the words fit, movies, tweets and news, (IA)³ is ahead of it." in page) == (
+        level and ahead(papers) == ["movies", "tweets", "news"]
+    )
+    assert ("and ahead on source, too, but still behind with answers A and B" in page) == (
+        ahead(chosen) == ["movies", "tweets", "news", "source"] and chosen[4] < probe[4] and chosen[5] < probe[5]
+    )
