@@ -115,16 +115,22 @@ def heads(args):
     text += f" standard errors for {least}."
     lab.save_text(f"{table}\n\n{text}", args.out / "table.md")
 
-    panels = {"l_k_mean": "mean of l_k", "l_v_mean": "mean of l_v", "rise": "nats lost without"}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 1.5 + model.config.n_layer / 4), layout="constrained")
+    draw_heads(rows, args.out / "heads.png")
+
+
+def draw_heads(rows, path):
+    """rows: those of results.csv, layer by layer."""
+    n_layer = rows[-1]["layer"] + 1
+    panels = {"l_k_mean": "mean of l_k", "l_v_mean": "mean of l_v", "rise": "nats lost when both are reset"}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 1.5 + n_layer / 4), layout="constrained")
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
-        grid = np.array([row[name] for row in rows]).reshape(model.config.n_layer, -1)
+        grid = np.array([row[name] for row in rows]).reshape(n_layer, -1)
         middle = 0 if name == "rise" else 1
         most = np.abs(grid - middle).max() or 1
         shown = ax.imshow(grid, cmap="RdBu_r", vmin=middle - most, vmax=middle + most, aspect="auto")
         ax.set(title=title, xlabel="head", ylabel="layer")
         figure.colorbar(shown, ax=ax)
-    lab.save_picture(figure, args.out / "heads.png")
+    lab.save_picture(figure, path)
 
 
 # --- capacity ---
