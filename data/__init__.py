@@ -7,7 +7,7 @@ A data folder holds one of, tried in this order:
     train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
 
 A split is a Stream of tokens or a set of Examples, and both answer the same: len(split), how many windows it has,
-split.windows(ids) of them, split.batch(seed, step, batch_size), and split.prompt(n) to go on from.
+split.windows(ids) of them, split.batch(seed, step, batch_size), split.prompt(n) to go on from, and split.data_hash().
 """
 
 import hashlib

@@ -12,8 +12,8 @@ to 4,096; for each method the better of its two rates. Recalled are 9.4 bits a p
 bits, and nothing where that is less than nothing. Beside it the effective rank of what merging changes: exp of the
 entropy of ΔW's singular values, normalized (Roy and Vetterli 2007), the mean over the changed matrices.
 
-size: the demo's vectors in float32, bfloat16 and int8 (one scale a vector and layer), and with the smallest |l - 1|
-reset to ones; and whether scales turn negative, and how good a small rate is, given ten times the steps.
+size: data/folio.npz's vectors in float32, bfloat16 and int8 (one scale a vector and layer), and with the smallest
+|l - 1| reset to ones; and whether scales turn negative, and how good a small rate is, given ten times the steps.
 
 Each writes results.csv, table.md and a picture into --out. capacity and size go on where they were stopped.
 """

@@ -115,7 +115,7 @@ def read_figures(results):
 CLAIMS = (  # the claim, the verdict, where to look
     (
         "three vectors a layer rescale keys, values and the MLP's hidden activations; output l ⊙ Wx",
-        "holds for a decoder; a layer with cross-attention has five, and the MLP's is l ⊙ γ(Wx)",
+        "holds for a decoder-only model; a layer with cross-attention has five, and the MLP's is l ⊙ γ(Wx)",
         "[model.py](../../model.py), [paper.md](../../docs/paper.md)",
     ),
     (

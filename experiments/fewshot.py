@@ -427,7 +427,8 @@ def cost_table(costs):
     text = (
         f"(IA)³'s prediction is that of K = 0. Its training: {row['training_flops']:.2e} FLOPs. A task: "
         f"{row['task_bytes']:,} bytes; a thousand, {row['task_bytes'] / 1e3:,.0f} MB. The paper's setting (its table "
-        "1, by 2N): T-Few 1.1e12 FLOPs a prediction, 2.7e16 to train, 4.2 MB; GPT-3 175B in context 1.4e15."
+        "1): T-Few 1.1e12 FLOPs a prediction, by N a token, 2.7e16 to train, by 3N, 4.2 MB; GPT-3 175B in context "
+        "1.4e15, by 2N (section 4.2)."
     )
     return [lab.markdown(head, lines), text]
 

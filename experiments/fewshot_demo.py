@@ -1,4 +1,4 @@
-"""The paper's title in ten minutes: SmolLM2-135M asked as it is, after 16 examples, and with (IA)³ learned from them.
+"""The paper's title in five minutes: SmolLM2-135M asked as it is, after 16 examples, and with (IA)³ learned from them.
 
     make fewshot                          # fetches the model and the sentences first
     python -m experiments.fewshot_demo    # where data/smollm2.pt and data/sentiment are made

@@ -1,4 +1,4 @@
-"""The method, in the paper's order (Liu et al. 2022, section 3.3): the start, the equations, the gradient, the cost.
+"""The method (Liu et al. 2022, section 3.3): the start, the equations, the gradient, the cost.
 
 Then what does not matter, and what does: a vector in another place may be the same function, or a different one.
 """
