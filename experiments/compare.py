@@ -625,15 +625,14 @@ def run(argv):
     def measure_jobs(jobs):
         return lab.measure_all(jobs, partial(measure, settings), RUNS, out, args.workers)
 
-    jobs = []
     middles = dict.fromkeys(methods, place(0.03))
     for data in datas:
         rates = given or choose_rates(measure_jobs, data, middles)
         middles = {name: 2 * round(place(lr) / 2) for name, lr in rates.items()}  # half-decades again
-        jobs += [base_job(data), *test_jobs(data, rates, steps, seeds, methods)]
+        jobs = [base_job(data), *test_jobs(data, rates, steps, seeds, methods)]
         if data == datas[0] and not given:
             jobs += test_jobs(data, rates, LONG_STEPS, seeds, LONG)
-    measure_jobs(jobs)
+        measure_jobs(jobs)
     if not is_llama and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         lab.write_csv(out / "costs.csv", measure_costs(settings, datas[0], 2 if args.quick else REPEATS))
