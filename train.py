@@ -127,6 +127,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     wrapped = DistributedDataParallel(model) if world > 1 else model
     parts = get_batch(data["train"], step, config, device)
     n_tokens = 0
+    first = step  # since then, tokens and seconds are counted
     started = time.time()
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
@@ -134,7 +135,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         if due and step not in [row["step"] for row in history]:
             seconds = max(time.time() - started, 1e-9)
             tokens_per_second = n_tokens / seconds
-            left = (config.steps - step) * seconds / max(len(losses), 1)
+            left = (config.steps - step) * seconds / max(step - first, 1)
             train_loss = sum(losses) / len(losses) if losses else math.nan
             val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
             if not math.isfinite(val_loss):
@@ -150,6 +151,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
                 print(line, flush=True)
                 save_run(step, history, losses, settings, trained, optimizer)
             n_tokens = 0
+            first = step
             started = time.time()
         if step == config.steps:
             return history
@@ -398,7 +400,7 @@ def run(argv):
     rank, world = ranks()
     if rank == 0:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"{n:,} values of {args.base} learn {args.data} ({model.lm_head.weight.device}, {args.dtype})")
+        print(f"{n:,} values learn {args.data} on {args.base} ({model.lm_head.weight.device}, {args.dtype})")
     if args.compile:
         model.compile()
 

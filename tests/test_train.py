@@ -9,6 +9,7 @@ import json
 import math
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -478,6 +479,16 @@ def test_a_run_that_is_told_to_stop_is_saved_and_resumes_to_the_same_bits(text, 
     for name, p in whole.ia3.matrices().items():
         assert torch.equal(p, second.ia3.matrices()[name])
     assert timeless(history) == timeless(resumed)
+
+
+def test_after_a_resume_the_time_left_is_told_by_the_steps_that_were_timed(text, tmp_path, monkeypatch, capsys):
+    answers = iter([False, True])
+    train(fresh(), text, config(steps=4, out=f"{tmp_path}/run"), should_stop=lambda: next(answers))
+    clock = iter(range(0, 1000, 10))  # ten seconds pass between one look at it and the next
+    monkeypatch.setattr("train.time", SimpleNamespace(time=lambda: next(clock)))
+    capsys.readouterr()
+    train(fresh(), text, config(steps=4, out=f"{tmp_path}/run", resume=True))
+    assert "0:20 left" in capsys.readouterr().out.splitlines()[0]  # step 2 of 4: one was timed, two are left
 
 
 def test_a_full_run_resumes_to_the_same_bits(make_model, text, tmp_path):
