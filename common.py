@@ -7,6 +7,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from data import Tokenizer
@@ -144,6 +145,23 @@ def check_output(path, inputs=()):
         for other in inputs:
             if os.path.realpath(other) == os.path.realpath(name):
                 raise ValueError(f"writing {path} would replace {other}, which this command reads")
+
+
+def read_shapes(file):
+    """Return {name: shape} of an .npz's arrays but 'about', from their headers: a small file can unfold to gigabytes.
+
+    file: what np.load returns. Raises ValueError for an 'about' of more than 64 KiB, and where a header is damaged.
+    """
+    shapes = {}
+    for name in file.files:
+        with file.zip.open(f"{name}.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        if name != "about":
+            shapes[name] = shape
+        elif shape != () or dtype.itemsize > 2**16:
+            raise ValueError("'about' is too long")
+    return shapes
 
 
 # --- devices ---

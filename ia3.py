@@ -9,7 +9,7 @@ The widths are the model's (config.widths); in GPT-2 they are n_embd, n_embd and
     attach(model)                       # to train: freeze the model, set model.ia3 to vectors of ones
     model.ia3 = None                    # the base again
     model.ia3 = IA3.load(path, model)   # to switch: another task
-    attach(model, stack([a, b, None]))  # three tasks at once, the third is the base: model(idx, task_ids=(B,) long)
+    model.ia3 = stack([a, b, None])     # three tasks at once, the third is the base: model(idx, task_ids=(B,) long)
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import replace_file
+from common import read_shapes, replace_file
 
 SITES = ("k", "v", "ff")  # what can be scaled: keys, values, the MLP's hidden activations
 
@@ -138,23 +138,6 @@ class IA3(nn.Module):
     def extra_repr(self):
         lines = [f"{name} {tuple(p.shape)}, {p.min():.3f} to {p.max():.3f}" for name, p in self.matrices().items()]
         return "\n".join([*lines, f"{self.count():,} values for base {(self.fingerprint or 'unknown')[:8]}"])
-
-
-def read_shapes(file):
-    """Return {name: shape} of an .npz's arrays but 'about', from their headers: a small file can unfold to gigabytes.
-
-    file: what np.load returns. Raises ValueError for an 'about' of more than 64 KiB, and where a header is damaged.
-    """
-    shapes = {}
-    for name in file.files:
-        with file.zip.open(f"{name}.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        if name != "about":
-            shapes[name] = shape
-        elif shape != () or dtype.itemsize > 2**16:
-            raise ValueError("'about' is too long")
-    return shapes
 
 
 def attach(model, vectors=None, sites=SITES):

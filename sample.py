@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import common
-from ia3 import IA3, attach, stack
+from ia3 import IA3, stack
 
 
 class Cache:
@@ -183,7 +183,7 @@ def run(argv):
     if len(tasks) == 1:
         model.ia3 = tasks[0]
     elif tasks:
-        attach(model, stack(tasks))
+        model.ia3 = stack(tasks)
         task_ids = torch.arange(len(tasks))  # a row a task
     texts = complete(model, prompts, args.tokens, args.temperature, args.top_k, args.seed, task_ids)
     print(texts[0] if len(texts) == 1 else side_by_side(short_names(args.ia3), texts))

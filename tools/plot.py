@@ -19,7 +19,6 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
 import common
-from ia3 import read_shapes
 from sample import short_names
 
 matplotlib.use("agg")  # files only, no screen needed
@@ -67,7 +66,7 @@ def read_vectors(path):
     matrices = {}
     try:
         with np.load(path, allow_pickle=False) as npz:
-            claimed = read_shapes(npz)  # before anything is read
+            claimed = common.read_shapes(npz)  # before anything is read
             config = json.loads(npz["about"].item())["config"]
             d_head = int(config["n_embd"]) // int(config["n_head"])
             for name in sorted(claimed, key=("l_k", "l_v", "l_ff").index):
