@@ -73,7 +73,7 @@ def fold_llama(block, l_k, l_v, l_ff):
 def fold_rows(linear, rows, l):
     """l ⊙ (W x + b) = (diag(l) W) x + l ⊙ b, for the rows of W that make what l scales. l: (len(rows),) or None."""
     if l is not None:
-        scale(linear.weight[rows], l.unsqueeze(1))  # (rows, columns) by (rows, 1): a number a row
+        scale(linear.weight[rows], l.unsqueeze(1))  # (rows, columns) by (rows, 1): one number per row
         if linear.bias is not None:
             scale(linear.bias[rows], l)
 
@@ -81,7 +81,7 @@ def fold_rows(linear, rows, l):
 def fold_columns(linear, l):
     """W (l ⊙ h) + b = (W diag(l)) h + b: the bias stays. l: (columns,) or None."""
     if l is not None:
-        scale(linear.weight, l)  # (rows, columns) by (columns,): a number a column
+        scale(linear.weight, l)  # (rows, columns) by (columns,): one number per column
 
 
 def scale(weights, l):
