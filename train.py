@@ -49,7 +49,7 @@ class TrainConfig:
     warmup: float = flag(0.06, "share of the steps in which the learning rate rises", bounds=(0, 1))
     batch_size: int = flag(16, "windows or examples a step, over all parts and processes", bounds=(1, 10**5))
     grad_accum: int = flag(1, "parts that a process cuts its batch into, one in memory at a time", bounds=(1, 10**5))
-    weight_decay: float = flag(0.1, "AdamW's, on matrices of the base only, never on vectors", bounds=(0, 1000))
+    weight_decay: float = flag(0.1, "AdamW's, on matrices, never on vectors of (IA)³", bounds=(0, 1000))
     grad_clip: float = flag(1.0, "largest gradient norm", bounds=(1e-12, math.inf))
     eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint", bounds=(1, 10**9))
     eval_windows: int = flag(64, "windows of val in an evaluation; at a run's end all is read", bounds=(1, 10**9))
@@ -107,7 +107,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     rank, world = ranks()
     device = model.lm_head.weight.device
 
-    # AdamW. Weight decay pulls to 0, and a vector starts at 1: it is for the base's matrices only
+    # AdamW. Weight decay pulls to 0, and a vector starts at 1: it is for other matrices only
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
     others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]

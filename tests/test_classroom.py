@@ -296,6 +296,8 @@ WRONG = [
     ("keys_and_values", "model.py", V, "v = l_v.to(v.dtype) * v", "the vector itself is rounded"),
     ("hidden_activations", "model.py", H, "h = l_ff.to(h.dtype) * h", "the vector itself is rounded"),
     ("hidden_activations", "model.py", H, "h = l_ff * h", "bfloat16 again"),
+    ("hidden_activations", "model.py", H, "h = (l_ff.float() * h.float()).to(h.dtype)", "cast neither factor"),
+    ("keys_and_values", "model.py", K, "k = (l_k.float() * k.float()).to(k.dtype)", "cast neither factor"),
     ("hidden_activations", "model.py", H, "h = (l_ff.detach() * h).to(h.dtype)", "no gradient reaches l_ff"),
     ("hidden_activations", "model.py", H, "h = (l_ff * l_ff * h).to(h.dtype)", "acts twice"),
     ("start_at_ones", "ia3.py", ONES, ONES.replace("ones(", "zeros("), "must be all ones"),
@@ -474,6 +476,13 @@ WRONG = [
         "must be refused with a ValueError, not",
     ),
     ("save_and_load_refusal", "ia3.py", "if self.fingerprint is None or ", "if ", "never attached"),
+    (
+        "save_and_load_refusal",
+        "ia3.py",
+        "shapes = read_shapes(file)",
+        'shapes = {name: a.shape for name, a in dict(file).items() if name != "about"}',
+        "before an array is read",
+    ),
     ("stack_tasks", "ia3.py", GATHER, "matrix[task_ids, layer - 1].unsqueeze(1)", "gets the vector of task"),
     ("stack_tasks", "ia3.py", GATHER, "matrix[task_ids.flip(0), layer].unsqueeze(1)", "gets the vector of task"),
     ("stack_tasks", "ia3.py", GATHER, "matrix[task_ids, layer]", "to meet (B, T, width)"),
@@ -523,6 +532,11 @@ WRONG = [
     ("llama", "llama.py", K, "pass", "nothing is scaled"),
     ("llama", "llama.py", V, "v = l_v.to(v.dtype) * v", "l_v ⊙ V must be taken in float32"),
     ("llama", "llama.py", H, "h = F.silu(l_ff * self.gate_proj(x)) * self.up_proj(x)", "before the silu"),
+    ("llama", "llama.py", K, "k = l_k.to(k.dtype) * k", "l_k ⊙ K must be taken in float32"),
+    ("llama", "llama.py", K, "k = (l_k.detach() * k).to(k.dtype)", "no gradient reaches l_k"),
+    ("llama", "llama.py", H, "h = (l_ff.detach() * h).to(h.dtype)", "no gradient reaches l_ff"),
+    ("llama", "llama.py", K, "k = (l_k.view(1, 1, -1) * k).to(k.dtype)", "may be (B, 1, width)"),
+    ("llama", "llama.py", V, "v = (l_v.view(-1, v.size(-1))[0] * v).to(v.dtype)", "row b of the batch"),
     (
         "llama",
         "merge.py",
@@ -883,6 +897,11 @@ def cells(table, first):
     return [cell.strip() for cell in row.strip("|").split("|")[1:]]
 
 
+def gain_at(sites, lr):
+    """What sites gain over the base at a rate, in nats a byte, by the table of sites × rates."""
+    return float(cells("ablation-rates", "the base")[2]) - float(cells("ablation-rates", f"{sites} | {lr}")[2])
+
+
 def numbers_of_the_answers():
     """What ANSWERS.md states, computed: texts of the form in which they stand there."""
     found = set()
@@ -924,6 +943,14 @@ def numbers_of_the_answers():
         found |= {f"| {name} | {n_values} | {gains[sites]:.3f} | {a_thousand:.3f} |"}
     found |= {f"{100} steps"}
     assert 1.9 < (gains["k"] + gains["v"] + gains["ff"]) / gains["k,v,ff"] < 2.1  # "about twice"
+    assert cells("ablation", "k")[3] == "+0.2531 to +0.2717"  # "a hundredth to either side"
+    at_a_third = sum(gain_at(sites, "0.03") for sites in ("k", "v", "ff")) / gain_at("k,v,ff", "0.03")
+    found |= {f"{at_a_third:.1f} times, not twice"}
+    for lr in ("0.03", "0.1", "0.3"):
+        assert gain_at("ff", lr) > gain_at("v", lr) > gain_at("k", lr)
+        assert gain_at("v", lr) > gain_at("k", lr) > gain_at("ff", lr) / 4  # l_ff is four times as wide
+    assert all(gain_at(sites, "0.3") > gain_at(sites, "0.1") for sites in ("k", "v"))
+    assert gain_at("ff", "0.1") > max(gain_at("ff", "0.03"), gain_at("ff", "0.3"))
 
     # question 9
     n_all, n_trained, n = count["gpt2"]

@@ -31,6 +31,20 @@ def test_ones_are_the_base_bit_for_bit(make_model, device, dtype):
         assert torch.equal(model(idx)[0], base)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_excess_of_a_thousandth_is_lost_in_bfloat16_and_not_in_float32(make_model, dtype):
+    """Half of bfloat16's step is at least 2⁻⁹ of a number, so a product that is nearer is rounded back."""
+    model = make_model().to(dtype)
+    idx = make_idx(model)
+    base = model(idx)[0]
+    vectors = attach(model)
+    for low, high in ((1e-3, 1e-3), (-0.99 * 2**-9, 0.99 * 2**-9)):  # the same everywhere; random
+        for p in vectors.parameters():
+            p.uniform_(1 + low, 1 + high)
+        assert torch.equal(model(idx)[0], base) == (dtype == torch.bfloat16)
+
+
 def test_attach_freezes_the_base_and_only_the_base(make_model):
     model = make_model()
     vectors = attach(model, sites=("k", "ff"))

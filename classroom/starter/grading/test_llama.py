@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import check, close, draw, draw_short, product
+from torch.nn import functional as F
 
 import llama
 import merge
@@ -110,9 +111,35 @@ def test_the_mlp(dice, sizes):
     check(close(out, mlp.down_proj(gate * torch.sigmoid(gate) * up * l_ff)), words)
 
 
+def test_gradients_flow_and_a_row_may_have_vectors_of_its_own(dice, sizes):
+    attn, mlp = fill(dice, llama.CausalSelfAttention(sizes)), fill(dice, llama.MLP(sizes))
+    x = draw(dice, 2, 4, sizes.n_embd)
+    cos, sin = llama.rotary_table(sizes, torch.arange(4), torch.float64)
+    vectors = [draw(dice, 2, 1, width, mean=1.0, spread=0.7).requires_grad_() for width in sizes.widths]
+    l_k, l_v, l_ff = vectors
+    try:
+        attended, hidden = attn(x, cos, sin, l_k, l_v), mlp(x, l_ff)
+    except NotImplementedError:
+        raise
+    except RuntimeError as e:
+        check(False, f"a vector may be (B, 1, width), a task a row ({str(e).splitlines()[0][:80]})")
+    for b in range(2):
+        alone = attn(x[b : b + 1], cos, sin, l_k[b, 0], l_v[b, 0])[0], mlp(x[b : b + 1], l_ff[b, 0])[0]
+        right = close(attended[b], alone[0]) and close(hidden[b], alone[1])
+        check(right, "where vectors are (B, 1, width), a task a row, row b of the batch must have those of b")
+    total = attended.square().sum() + hidden.square().sum()
+    check(total.requires_grad, "no gradient reaches the vectors")
+    total.backward()
+    for name, l in zip(("l_k", "l_v", "l_ff"), vectors, strict=True):
+        check(l.grad is not None and bool(l.grad.abs().max() > 0), f"no gradient reaches {name}")
+
+
 @torch.no_grad()
-def test_a_base_in_bfloat16(dice, sizes):
-    """A single token's attention hands on its value, and an o_proj of the identity, too; down_proj, n_embd channels."""
+def test_a_base_in_bfloat16(dice, sizes, monkeypatch):
+    """A single token's attention hands on its value, and an o_proj of the identity, too; down_proj, n_embd channels.
+
+    At position 0 nothing is turned, so the keys that the attention is given are l_k ⊙ K.
+    """
     C, width = sizes.n_embd, sizes.n_kv_head * (sizes.n_embd // sizes.n_head)
     attn, mlp = fill(dice, llama.CausalSelfAttention(sizes)).bfloat16(), fill(dice, llama.MLP(sizes)).bfloat16()
     for linear in (attn.o_proj, mlp.down_proj):
@@ -121,16 +148,25 @@ def test_a_base_in_bfloat16(dice, sizes):
     x = draw(dice, 32, 1, C).bfloat16()  # so many, since roundings often agree by chance
     cos, sin = llama.rotary_table(sizes, torch.arange(1), torch.bfloat16)
     l_k, l_v, l_ff = draw_short(dice, width), draw_short(dice, width), draw_short(dice, sizes.n_hidden)
+    attention = F.scaled_dot_product_attention
+    keys = []  # (B, 1, width) each
+
+    def spy(q, k, v, **options):
+        keys.append(k.transpose(1, 2).flatten(2))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     words = "on a base in bfloat16 {} must be taken in float32 and rounded once, to bfloat16"
     try:
         attn(x, cos, sin, l_k)
-        values, hidden = attn(x, cos, sin, None, l_v), mlp(x, l_ff)
+        values, hidden = attn(x, cos, sin, None, l_v), mlp(x, l_ff)  # and keys that are not scaled
     except NotImplementedError:
         raise
     except RuntimeError as e:  # what linear maps and the attention say to mixed dtypes
         check(False, f"{words.format('products')} ({str(e).splitlines()[0][:80]})")
     d = C // sizes.n_head
     each = l_v.view(-1, 1, d).expand(-1, sizes.n_head // sizes.n_kv_head, d).flatten()
+    check(torch.equal(keys[0], product(l_k, keys[1])), words.format("l_k ⊙ K"))
     check(torch.equal(values, product(each, attn(x, cos, sin))), words.format("l_v ⊙ V"))
     check(torch.equal(hidden, product(l_ff[:C], mlp(x))), words.format("l_ff's product"))
 
@@ -139,8 +175,8 @@ def test_the_fold(dice, sizes, monkeypatch):
     """fold_rows and fold_columns only note what they are called with: they are other exercises."""
     block = llama.Block(sizes)
     calls = []
-    for name in ("fold_rows", "fold_columns"):
-        monkeypatch.setattr(merge, name, lambda *given, name=name: calls.append((name, *given)))
+    monkeypatch.setattr(merge, "fold_rows", lambda linear, rows, l: calls.append(("fold_rows", linear, rows, l)))
+    monkeypatch.setattr(merge, "fold_columns", lambda linear, l: calls.append(("fold_columns", linear, l)))
     l_k, l_v, l_ff = (draw(dice, width) for width in sizes.widths)
     merge.fold_llama(block, l_k, l_v, l_ff)
     names = {module: name for name, module in block.named_modules()}

@@ -32,6 +32,18 @@ class RunsCode:
         return os.mkdir, (self.path,)
 
 
+def test_shapes_are_compared_before_an_array_is_read(dice, given_start, tmp_path, monkeypatch):
+    model, vectors = make_known(dice, n_layer=3)
+    path = tmp_path / "task.npz"
+    write(path, about(model, vectors), vectors, l_k=vectors.l_k.detach().numpy().T)
+    read = []
+    get = np.lib.npyio.NpzFile.__getitem__
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, name: (read.append(name), get(self, name))[1])
+    refused("a file whose l_k is transposed", IA3.load, path, model)
+    words = "compare the shapes, which read_shapes tells, before an array is read: a small file can unfold to gigabytes"
+    check(set(read) <= {"about"}, words)
+
+
 def test_damaged_files_are_refused(dice, given_start, tmp_path):
     model, vectors = make_known(dice, n_layer=3)  # n_embd is even, so no matrix is square
     path = tmp_path / "task.npz"
