@@ -228,13 +228,18 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
     return data
 
 
+def tokens_of(raw, tokenizer):
+    """A text's bytes as an array of tokens. Raises UnicodeDecodeError where they are no UTF-8 and have to be."""
+    if tokenizer.about == "bytes":
+        return np.frombuffer(raw, dtype=np.uint8)  # a byte's id is its value
+    return np.array(tokenizer.encode_ordinary(raw.decode("utf-8")), dtype=np.int32)
+
+
 def read_text(path, tokenizer):
     """Return the file's tokens as an array, and its length in bytes."""
     raw = path.read_bytes()
-    if tokenizer.about == "bytes":
-        return np.frombuffer(raw, dtype=np.uint8), len(raw)  # a byte's id is its value
     try:
-        return np.array(tokenizer.encode_ordinary(raw.decode("utf-8")), dtype=np.int32), len(raw)
+        return tokens_of(raw, tokenizer), len(raw)
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
 

@@ -103,18 +103,17 @@ def measure(settings, sites, depth, lr, steps, seed):
     return {"values": values, "loss": float(lab.stack_works([found]).mean())}, found
 
 
-def plan(axes, reference, seeds=None, cross=False):
+def all_jobs(axes, reference, seeds, cross):
     """Every run once, a dict each: the base, then the axes' values, each axis alone or all of them crossed.
 
-    axes: {axis: values}, to which the reference's own is added. seeds: of every point, counted from 1; None for SEEDS.
+    axes: {axis: values}, to which the reference's own is added. seeds: how many of every point, counted from 1.
     """
     axes = {axis: [*values, reference[axis]] for axis, values in axes.items()}
     grids = [axes] if cross else [{axis: values} for axis, values in axes.items()]
     jobs = [reference | {"sites": "none", "seed": 1}]
     for grid in grids:
-        n = seeds or (1 if cross else SEEDS)
         for point in itertools.product(*grid.values()):
-            for seed in range(1, n + 1):
+            for seed in range(1, seeds + 1):
                 jobs.append(reference | dict(zip(grid, point, strict=True)) | {"seed": seed})
     return list({lab.run_name(job): job for job in jobs}.values())
 
@@ -176,7 +175,7 @@ def summarize(folder):
         for point in ("base", *along):
             row = base if point == "base" else points[point][seeds[0]]
             ours = np.stack([base["works"] if point == "base" else points[point][seed]["works"] for seed in seeds])
-            record = row | {"loss": ours.mean(), "difference": None, "seeds": len(seeds)}
+            record = row | {"loss": ours.mean(), "difference": None, "by_work": None, "seeds": len(seeds)}
             record |= {"diverged": int((~np.isfinite(ours).all(1)).sum()), "reference": point == reference}
             if np.isfinite(ours).all() and np.isfinite(theirs).all():
                 record["difference"] = lab.student((ours - theirs).mean(1))
@@ -317,7 +316,8 @@ def run(argv):
         reference["steps"] = 30 if args.quick else 100
     if all(set(values) == {reference[axis]} for axis, values in axes.items()):
         raise ValueError("nothing to compare: the axes named have the reference's own values only")
-    jobs = plan(axes, reference, args.seeds or (1 if args.quick else None), args.cross)
+    seeds = args.seeds or (1 if args.quick or args.cross else SEEDS)
+    jobs = all_jobs(axes, reference, seeds, args.cross)
     for job in jobs:  # a mistake is told before the first run, not after an hour
         TrainConfig(lr=job["lr"], steps=job["steps"])
         layers(job["depth"], n_layer)
@@ -331,16 +331,15 @@ def run(argv):
     attach(model)
     a_step, a_window = lab.pace(model, data["train"], TrainConfig(batch_size=BATCH_SIZE, dtype=dtype))
     seconds = steps * a_step + len(jobs) * sum(map(len, works.values())) * a_window
-    print(
-        f"{len(jobs)} runs, {steps:,} steps: about {seconds / args.workers / 60:.0f} minutes on {args.workers} cores",
-        flush=True,
-    )
+    workers = 1 if device.type == "cuda" else args.workers
+    minutes = seconds / workers / 60
+    print(f"{len(jobs)} runs, {steps:,} steps: about {minutes:.0f} minutes, {workers} at once", flush=True)
     if args.plan:
         return 0
     out = args.out / "quick" if args.quick else args.out
     lab.open_folder(out, about)
     settings = {"base": args.base, "data": args.data, "device": args.device}
-    lab.measure_all(jobs, partial(measure, settings), RUNS, out, 1 if device.type == "cuda" else args.workers)
+    lab.measure_all(jobs, partial(measure, settings), RUNS, out, workers)
     text = tables(out)
     lab.save_text(text, out / "table.md")
     print(f"\n{text}\n")

@@ -33,16 +33,16 @@ import data as datasets
 from experiments import lab, ranking, rivals
 from experiments.lab import plt
 from ia3 import IA3, attach, fingerprint
-from train import TrainConfig, train
+from train import TrainConfig, evaluate, train
 
 N_WINDOWS = 256
 BITS = math.log2(26**2)
-METHODS = {"ia3": (0.03, 0.1), "lora-all": (0.01, 0.03), "full": (1e-3, 3e-3)}  # of capacity, with their rates
+CAPACITY_RATES = {"ia3": (0.03, 0.1), "lora-all": (0.01, 0.03), "full": (1e-3, 3e-3)}
 NS = [2**i for i in range(3, 13)]
 HEADS = dict.fromkeys(("layer", "head"), int)
 HEADS |= dict.fromkeys(("l_k_mean", "l_k_std", "l_v_mean", "l_v_std", "rise", "standard_error"), float)
 PAIRS = {"method": str, "n": int, "lr": float, "steps": int, "seed": int, "values": int, "bits": float, "rank": float}
-RATES = {200: (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 2000: (3e-3, 1e-2, 3e-2)}  # of size: steps: rates
+SIZE_RATES = {200: (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 2000: (3e-3, 1e-2, 3e-2)}  # by steps
 TRAINED = {"lr": float, "steps": int, "seed": int, "loss": float, "negative": int, "values": int}
 
 
@@ -74,6 +74,8 @@ def heads(args):
     """A row a head, into results.csv; the table and the picture."""
     model = common.load(args.base)
     vectors = IA3.load(args.ia3, model)
+    if vectors.l_k is None or vectors.l_v is None:
+        raise ValueError(f"{args.ia3} scales no keys, or no values: heads wants both")
     model.ia3 = vectors
     measure = losses_of(model, args.data, args.items)
     before = measure()
@@ -108,11 +110,11 @@ def heads(args):
     rises = sorted(row["rise"] for row in rows)
     least = sum(row["rise"] + 2 * row["standard_error"] < 0 for row in rows)
     where = f"{len(before)} windows or choices of {args.data}"
-    text = f"{len(rows)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by"
-    text += (
-        f" {rises[0]:+.4f} to {rises[-1]:+.4f} nats, {np.median(rises):+.4f} in the middle; it falls by more than two"
+    text = (
+        f"{len(rows)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by "
+        f"{rises[0]:+.4f} to {rises[-1]:+.4f} nats, {np.median(rises):+.4f} in the middle; it falls by more than two "
+        f"standard errors for {least}."
     )
-    text += f" standard errors for {least}."
     lab.save_text(f"{table}\n\n{text}", args.out / "table.md")
 
     draw_heads(rows, args.out / "heads.png")
@@ -166,10 +168,13 @@ def memorize(settings, method, n, lr, steps, seed):
     config = TrainConfig(
         steps=steps, lr=lr, seed=seed, batch_size=min(n, 256), eval_interval=steps, eval_windows=1, weight_decay=0.0
     )
-    train(model, {"train": split, "val": split}, config)
+    values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    try:
+        train(model, {"train": split, "val": split}, config)
+    except FloatingPointError:  # it diverged: nothing is recalled
+        return {"values": values, "bits": 0.0, "rank": 0.0}, {}
     nats, _ = lab.window_losses(model, split, config)
     bits = max(BITS * n - nats.sum() / math.log(2), 0.0)
-    values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rank = effective_rank(common.load(settings["base"]), rivals.METHODS[method].merge(model))
     return {"values": values, "bits": bits, "rank": rank}, {"nats": nats}
 
@@ -180,7 +185,7 @@ def capacity(args):
     ns, steps = ((8, 16), 5) if args.quick else (NS, 1000)
     jobs = []
     for n in ns:
-        for method, rates in METHODS.items():
+        for method, rates in CAPACITY_RATES.items():
             jobs += [{"method": method, "n": n, "lr": lr, "steps": steps, "seed": 1} for lr in rates]
     rows = lab.measure_all(jobs, partial(memorize, settings), PAIRS, args.out, args.workers)
     best = {}
@@ -189,21 +194,21 @@ def capacity(args):
         if key not in best or row["bits"] > best[key]["bits"]:
             best[key] = row
     head = ["pairs", "bits"]
-    for method in METHODS:
+    for method in CAPACITY_RATES:
         head += [f"{method}: recalled", "a number", "rank"]
     lines = []
     for n in ns:
         line = [f"{n:,}", f"{BITS * n:,.0f}"]
-        for method in METHODS:
+        for method in CAPACITY_RATES:
             row = best[method, n]
             share = row["bits"] / (BITS * n)
             line += [f"{share:.0%}", f"{row['bits'] / row['values']:.3f}", f"{row['rank']:.1f}"]
         lines.append(line)
-    values = ", ".join(f"{method} {best[method, ns[0]]['values']:,}" for method in METHODS)
+    values = ", ".join(f"{method} {best[method, ns[0]]['values']:,}" for method in CAPACITY_RATES)
     text = f"Numbers trained: {values}. {steps} steps of up to 256 pairs, one seed, the better of two rates."
     lab.save_text(f"{lab.markdown(head, lines)}\n\n{text}", args.out / "table.md")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for method in METHODS:
+    for method in CAPACITY_RATES:
         found = [best[method, n] for n in ns]
         left.plot(ns, [row["bits"] / (BITS * row["n"]) for row in found], "o-", label=method)
         right.plot(ns, [row["bits"] / row["values"] for row in found], "o-", label=method)
@@ -240,29 +245,28 @@ def small_versions(vectors):
 
 
 def learn_once(settings, lr, steps, seed):
-    """(IA)³ on folio at a rate, for so many steps."""
-    torch.manual_seed(seed)
+    """(IA)³ at a rate, for so many steps."""
     model = common.load(settings["base"])
     vectors = attach(model)
     data = lab.load_data(settings["data"], model, ("train", "val"))
     config = TrainConfig(steps=steps, lr=lr, seed=seed, batch_size=16, eval_interval=steps, eval_windows=1)
     train(model, data, config)
-    nats, targets = lab.window_losses(model, data["val"], config, settings["items"])
+    loss = evaluate(model, data["val"], config, n_windows=settings["items"])
     negative = sum((p < 0).sum().item() for p in vectors.parameters())
-    return {"loss": nats.sum() / targets.sum(), "negative": negative, "values": vectors.count()}, {"nats": nats}
+    return {"loss": loss, "negative": negative, "values": vectors.count()}, {}
 
 
 @torch.no_grad()
 def size(args):
     model = common.load(args.base)
     vectors = IA3.load(args.ia3, model)
-    about = {"fingerprint": fingerprint(model), "data": args.data, "quick": args.quick}
+    data = lab.load_data(args.data, model, ("train", "val"))
+    about = {"fingerprint": fingerprint(model), "data": args.data, "items": args.items, "quick": args.quick}
+    about["data_hash"] = data["train"].data_hash()[:16] + data["val"].data_hash()[:16]
     lab.open_folder(args.out, about)
-    split = lab.load_data(args.data, model, ("val",))["val"]
 
     def loss():
-        nats, targets = lab.window_losses(model, split, TrainConfig(batch_size=32), args.items)
-        return nats.sum() / targets.sum()
+        return evaluate(model, data["val"], TrainConfig(batch_size=32), n_windows=args.items)
 
     negative = sum((p < 0).sum().item() for p in vectors.parameters())
     losses = {"the base": (0, loss())}
@@ -277,7 +281,7 @@ def size(args):
         lines.append([words, f"{n:,}", f"{nats:.4f}", f"{(base - nats) / (base - ours):.1%}"])
     sizes = lab.markdown(["kept", "bytes", "nats a token", "of the gain"], lines)
 
-    rates = {2: (0.1,), 4: (0.1,)} if args.quick else RATES
+    rates = {2: (0.1,), 4: (0.1,)} if args.quick else SIZE_RATES
     jobs = [{"lr": lr, "steps": steps, "seed": 1} for steps, some in rates.items() for lr in some]
     settings = {"base": args.base, "data": args.data, "items": args.items}
     rows = lab.measure_all(jobs, partial(learn_once, settings), TRAINED, args.out, args.workers)
@@ -294,7 +298,7 @@ def size(args):
     kept = dict(list(losses.items())[1:])
     left.plot([n for n, _ in kept.values()], [loss for _, loss in kept.values()], "o")
     for words, place in kept.items():
-        left.annotate(f" {words.removesuffix(', the rest bfloat16')}", place, fontsize=7)
+        left.annotate(f" {words}", place, fontsize=7)
     left.axhline(base, color="gray", ls=":", label="the base")
     left.set(xscale="log", xlabel="bytes of a task", ylabel="nats a token")
     for steps in rates:
@@ -314,11 +318,11 @@ def run(argv):
     parser.add_argument("--data", default="folio", help="whose val is read (default: %(default)s)")
     parser.add_argument("--items", type=int, default=N_WINDOWS, help="windows or choices of val (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/analysis"), help="folder (default: %(default)s/QUESTION)")
+    parser.add_argument("--out", type=Path, help="folder (default: out/analysis/QUESTION)")
     parser.add_argument("--quick", action="store_true", help="capacity, size: few and short runs; into OUT/quick")
     args = parser.parse_args(argv)
-    if args.out == Path("out/analysis"):
-        args.out /= args.question
+    if args.out is None:
+        args.out = Path("out/analysis") / args.question
     if args.quick:
         args.out /= "quick"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ from experiments import lab
 from ia3 import IA3, attach, stack
 from merge import merge
 from model import GPT, GPTConfig
-from train import TrainConfig, lm_loss
+from train import TrainConfig, autocast, lm_loss
 
 SHAPES = {  # n_layer, n_head, n_embd, vocab_size
     "base": (6, 6, 192, 257),
@@ -88,7 +88,7 @@ RESULTS |= {"vocab_size": int, "rows": int, "tokens": int, "repeats": int, "hard
 RESULTS |= {"torch": str, "transformers": str, "peft": str, "date": str}
 
 
-def rivals():
+def their_packages():
     """Return the modules (peft, transformers). Raises ValueError where they are not installed."""
     try:
         import peft
@@ -102,7 +102,7 @@ def rivals():
 
 def their_gpt2(config, activation):
     """transformers' GPT-2 of the same shape, random weights."""
-    _, transformers = rivals()
+    _, transformers = their_packages()
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     theirs = transformers.GPT2Config(
@@ -131,7 +131,7 @@ def build(name, config, device, dtype):
             model = GPT(config).to(dtype)
             attach(model)
             return model, lm_loss
-        peft, _ = rivals()
+        peft, _ = their_packages()
         targets = {"target_modules": ["attn.c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
         if name == AROUND_OURS:
             return peft.get_peft_model(GPT(config).to(dtype), peft.IA3Config(**targets)), lm_loss
@@ -166,14 +166,17 @@ def trainer(name, config, batch, dtype, compiled):
     model, loss_fn = build(name, config, device, dtype)
     settings = TrainConfig(dtype=str(dtype).removeprefix("torch."))
     counts = lab.count_step(model, batch, loss_fn, settings)
+    alone = lab.allocated(device)
     found = {}
     for variant, called in variants(name, model, compiled and name in (FULL, OURS)).items():
+        others = lab.allocated(device) - alone  # AdamW's averages of the variant before
         step = lab.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
         saved = counts["saved_bytes"]
         if called is not model:
-            saved = lab.count_saved(partial(loss_fn, called, *batch), called)
-        peak = lab.peak_bytes(step, device, before)
+            with autocast(called, settings):
+                saved = lab.count_saved(partial(loss_fn, called, *batch), called)
+        peak = lab.peak_bytes(step, device, before + others)
         found[variant] = step, counts | {"saved_bytes": saved, "peak_bytes": peak}
     return found
 
@@ -351,7 +354,7 @@ def run(argv):
         raise ValueError(f"repeats must be at least 2, for quartiles, not {args.repeats}")
     if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile wants a C++ compiler (g++, or CXX): --no-compile leaves it out")
-    peft, transformers = rivals()
+    peft, transformers = their_packages()
     about = {"hardware": lab.device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})

@@ -96,8 +96,7 @@ def read_figures(results):
     n_lora = count_values(partial(rivals.add_lora_llama, r=4, names=("q_proj", "v_proj")), llama)
     figures |= {"share_lora_7b": f"{n_lora / total:.3%}", "bytes_lora_7b": megabytes(n_lora)}
     figures["bytes_7b"] = megabytes(IA3(llama.config).count())
-    settings = {"base": lab.BASE, "folders": {"folio": "folio"}, "device": "cpu", "dtype": "float32"}
-    kept = compare.count_places(settings | compare.GPT_WORK, "folio")
+    kept = compare.count_places(lab.BASE, "folio")
     for title, name in (("(IA)³ on k, v, ff", "all"), ("(IA)³ on k, v", "kv"), ("(IA)³ on ff", "ff")):
         figures[f"kept_{name}"] = f"{kept[title]['saved_bytes'] / kept['full fine-tuning']['saved_bytes']:.2f}"
     raced = lab.read_csv(results / "bench/results.csv", bench.RESULTS)

@@ -130,13 +130,14 @@ def measure(settings, stage, data, method, lr, steps, seed):
         if not diverged:
             nats, targets = lab.window_losses(model, splits["val"], config, VAL_WINDOWS)
             loss = nats.sum() / targets.sum() * lab.tokens_a_byte(splits["val"])
+            loss = loss if math.isfinite(loss) else math.inf
         return {"values": values, "loss": loss, "forgotten": None}, {}
     curve = [(row["step"], row["val_loss"] * lab.tokens_a_byte(splits["val"])) for row in history]
     arrays = {"curve": np.array(curve).reshape(-1, 2)}
     for kind, text in (("", data), ("forget_", settings["forget"])):
         works = lab.read_works(settings["folders"][text], "test", model)
         found = lab.work_losses(model, works, config, settings["windows"][kind])
-        if diverged:
+        if diverged or not np.isfinite(found["nats"]).all():
             found["nats"] = np.full(len(found["nats"]), np.inf)
         arrays |= {f"{kind}{name}": array for name, array in found.items()}
     means = [float(lab.stack_works([arrays], kind).mean()) for kind in ("", "forget_")]
@@ -146,12 +147,17 @@ def measure(settings, stage, data, method, lr, steps, seed):
 # --- which runs ---
 
 
+def job(stage, data, method, lr, steps, seed):
+    """What is known of a run in advance."""
+    return {"stage": stage, "data": data, "method": method, "lr": lr, "steps": steps, "seed": seed}
+
+
 def rate(i):
     """The i-th quarter-decade: 1 at 0, 1.8 at 1, 3 at 2, 5.6 at 3, 10 at 4, 0.56 at -1."""
     return float(f"{(1, 1.8, 3, 5.6)[i % 4]}e{i // 4}")
 
 
-def place(lr):
+def index_of_rate(lr):
     """The i of rate(i)."""
     return round(4 * math.log10(lr))
 
@@ -175,14 +181,12 @@ def choose_rates(measure_jobs, data, middles):
         jobs = []
         for name in tried:
             for i in sorted(tried[name]):
-                for seed in RATE_SEEDS:
-                    job = {"data": data, "method": name, "lr": rate(i), "steps": STEPS, "seed": seed}
-                    jobs.append({"stage": "lr", **job})
+                jobs += [job("lr", data, name, rate(i), STEPS, seed) for seed in RATE_SEEDS]
         losses = mean_losses(measure_jobs(jobs), data)
         best = {name: min(of_lr, key=of_lr.get) for name, of_lr in losses.items()}
         grown = False
         for name, lr in best.items():
-            i = place(lr)
+            i = index_of_rate(lr)
             beside = {i - 2, i + 2} - tried[name] if i % 2 == 0 else set()
             new = beside or {i - 1, i + 1} - tried[name]
             tried[name] |= new
@@ -191,18 +195,9 @@ def choose_rates(measure_jobs, data, middles):
             return best
 
 
-def base_job(data):
-    return {"stage": "test", "data": data, "method": "base", "lr": 0.0, "steps": 0, "seed": 0}
-
-
 def test_jobs(data, rates, steps, seeds, methods):
     """Every method with every seed, at its rate."""
-    jobs = []
-    for seed in seeds:
-        for name in methods:
-            job = {"data": data, "method": name, "lr": rates[name], "steps": steps, "seed": seed}
-            jobs.append({"stage": "test", **job})
-    return jobs
+    return [job("test", data, name, rates[name], steps, seed) for seed in seeds for name in methods]
 
 
 def plan(settings, datas, methods, seeds, steps, workers, grid):
@@ -292,21 +287,23 @@ def measure_costs(settings, data, repeats):
     return list(rows.values())
 
 
-def count_places(settings, data):
-    """Return {title: lab.count_step's dict} of PLACES, for a step of 16 windows."""
+def count_places(base, folder):
+    """Return {title: lab.count_step's dict} of PLACES, for a step of 16 windows, counted on the CPU in float32."""
+    settings = GPT_WORK | {"base": base, "device": "cpu", "dtype": "float32"}
+    split = lab.load_data(folder, common.load(base), ("train", "val"))["train"]
+    batch = split.batch(0, 0, BATCH_SIZE)
     found = {}
     for title, add in PLACES.items():
         model = load_model(settings, "base", 0)
         for p in add(model):
             p.requires_grad_(True)
-        split = lab.load_data(settings["folders"][data], model, ("train", "val"))["train"]
-        found[title] = lab.count_step(model, split.batch(0, 0, BATCH_SIZE), lm_loss, config_of(settings))
+        found[title] = lab.count_step(model, batch, lm_loss, config_of(settings))
     return found
 
 
-def counts(settings, data):
+def counts(base, folder):
     """A table of PLACES: what a training step keeps for backward, and its FLOPs, over full fine-tuning's."""
-    found = count_places(settings, data)
+    found = count_places(base, folder)
     full = found["full fine-tuning"]
     lines = []
     for title, row in found.items():
@@ -362,6 +359,8 @@ def statistics(folder):
 
 def of_works(values, form):
     """A cell: the mean of what the works say and its interval; fewer than three works are shown each by itself."""
+    if not np.isfinite(values).all():
+        return "diverged"
     if len(values) >= 3:
         return lab.spread(*lab.student(values), form)
     each = " / ".join(f"{value:{form}}" for value in values)
@@ -375,14 +374,21 @@ def is_ranked(row):
 
 
 def mean_curve(runs):
-    """The loss on val while the method learned, the mean of its runs: steps and losses, (evaluations,) each."""
-    steps, losses = np.mean([run["curve"] for run in runs], axis=0).T
-    return steps, losses
+    """The loss on val while the method learned, the mean of its runs: steps and losses, (evaluations,) each.
+
+    Both are empty where a run diverged.
+    """
+    curves = [run["curve"] for run in runs]
+    if not all(map(len, curves)):
+        return np.empty((2, 0))
+    return np.mean(curves, axis=0).T  # (2, evaluations)
 
 
 def half_gap(methods, name):
     """The first step seen at which a method has half of what full fine-tuning gains by its last, or 'never'."""
     _, full = mean_curve(methods["full"])
+    if not len(full):
+        return "never"
     steps, losses = mean_curve(methods[name])
     reached = steps[losses <= (full[0] + full[-1]) / 2]
     return f"{reached[0]:.0f}" if len(reached) else "never"
@@ -414,7 +420,7 @@ def tables(folder):
                 row["gap closed, %"] = of_works(values["gap"], ".1f")
             if name != "ia3":
                 row["loss less (IA)³'s"] = of_works(values["beside"], "+.4f")
-                if len(values["seeds"]) > 1:
+                if len(values["seeds"]) > 1 and np.isfinite(values["seeds"]).all():
                     row["the same, over seeds"] = lab.spread(*lab.student(values["seeds"]), "+.4f")
                 if not is_ranked(values):
                     row["loss less (IA)³'s"] += ", no ranking"
@@ -431,16 +437,19 @@ def tables(folder):
 
 
 def rate_table(rows):
-    """Every rate that was tried: the mean loss on val over the best one's, a table a data; none where one was given."""
+    """Every rate that was tried: the mean loss on val less the best one's, a table a data; none where one was given."""
     pieces = []
     for data in dict.fromkeys(row["data"] for row in rows if row["stage"] == "lr"):
         losses = mean_losses(rows, data)
         rates = sorted({lr for of_lr in losses.values() for lr in of_lr})
         lines = []
         for name, of_lr in losses.items():
-            cells = [f"{of_lr[lr] - min(of_lr.values()):.3f}" if lr in of_lr else "" for lr in rates]
-            lines.append([METHODS[name].title, *[cell.replace("inf", "diverged") for cell in cells]])
-        pieces.append(f"Loss on {data}'s val over that at the best rate, by rate, {len(RATE_SEEDS)} seeds:")
+            least = min(of_lr.values())
+            cells = {lr: "diverged" if math.isinf(loss) else f"{loss - least:.3f}" for lr, loss in of_lr.items()}
+            lines.append([METHODS[name].title, *[cells.get(lr, "") for lr in rates]])
+        pieces.append(
+            f"By how much the loss on {data}'s val is above the best rate's, by rate, {len(RATE_SEEDS)} seeds:"
+        )
         pieces.append(lab.markdown(["", *[f"{lr:g}" for lr in rates]], lines))
     return pieces
 
@@ -600,14 +609,14 @@ def run(argv):
     if args.counts:
         if is_llama:
             raise ValueError("counts is for a GPT: a Llama has not all of these places")
-        print(counts(settings, datas[0]))
+        print(counts(args.base, args.data[0]))
         return 0
 
     about = {"fingerprint": fingerprint(base), "forget": settings["forget"], "dtype": dtype, "quick": args.quick}
     about |= {"batch_size": settings["batch_size"], "data_hash": {}, "works": {}}
     for name, folder in folders.items():  # a missing file is told now, not after an hour
         splits = lab.load_data(folder, base, ("train", "val", "test"))
-        about["data_hash"][name] = splits["train"].data_hash()[:16] + splits["test"].data_hash()[:16]
+        about["data_hash"][name] = "".join(split.data_hash()[:16] for split in splits.values())
         about["works"][name] = list(lab.read_works(folder, "test", base))
     methods = [name for name in METHODS if name in LLAMA_RATES or (not is_llama and name != "base")]
     given = dict(LLAMA_RATES) if is_llama else {}
@@ -625,11 +634,11 @@ def run(argv):
     def measure_jobs(jobs):
         return lab.measure_all(jobs, partial(measure, settings), RUNS, out, args.workers)
 
-    middles = dict.fromkeys(methods, place(0.03))
+    middles = dict.fromkeys(methods, index_of_rate(0.03))
     for data in datas:
         rates = given or choose_rates(measure_jobs, data, middles)
-        middles = {name: 2 * round(place(lr) / 2) for name, lr in rates.items()}  # half-decades again
-        jobs = [base_job(data), *test_jobs(data, rates, steps, seeds, methods)]
+        middles = {name: 2 * round(index_of_rate(lr) / 2) for name, lr in rates.items()}  # half-decades again
+        jobs = [job("test", data, "base", 0.0, 0, 0), *test_jobs(data, rates, steps, seeds, methods)]
         if data == datas[0] and not given:
             jobs += test_jobs(data, rates, LONG_STEPS, seeds, LONG)
         measure_jobs(jobs)

@@ -93,7 +93,6 @@ from experiments.shots import (
 from ia3 import attach, fingerprint
 
 TASKS = ("movies", "tweets", "news", "source", "movies-ab", "movies-flipped")
-VARIANTS = ("movies-ab", "movies-flipped")
 KS = (4, 16, 32, 64)
 RATE = 3e-3
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -114,16 +113,21 @@ def job(split, task, method, seed=0, form="plain", k=0, lr=0.0, steps=0, order=0
     return found | {"order": order, "seed": seed}
 
 
+def main_k(settings):
+    """The K of the primary comparison: 32."""
+    return settings["ks"][-2]
+
+
 def jobs_of_formats(settings):
     """On products' val: how in-context learning is asked."""
     jobs = [job("val", "products", "zero", form=form) for form in ("plain", "chat")]
-    k = settings["ks"][-2]
+    k = main_k(settings)
     return jobs + [job("val", "products", "icl", s, form, k) for s in settings["seeds"] for form in ("plain", "chat")]
 
 
 def jobs_of_rates(settings):
     """On products' val: how fast each method learns."""
-    seeds, k, steps = settings["seeds"], settings["ks"][-2], settings["steps"]
+    seeds, k, steps = settings["seeds"], main_k(settings), settings["steps"]
     jobs = [job("val", "products", "ia3", s, "plain", k, rate, steps) for rate in RATES for s in seeds[:3]]
     for name, (_, rates) in RIVALS.items():
         jobs += [job("val", "products", name, s, "plain", k, rate, steps) for rate in rates for s in seeds[:2]]
@@ -133,15 +137,16 @@ def jobs_of_rates(settings):
 def jobs_of_other_ks(settings, form, task):
     """Both sides of the primary comparison at the other K."""
     jobs = []
-    for k in (k for k in settings["ks"] if k != settings["ks"][-2]):
+    others = [k for k in settings["ks"] if k != main_k(settings)]
+    for k in others:
         jobs += [job("test", task, "ia3", s, "plain", k, RATE, settings["steps"]) for s in settings["seeds"]]
         jobs += [job("test", task, "icl", s, form, k) for s in settings["seeds"]]
     return jobs
 
 
 def jobs_to_report(settings, chosen):
-    """On test, in the order of the protocol's list; without those whose rate is not chosen. chosen: of choices()."""
-    seeds, k32, steps = settings["seeds"], settings["ks"][-2], settings["steps"]
+    """On test, in the order of the protocol's list; without those whose rate is not chosen (by chosen_on_products)."""
+    seeds, k32, steps = settings["seeds"], main_k(settings), settings["steps"]
     form = chosen["form"]
     jobs = []
     for task in settings["tasks"]:
@@ -149,7 +154,8 @@ def jobs_to_report(settings, chosen):
             jobs.append(job("test", task, "ia3", s, "plain", k32, RATE, steps))
             jobs.append(job("test", task, "icl", s, form, k32))
         jobs += [job("test", task, "zero", form=f) for f in ("plain", "chat")]
-    for name in (name for name in RIVALS if name in chosen):
+    rivals = [name for name in RIVALS if name in chosen]
+    for name in rivals:
         for task in ("movies", "news"):
             jobs += [job("test", task, name, s, "plain", k32, chosen[name], steps) for s in seeds[:3]]
     for task in ("movies", "tweets", "news"):
@@ -170,7 +176,7 @@ def jobs_to_report(settings, chosen):
     return [row for row in jobs if row["task"] in settings["tasks"]]
 
 
-def choices(folder, settings):
+def chosen_on_products(folder, settings):
     """What products chose: {'form', 'calibrated', and the rate of 'ia3' and of each rival whose rates are all tried}.
 
     Raises ValueError before the formats are chosen.
@@ -208,8 +214,13 @@ def make(jobs, settings, folder, args):
 # --- what it takes ---
 
 
+def n_tokens(examples):
+    """How many tokens these (prompt, choices, label) hold."""
+    return sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in examples)
+
+
 def plan(settings):
-    """Print how many runs there are, their tokens, and the hours that one core takes. Reads train and val only."""
+    """Print how many runs there are, their tokens, and the hours that one core takes. Reads val, as long as test."""
     torch.set_num_threads(1)
     model = common.load(settings["base"], getattr(torch, settings["dtype"])).to(settings["device"])
     supposed = {"form": "chat", "ia3": None} | {name: rates[0] for name, (_, rates) in RIVALS.items()}
@@ -218,7 +229,7 @@ def plan(settings):
     for task in {row["task"] for row in jobs}:
         val = read_task(settings["data"], task, "val")
         rows = [ask(model.tokenizer, "plain", row, t) for row in val for t in range(3)]
-        asked[task] = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in rows)
+        asked[task] = n_tokens(rows)
         learned[task] = asked[task] / len(rows)
     to_read = sum(asked[row["task"]] for row in jobs)
     to_learn = sum(row["steps"] * BATCH_SIZE * learned[row["task"]] for row in jobs)
@@ -229,8 +240,7 @@ def plan(settings):
     scores(model, split)  # the first time is slower
     start = time.process_time()
     scores(model, split)
-    read = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples)
-    read_pace = read / (time.process_time() - start)
+    read_pace = n_tokens(split.examples) / (time.process_time() - start)
     attach(model)
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), model.lm_head.weight.device)
     loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
@@ -254,7 +264,7 @@ def measure_costs(settings, chosen):
     device = torch.device(settings["device"])
     pool = read_task(settings["data"], "products", "train")
     two_n = 2 * sum(p.numel() for p in model.parameters())
-    attach(model)
+    vectors = attach(model)
     split = SharedPrompts([ask(model.tokenizer, "plain", row, 0) for row in pool[:BATCH_SIZE]])
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), device)
     loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
@@ -262,6 +272,7 @@ def measure_costs(settings, chosen):
     model.requires_grad_(False)
     rows = []
     for k in (0, *settings["ks"]):
+        model.ia3 = None if k else vectors
         form = chosen["form"] if k else "plain"
         prefix = context(model.tokenizer, form, draw(pool, k, 0) if k else [], 0)
         split = ranking.Choices([ask(model.tokenizer, form, row, 0) for row in pool[:16]])
@@ -269,13 +280,13 @@ def measure_costs(settings, chosen):
         calls = [partial(ranking.scores, model, some, prefix) for some in (split, alone)]
         flops, before = [sum(lab.count_flops(call)) for call in calls]
         times = lab.interleave(dict(enumerate(calls)), 5, device)
-        n = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in split.examples) / 16
+        n = n_tokens(split.examples) / 16
         row = {"k": k, "prefix_tokens": len(prefix), "flops": (flops - before) // 16}
         row["prefix_flops"] = before if k else 0
         row |= {"by_2n": round(two_n * n), "prefix_by_2n": two_n * len(prefix)}
         row["cache_bytes"] = dtype.itemsize * len(prefix) * model.config.n_layer * sum(model.config.widths[:2])
         row["seconds"] = (np.median(times[0]) - np.median(times[1])) / 16
-        rows.append(row | {"training_flops": training, "task_bytes": 4 * model.ia3.count()})
+        rows.append(row | {"training_flops": training, "task_bytes": 4 * vectors.count()})
     return rows
 
 
@@ -329,11 +340,12 @@ def beside_rivals(found, settings, chosen):
 
     A rival whose three draws are all run is compared on these draws, where all of (IA)³'s are run.
     """
-    k, steps, n = settings["ks"][-2], settings["steps"], len(settings["seeds"][:3])
+    k, steps, n = main_k(settings), settings["steps"], len(settings["seeds"][:3])
     lines = []
+    rivals = [name for name in RIVALS if name in chosen]
     for rate in dict.fromkeys((RATE, chosen.get("ia3", RATE))):
         ours = found.get(name_of_trained("ia3", k, steps, rate), {})
-        for name in (name for name in RIVALS if name in chosen):
+        for name in rivals:
             theirs = found.get(name_of_trained(name, k, steps, chosen[name]), {})
             for task, draws in theirs.items():
                 if len(draws) == n and len(ours.get(task, [])) == len(settings["seeds"]):
@@ -344,7 +356,7 @@ def beside_rivals(found, settings, chosen):
 
 def comparison(found, settings, chosen, templates=slice(None)):
     """A table of the primary comparison's two sides, a line a task. found: of results(). templates: all, or a part."""
-    ours, theirs = [found.get(name, {}) for name in names_at(settings["ks"][-2], settings, chosen)]
+    ours, theirs = [found.get(name, {}) for name in names_at(main_k(settings), settings, chosen)]
     wanted = len(settings["seeds"])
     lines = []
     for task in settings["tasks"]:
@@ -506,7 +518,7 @@ def run(argv):
     if args.stage in ("formats", "rates"):
         make({"formats": jobs_of_formats, "rates": jobs_of_rates}[args.stage](settings), settings, out, args)
         return 0
-    chosen = choices(out, settings)
+    chosen = chosen_on_products(out, settings)
     if args.stage == "runs":
         make(jobs_to_report(settings, chosen), settings, out, args)
     elif args.stage == "costs":

@@ -91,7 +91,7 @@ def run(argv):
     merged = merge(model)
     common.save(merged, args.out / "merged.pt")
     report("(IA)³ from 32, merged", "no added cost", share_right(merged, rows))
-    idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0]["prompts"][1])])
+    idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0]["prompts"][PLACE])])
     found = verify(model, merged, idx)
     draw_picture(bars, args.base, args.out / "fewshot.png")
     print(found)

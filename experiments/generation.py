@@ -156,8 +156,9 @@ def run(argv):
                 row["date"] = datetime.date.today().isoformat()
                 rows.append({name: row[name] for name in COLUMNS})
             lab.write_csv(out / "results.csv", rows)
-    lab.save_text(tables(out), out / "table.md")
-    print(tables(out))
+    text = tables(out)
+    lab.save_text(text, out / "table.md")
+    print(text)
     return 0
 
 

@@ -254,10 +254,7 @@ def read_works(name, split, model):
     works = {}
     for title, lines in pieces.items():
         raw = b"".join(lines)
-        tokens = np.frombuffer(raw, np.uint8)  # a byte's id is its value
-        if model.tokenizer.about != "bytes":
-            tokens = np.array(model.tokenizer.encode_ordinary(raw.decode("utf-8")), np.int32)
-        works[title] = datasets.Stream(tokens, whole.block_size, len(raw))
+        works[title] = datasets.Stream(datasets.tokens_of(raw, model.tokenizer), whole.block_size, len(raw))
     return works
 
 
@@ -391,7 +388,7 @@ def interleave(contestants, repeats, device, warmup=2):
 def equivalence(times, others):
     """The 90 % interval of the median of times over others: the order statistics that the sign test leaves standing.
 
-    Within ±3 % of 1 the two are called equivalent: two one-sided tests, each at 5 %.
+    Where it lies within a margin around 1 the two are called equivalent: two one-sided tests, each at 5 %.
     """
     ratios = sorted(t / other for t, other in zip(times, others, strict=True))
     cut = max(int((len(ratios) + 1 - 1.645 * math.sqrt(len(ratios))) / 2), 1)  # the normal's 95 % point

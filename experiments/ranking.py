@@ -214,8 +214,8 @@ def run(argv):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     parser.add_argument("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
     args = parser.parse_args(argv)
-    device, dtype = common.pick_device(args.device, "float32")
-    settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed, "dtype": dtype}
+    device, _ = common.pick_device(args.device)
+    settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
     config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
     loss_fn = make_loss(args.losses.split(","))
     if (Path(args.out) / "last.pt").exists() or (Path(args.out) / "ia3.npz").exists():

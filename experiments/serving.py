@@ -65,8 +65,8 @@ def learn(model, folder, k, steps):
     return unstack(vectors)
 
 
-def compare(args):
-    """Learn, serve, fold; the rows of the table, and the vectors."""
+def serve(args):
+    """Learn, serve, fold. Returns the table's rows; the vectors are saved into args.out."""
     narrow = common.load(args.base, torch.bfloat16)
     tasks = learn(narrow, args.data, args.k, args.steps)
     wide = common.load(args.base)
@@ -114,7 +114,7 @@ def run(argv):
     parser.add_argument("--out", type=Path, default=Path("out/serving"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = compare(args)
+    rows = serve(args)
     lab.write_csv(args.out / "results.csv", rows)
     lab.save_text("\n\n".join(table(rows, args)), args.out / "table.md")
     print((args.out / "table.md").read_text(encoding="utf-8"))

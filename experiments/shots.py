@@ -22,11 +22,10 @@ from train import TrainConfig, train
 SETS = ("movies", "products", "tweets", "news")
 BATCH_SIZE = 8
 N_PROMPT = 16  # learned tokens of prompt tuning
-ALL_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RIVALS = {  # how to add it, the rates to choose from
     "full": (rivals.add_full, (1e-5, 3e-5, 1e-4)),
     "lora4": (partial(rivals.add_lora_llama, r=4, names=("q_proj", "v_proj")), (3e-4, 1e-3, 3e-3)),
-    "lora1": (partial(rivals.add_lora_llama, r=1, names=ALL_MAPS), (3e-4, 1e-3, 3e-3)),
+    "lora1": (partial(rivals.add_lora_all, r=1), (3e-4, 1e-3, 3e-3)),  # compare's lora-all
     "prompt": (partial(rivals.add_prompt_llama, n_prompt=N_PROMPT), (1e-2, 3e-2, 1e-1)),
 }
 LABELS = {"source": prepare.SOURCE, "movies-ab": prepare.LETTERS}  # the other tasks: SENTIMENT
@@ -145,7 +144,7 @@ class PromptLayer:
         self.length = 0
 
     def append(self, k, v):
-        """As sample.LayerCache's. k, v: (B, n_kv_head, P, d_head) of the prompts, then (B·N, …, L, …) of choices."""
+        """As sample.LayerCache's. k, v: (B, n_kv_head, P, d_head) of the prompts, then (B·N, …, T, …) of choices."""
         T = k.size(2)
         own = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
         if self.length == 0:
@@ -154,8 +153,8 @@ class PromptLayer:
             self.real = real[:, None, None]  # (B, 1, 1, P)
             return k, v, own & self.real | torch.eye(T, dtype=torch.bool, device=k.device)  # padding sees itself
         n = k.size(0) // self.k.size(0)
-        before = self.real.repeat_interleave(n, 0).expand(-1, -1, T, -1)  # (B·N, 1, L, P)
-        seen = torch.cat((before, own.expand(len(before), 1, T, T)), -1)  # (B·N, 1, L, P + L)
+        before = self.real.repeat_interleave(n, 0).expand(-1, -1, T, -1)  # (B·N, 1, T, P)
+        seen = torch.cat((before, own.expand(len(before), 1, T, T)), -1)  # (B·N, 1, T, P + T)
         k = torch.cat((self.k.repeat_interleave(n, 0), k), 2)
         return k, torch.cat((self.v.repeat_interleave(n, 0), v), 2), seen
 

@@ -51,6 +51,16 @@ def test_what_is_recalled_is_what_the_answers_no_longer_cost(tmp_path):
     assert untrained["bits"] == 0  # a random model does not even know that answers are letters
 
 
+def test_a_rate_at_which_it_diverges_recalls_nothing(tmp_path, monkeypatch):
+    def diverge(*_):
+        raise FloatingPointError("loss nan")
+
+    monkeypatch.setattr(analysis, "train", diverge)
+    common.save(make_gpt(), tmp_path / "base.pt")
+    found, arrays = analysis.memorize({"base": str(tmp_path / "base.pt")}, "ia3", 8, 1e3, 300, 1)
+    assert found == {"values": IA3(make_gpt().config).count(), "bits": 0, "rank": 0} and arrays == {}
+
+
 def test_int8_is_off_by_half_a_step_at_most_and_leaves_ones():
     l = 1 + torch.randn(3, 50)
     l[:, 7] = 1
@@ -116,12 +126,23 @@ def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
     assert told.startswith(f"1 of {len(rows)} on folio (") and told.endswith("0.00 to 3.00)")
 
 
+def test_heads_wants_vectors_of_keys_and_of_values(tmp_path, capsys):
+    model = make_gpt()
+    common.save(model, tmp_path / "base.pt")
+    attach(model, sites=("k", "ff")).save(tmp_path / "task.npz")
+    argv = ["heads", f"--base={tmp_path}/base.pt", f"--ia3={tmp_path}/task.npz", f"--out={tmp_path}/out"]
+    assert analysis.main(argv) == 2
+    assert "task.npz scales no keys, or no values" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
     assert analysis.main(["size", "--quick", "--items=4", f"--out={tmp_path}"]) == 0
     text = capsys.readouterr().out
     assert "| int8 | 6,984 |" in text and "| 2 | 0.1 |" in text
     assert (tmp_path / "quick/size.png").stat().st_size > 1000
+    assert analysis.main(["size", "--quick", "--items=5", f"--out={tmp_path}"]) == 2
+    assert "holds runs with items 4, not 5" in capsys.readouterr().err
     model = common.load(lab.BASE)
     negative = sum((p < 0).sum().item() for p in IA3.load(lab.ROOT / "data/folio.npz", model).parameters())
     assert f"{negative:,} of its 6,912 scales are negative" in text

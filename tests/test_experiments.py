@@ -430,7 +430,7 @@ def test_two_processors_agree_as_far_as_the_page_says():
 
 def test_rates_are_quarter_decades():
     assert [compare.rate(i) for i in range(-4, 6)] == [0.1, 0.18, 0.3, 0.56, 1, 1.8, 3, 5.6, 10, 18]
-    assert [compare.place(compare.rate(i)) for i in range(-20, 9)] == list(range(-20, 9))
+    assert [compare.index_of_rate(compare.rate(i)) for i in range(-20, 9)] == list(range(-20, 9))
 
 
 def test_a_grid_grows_while_its_edge_is_best_then_the_quarters_beside_the_best_are_tried():
@@ -449,7 +449,7 @@ def test_a_grid_grows_while_its_edge_is_best_then_the_quarters_beside_the_best_a
             rows.append(job | {"loss": loss})
         return rows
 
-    assert compare.choose_rates(measure_jobs, "kjv", dict.fromkeys(TRAINED, compare.place(0.03))) == best
+    assert compare.choose_rates(measure_jobs, "kjv", dict.fromkeys(TRAINED, compare.index_of_rate(0.03))) == best
     assert seen["lora4"] == {0.01, 0.018, 0.03, 0.056, 0.1}
     assert seen["full"] == {3e-4, 5.6e-4, 1e-3, 1.8e-3, 3e-3, 1e-2, 3e-2, 1e-1}
     assert seen["ia3"] == {0.01, 0.03, 0.1, 0.3, 1, 3, 10, 1.8, 5.6}  # 3 is the better half-decade, and 10 diverges
@@ -652,10 +652,12 @@ def test_only_the_chosen_layers_learn_and_the_others_stay_exactly_one(texts, dev
 
 def test_every_run_is_there_once():
     depths = ["all", "first-half", "second-half", *map(str, range(6))]
-    jobs = ablate.plan({"sites": ablate.SUBSETS, "depth": depths} | ablate.DEFAULTS, REFERENCE | {"steps": 100})
+    jobs = ablate.all_jobs(
+        {"sites": ablate.SUBSETS, "depth": depths} | ablate.DEFAULTS, REFERENCE | {"steps": 100}, 3, False
+    )
     # the base; three seeds of six subsets, eight depths, the reference, and the others' values but the reference's
     assert len(jobs) == len({lab.run_name(job) for job in jobs}) == 1 + 3 * (6 + 8 + 1 + 4 + 4)
-    crossed = ablate.plan({"lr": [0.3, 0.5], "steps": [8]}, REFERENCE, cross=True)
+    crossed = ablate.all_jobs({"lr": [0.3, 0.5], "steps": [8]}, REFERENCE, 1, True)
     assert [(job["lr"], job["steps"]) for job in crossed[1:]] == [(a, b) for a in (0.3, 0.5, 0.1) for b in (8, 4)]
     assert ablate.in_order("ff,k") == "k,ff" and ablate.in_order("v") == "v"
 

@@ -248,7 +248,7 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
 
 def test_lora_on_a_llama_is_a_low_rank_change_of_the_maps_named():
     model = make_llama()
-    rivals.add_lora_llama(model, 1, shots.ALL_MAPS)
+    rivals.add_lora_all(model, 1)
     loras = [module for module in model.modules() if isinstance(module, rivals.LoRALinear)]
     assert len(loras) == 7 * model.config.n_layer
     lora = loras[0]
@@ -315,14 +315,17 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert stage("plan")[0] == 0
     assert stage("runs")[0] == 2  # nothing is chosen yet
     assert stage("formats")[0] == 0
-    assert fewshot.choices(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2}).keys() == {"form", "calibrated"}
+    assert fewshot.chosen_on_products(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2}).keys() == {
+        "form",
+        "calibrated",
+    }
     status, text, _ = stage("rates", "--minutes", "0")
     assert status == 0 and "the same command goes on" in text
     first = lab.read_csv(out / "quick/results.csv", fewshot.RUNS)
     status, text, _ = stage("rates")
     assert status == 0 and "all runs are done" in text
     assert 0 < len(first) < 12 and lab.read_csv(out / "quick/results.csv", fewshot.RUNS)[: len(first)] == first
-    chosen = fewshot.choices(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2})
+    chosen = fewshot.chosen_on_products(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2})
     assert chosen.keys() == {"form", "calibrated", "ia3", *shots.RIVALS}
     status, text, _ = stage("report")
     assert status == 0 and "| movies | 0 of 1 draws run |" in text
@@ -428,7 +431,7 @@ def test_the_rates_tried_are_those_on_val_and_meaned_over_draws():
 def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
     folder = lab.RESULTS / "fewshot"
     settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
-    made = fewshot.tables(folder, settings, fewshot.choices(folder, settings))
+    made = fewshot.tables(folder, settings, fewshot.chosen_on_products(folder, settings))
     assert (folder / "table.md").read_text(encoding="utf-8") == made + "\n"
 
 

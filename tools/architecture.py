@@ -7,13 +7,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 from matplotlib.patches import FancyBboxPatch
 
 import common
-
-matplotlib.use("agg")  # files only, no screen needed
-import matplotlib.pyplot as plt
+from tools.plot import plt, save
 
 FROZEN, LEARNED, PLAIN = "#dbe4ee", "#f2a65a", "#ffffff"
 
@@ -80,9 +77,7 @@ def draw(path):
     for x, color, text in ((1.15, FROZEN, "frozen weights"), (4.6, LEARNED, "learned: one vector each")):
         box(axes, x - 0.9, -0.1, "", color, width=0.35, height=0.25)
         axes.text(x - 0.6, -0.1, text, fontsize=9, va="center")
-    with common.replace_file(path) as f:
-        figure.savefig(f, format="png", dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def run(argv):

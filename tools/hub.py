@@ -18,7 +18,7 @@ def cache_folder(name):
 
 
 def fetch_published(name):
-    """Return the folder of a published GPT-2's config.json and weights, each fetched where the cache has none.
+    """Fetch a published GPT-2's config.json and weights into its cache_folder, each where there is none.
 
     Raises OSError with what was tried and where a copy would do. The environment's HF_ENDPOINT names a mirror.
     """
@@ -33,7 +33,6 @@ def fetch_published(name):
         except (OSError, ValueError, http.client.HTTPException) as e:
             why = str(e).strip("<>") or type(e).__name__
             raise OSError(f"{url} could not be fetched ({why}); a copy of it at {path} would do") from None
-    return cache_folder(name)
 
 
 def fetch(url, path):

@@ -46,7 +46,7 @@ def read_metrics(path):
 
 
 def plot_losses(runs, path):
-    """Draw val loss, and the train loss thinner, of every run that has a metrics.csv. runs: folders."""
+    """Draw val loss, and the train loss thinner, of every run. runs: folders with a metrics.csv."""
     metrics = [read_metrics(run / "metrics.csv") for run in runs]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (run, (steps, val, train)) in enumerate(zip(runs, metrics, strict=True)):

