@@ -56,8 +56,8 @@ def losses_of(model, data, items):
         split = ranking.Choices(split.examples[:: max(len(split) // items, 1)][:items])
 
         def measure():
-            beta, labels = ranking.scores(model, split)
-            return F.cross_entropy(beta, labels, reduction="none").double().numpy()  # L_LN (section 3.2)
+            beta = ranking.scores(model, split)
+            return F.cross_entropy(beta, split.labels(), reduction="none").double().numpy()  # L_LN (section 3.2)
 
         return measure
     split = lab.load_data(data, model, ("val",))["val"]

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import common
-from experiments import lab, ranking
+from experiments import lab
 from experiments.lab import plt
-from experiments.shots import SharedPrompts, ask, context, draw, learn, read_task, scores
+from experiments.shots import context, draw, learn, read_task, score_in
 from ia3 import attach
 from merge import merge, verify
 
@@ -27,12 +27,8 @@ PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
 
 def share_right(model, rows, shots=()):
     """The share of rows that the model answers rightly, behind the examples shots."""
-    examples = [ask(model.tokenizer, "plain", row, PLACE) for row in rows]
-    if shots:
-        beta, _ = ranking.scores(model, ranking.Choices(examples), context(model.tokenizer, "plain", shots, PLACE))
-    else:
-        beta = scores(model, SharedPrompts(examples))
-    return sum(best == row["label"] for best, row in zip(beta.argmax(-1).tolist(), rows, strict=True)) / len(rows)
+    best = score_in(model, rows, PLACE, shots=shots).argmax(-1).tolist()
+    return sum(answer == row["label"] for answer, row in zip(best, rows, strict=True)) / len(rows)
 
 
 def draw_picture(bars, base, path):

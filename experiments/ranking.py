@@ -33,6 +33,10 @@ class Choices(datasets.Examples):
     def __init__(self, examples):
         self.examples = examples
 
+    def labels(self):
+        """Which choice is right in each example, (len(self),) long."""
+        return torch.tensor([label for _, _, label in self.examples])
+
     def windows(self, ids):
         """The examples ids: inputs and targets (B, N, T) long for up to N choices, and the labels (B,) long.
 
@@ -161,7 +165,7 @@ def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
 
 @torch.no_grad()
 def scores(model, split, prefix=()):
-    """β of every choice of every example, (len(split), most choices), and the labels: rank classification's scores.
+    """β of every choice of every example, (len(split), most choices): rank classification's scores.
 
     prefix: token ids before every example's prompt. It is read once, and a prompt once for all of its choices.
     """
@@ -191,13 +195,12 @@ def scores(model, split, prefix=()):
             found = normalized(*log_likelihoods(model, hidden, y))
             beta = beta.to(found.dtype)
             beta[ids, :n] = found.view(-1, n).cpu()
-    return beta, torch.tensor([label for _, _, label in split.examples])
+    return beta
 
 
 def accuracy(model, split):
     """The share of examples whose right choice has the highest β: the paper's rank classification."""
-    beta, labels = scores(model.eval(), split)
-    return (beta.argmax(-1) == labels).double().mean().item()
+    return (scores(model.eval(), split).argmax(-1) == split.labels()).double().mean().item()
 
 
 def run(argv):

@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
-from experiments import lab, ranking
-from experiments.shots import BATCH_SIZE, SharedPrompts, ask, choice_log_likelihoods, draw, read_task, scores
+from experiments import lab
+from experiments.shots import SharedPrompts, ask, draw, read_task, scores, train_on
 from ia3 import IA3, attach, stack, unstack
 from merge import merge
-from train import TrainConfig, train
 
 TASKS = ("movies", "movies-flipped", "source")
 RATE = 3e-3
@@ -55,13 +53,7 @@ def learn(model, folder, k, steps):
     vectors = stack([IA3(model.config) for _ in TASKS])
     split = mixed(model.tokenizer, folder, "train", k, (0, 1, 2))
     attach(model, vectors)
-    settings = {"batch_size": BATCH_SIZE, "weight_decay": 0.0, "schedule": "linear", "eval_interval": steps}
-    config = TrainConfig(steps=steps, lr=RATE, eval_windows=1, **settings)
-    with sdpa_kernel(SDPBackend.MATH):  # as in shots.learn
-        train(
-            model, {"train": split, "val": split}, config, ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
-        )
-    model.eval()
+    train_on(model, split, RATE, steps)
     return unstack(vectors)
 
 
@@ -71,7 +63,7 @@ def serve(args):
     tasks = learn(narrow, args.data, args.k, args.steps)
     wide = common.load(args.base)
     split = mixed(wide.tokenizer, args.data, "val", args.items, (0,))
-    labels = torch.tensor([label for _, _, label in split.examples])
+    labels = split.labels()
     zero = scores(wide, split).argmax(-1)
     wide.ia3 = stack(tasks)
     together = scores(wide, split, split.task_ids)

@@ -195,17 +195,18 @@ def scores(model, split, task_ids=None):
     return beta
 
 
+def score_in(model, rows, template, form="plain", shots=(), soft=()):
+    """β of rows in one template, (rows, N), behind the examples shots and, first, the ids soft."""
+    examples = [ask(model.tokenizer, form, row, template) for row in rows]
+    prefix = [*soft, *context(model.tokenizer, form, shots, template)]
+    if prefix:
+        return ranking.scores(model, ranking.Choices(examples), prefix)
+    return scores(model, SharedPrompts(examples))
+
+
 def score(model, rows, form="plain", shots=(), soft=()):
-    """β of rows, (templates, rows, N), behind the examples shots and, first, the ids soft."""
-    found = []
-    for t in range(3):
-        examples = [ask(model.tokenizer, form, row, t) for row in rows]
-        prefix = [*soft, *context(model.tokenizer, form, shots, t)]
-        if prefix:
-            found.append(ranking.scores(model, ranking.Choices(examples), prefix)[0])
-        else:
-            found.append(scores(model, SharedPrompts(examples)))
-    return torch.stack(found).double().numpy()
+    """score_in of all templates: (templates, rows, N)."""
+    return torch.stack([score_in(model, rows, t, form, shots, soft) for t in range(3)]).double().numpy()
 
 
 @torch.no_grad()
@@ -278,19 +279,24 @@ def other_sets(settings, task):
     return [row for name in SETS if name != task for row in read_task(settings["data"], name, "train")]
 
 
-def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=(), dtype="float32"):
-    """Train what requires a gradient on rows in all templates. Returns 1 where that diverged, else 0.
+def train_on(model, split, lr, steps, seed=0, losses=ranking.LOSSES, dtype="float32"):
+    """Train what requires a gradient on SharedPrompts, by the paper's losses and schedule.
 
-    dtype: bfloat16 is autocast for float32 weights; a base that is held in it needs none.
+    dtype: bfloat16 is autocast for float32 weights; a base that is held in it needs none. Raises as train() does.
     """
-    pairs = [ask(model.tokenizer, "plain", row, t) for row in rows for t in range(3)]
-    split = SharedPrompts([([*soft, *prompt], choices, label) for prompt, choices, label in pairs])
     settings = {"batch_size": BATCH_SIZE, "weight_decay": 0.0, "schedule": "linear", "eval_interval": steps}
     config = TrainConfig(steps=steps, lr=lr, seed=seed, eval_windows=1, dtype=dtype, **settings)
+    # on a CPU and so short a text, going back through the fused kernel takes longer
+    with sdpa_kernel(SDPBackend.MATH):
+        train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
+
+
+def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=(), dtype="float32"):
+    """train_on rows in all templates, each behind the ids soft. Returns 1 where that diverged, else 0."""
+    pairs = [ask(model.tokenizer, "plain", row, t) for row in rows for t in range(3)]
+    split = SharedPrompts([([*soft, *prompt], choices, label) for prompt, choices, label in pairs])
     try:
-        # on a CPU and so short a text, going back through the fused kernel takes longer
-        with sdpa_kernel(SDPBackend.MATH):
-            train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
+        train_on(model, split, lr, steps, seed, losses, dtype)
     except FloatingPointError:
         return 1
     return 0

@@ -63,7 +63,7 @@ def test_scores_through_the_cache_are_those_without(make, prefix):
     for i in range(40):
         choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
         examples.append((dice.integers(1, 257, 1 + i % 2).tolist(), choices, 0))
-    found, _ = ranking.scores(model, ranking.Choices(examples), prefix)
+    found = ranking.scores(model, ranking.Choices(examples), prefix)
     torch.testing.assert_close(found, scores_without_cache(model, examples, prefix), rtol=1e-11, atol=1e-11)
 
 
