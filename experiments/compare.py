@@ -645,11 +645,12 @@ def run(argv):
     if not is_llama and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         lab.write_csv(out / "costs.csv", measure_costs(settings, datas[0], 2 if args.quick else REPEATS))
-    text = tables(out)
-    lab.save_text(text, out / "table.md")
-    draw_beside(out)
-    draw_curves(out)
-    draw_rates(out)
+    with np.errstate(invalid="ignore"):  # differences of losses that are infinite
+        text = tables(out)
+        lab.save_text(text, out / "table.md")
+        draw_beside(out)
+        draw_curves(out)
+        draw_rates(out)
     print(text)
     return 0
 

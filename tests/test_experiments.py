@@ -612,6 +612,38 @@ def test_a_run_that_diverges_is_a_run_like_any_other(texts, monkeypatch):
     assert results == {"values": 48, "loss": math.inf} and np.isinf(arrays["nats"]).all()
 
 
+@pytest.mark.parametrize("method, seeds", [("bitfit", [2]), ("bitfit", [1, 2]), ("full", [1]), ("ia3", [1])])
+def test_a_report_says_what_diverged(tmp_path, method, seeds):
+    (tmp_path / "about.json").write_text('{"forget": "plays", "batch_size": 16, "works": {"folio": ["a", "b", "c"]}}')
+    rows = [compare.job("lr", "folio", name, lr, 100, 0) for name in ("bitfit", "full") for lr in (0.1, 1.0)]
+    for row in rows:
+        gone = row["lr"] == 1.0 or row["method"] == "full"
+        row |= {"values": 1, "loss": math.inf if gone else 1.0, "forgotten": None}
+    arrays = {}
+    for name in ("base", "full", "bitfit", "ia3"):
+        for seed in (0,) if name == "base" else (1, 2):
+            row = compare.job("test", "folio", name, 0.1, 0 if name == "base" else 100, seed)
+            gone = name == method and seed in seeds
+            nats = np.full(6, np.inf) if gone else np.arange(6) + len(name) + seed / 10
+            run = {"nats": nats, "bytes": np.ones(6), "work": np.repeat([0, 1, 2], 2)}
+            run |= {f"forget_{what}": array for what, array in run.items()}
+            run["curve"] = np.empty((0, 2)) if gone or name == "base" else np.array([[0, 3.0], [100, 2.0]])
+            arrays |= {f"{lab.run_name(row)}/{what}": array for what, array in run.items()}
+            rows.append(row | {"values": 1, "loss": float(nats.mean()), "forgotten": float(nats.mean())})
+    lab.write_csv(tmp_path / "results.csv", rows)
+    np.savez(tmp_path / "windows.npz", **arrays)
+    with np.errstate(invalid="ignore"):
+        text = compare.tables(tmp_path)
+        for draw in (compare.draw_beside, compare.draw_curves, compare.draw_rates):
+            draw(tmp_path)
+    assert "nan" not in text and "inf" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {METHODS[method].title} | 1 |")]
+    assert line.split("|")[4].strip() == "diverged"
+    assert "| BitFit | 0.000 | diverged |" in text and "| full fine-tuning | diverged | diverged |" in text
+    for name in ("beside.png", "curves.png", "rates.png"):
+        assert compare.plt.imread(tmp_path / name)[..., :3].std() > 0.05
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_method_learns_under_the_projects_own_loop(name, texts):
     settings = SETTINGS | {"base": f"{texts}/base.pt"}
