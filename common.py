@@ -73,10 +73,10 @@ def save(model, path):
         torch.save({"model": weights, "model_args": asdict(model.config), "tokenizer": tokenizer}, f)
 
 
-def empty_model(model_class, config, weights):
-    """Return model_class(config) without memory for its weights. ValueError for a config far beyond {name: tensor}."""
-    if config.n_layer > len(weights):  # before anything is made for each of them
-        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(weights)} tensors")
+def empty_model(model_class, config, names):
+    """Return model_class(config) without memory for its weights. ValueError for more layers than names of tensors."""
+    if config.n_layer > len(names):  # before anything is made for each of them
+        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(names)} tensors")
     with torch.device("meta"):
         return model_class(config)
 
@@ -124,7 +124,7 @@ def replace_file(path, text=False):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     partial = f"{path}.tmp"
     try:
-        with open(partial, "w" if text else "wb", **({"encoding": "utf-8", "newline": ""} if text else {})) as f:
+        with open(partial, "w", encoding="utf-8", newline="") if text else open(partial, "wb") as f:
             yield f
         os.replace(partial, path)
     except RuntimeError as e:  # torch.save's, on a full disk
@@ -137,8 +137,8 @@ def replace_file(path, text=False):
 def check_output(path, inputs=()):
     """Raise ValueError unless a command that reads the files inputs may write path, and before that path.tmp."""
     path = os.fspath(path)
-    if not path:
-        raise ValueError("the name of the output is empty")
+    if not os.path.basename(path):
+        raise ValueError(f"the output {path!r} is empty or a folder's name")
     for name in (path, f"{path}.tmp"):
         if os.path.exists(name) and not os.path.isfile(name):
             raise ValueError(f"{name} is there and is no regular file: choose another output")
@@ -178,7 +178,7 @@ def pick_device(name="auto", dtype="auto"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's: a GPU a process
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise ValueError(f"device {name!r} is not here: {str(e).splitlines()[0]}") from None
     if device.type == "meta":
         raise ValueError("device 'meta' holds no numbers")
@@ -220,4 +220,5 @@ def exit_status(name, run, argv, stopped="stopped"):
 
 def is_out_of_memory(error):
     """Whether a RuntimeError says that a GPU's memory or the CPU's is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

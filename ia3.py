@@ -159,7 +159,7 @@ def attach(model, vectors=None, sites=SITES):
     vectors.fingerprint = ours
     model.ia3 = None  # vectors that were there belong to their holder: only the base is frozen
     model.requires_grad_(False)
-    model.ia3 = vectors.requires_grad_().to(next(model.parameters()).device)  # float32, whatever the base is held in
+    model.ia3 = vectors.requires_grad_().to(next(model.parameters()).device, torch.float32)  # whatever the base is in
     return vectors
 
 
@@ -174,11 +174,11 @@ def stack(tasks):
     if len(shapes) != 1 or len(fingerprints) > 1 or any(task.is_stacked() for task in given):
         raise ValueError("stack wants one or more tasks' vectors, all for one base")
     sites = [site for site in SITES if any(f"l_{site}" in task.matrices() for task in given)]
-    stacked = IA3(given[0].config, sites)
+    stacked = IA3(given[0].config, sites).to(next(given[0].parameters()).device)
     stacked.fingerprint = fingerprints.pop() if fingerprints else None
     for name, ones in stacked.matrices().items():
         matrices = [ones if task is None else task.matrices().get(name, ones) for task in tasks]
-        matrices = [matrix.detach().to(matrices[0].device) for matrix in matrices]
+        matrices = [matrix.detach().to(ones.device) for matrix in matrices]
         setattr(stacked, name, nn.Parameter(torch.stack(matrices)))  # (n_tasks, n_layer, width)
     return stacked
 

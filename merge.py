@@ -136,7 +136,7 @@ def verify(model, merged, idx, lengths=None):
         lengths = [idx.size(1)] * idx.size(0)
     rows = [row[:, :n] for row, n in zip(idx.split(1), lengths, strict=True)]  # (1, n) each
     exact = copy.deepcopy(model).double()
-    truths = [exact(row)[0] for row in rows]  # (1, T, vocab_size) each
+    truths = [exact(row)[0] for row in rows]  # (1, n, vocab_size) each
     fold(exact)
     maxima = []
     sums = []  # over the tokens of a row
@@ -148,8 +148,8 @@ def verify(model, merged, idx, lengths=None):
         means = torch.stack([(a - truth).square().mean(), (b - truth).square().mean(), agreement])
         sums.append(means * row.size(1))
     max_difference, float64_difference = torch.stack(maxima).amax(0).tolist()
-    unmerged, merged_, agreement = (torch.stack(sums).sum(0) / sum(lengths)).tolist()
-    return Report(max_difference, float64_difference, math.sqrt(unmerged), math.sqrt(merged_), agreement)
+    unmerged_square, merged_square, agreement = (torch.stack(sums).sum(0) / sum(lengths)).tolist()
+    return Report(max_difference, float64_difference, math.sqrt(unmerged_square), math.sqrt(merged_square), agreement)
 
 
 def run(argv):
@@ -158,16 +158,20 @@ def run(argv):
     parser.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
     parser.add_argument("--out", default="out/folio/merged.pt", help="the merged checkpoint (default: %(default)s)")
     parser.add_argument("--data", default="folio", help="whose val the merge is verified on (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, help="of val's windows, in tokens (default: the base's, at most 256)")
     args = parser.parse_args(argv)
     texts = datasets.find(args.data, ["val"])
     common.check_output(args.out, inputs=[args.base, args.ia3, *texts.values()])
     model = common.load(args.base)  # float32 on the CPU, wherever the vectors were trained
     model.ia3 = IA3.load(args.ia3, model)
-    window = min(model.config.block_size, 256)
+    window = min(model.config.block_size, 256) if args.block_size is None else args.block_size
+    if not 1 <= window <= model.config.block_size:
+        raise ValueError(f"block_size must be from 1 to the base's {model.config.block_size}, not {window}")
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, window, ["val"])["val"]
     merged = merge(model)
 
-    ids = torch.linspace(0, len(val) - 1, max(min(1024 // window, len(val)), 1)).long().tolist()  # some 1024 tokens
+    n = min(max(1024 // window, 1), len(val))  # some 1024 tokens
+    ids = torch.linspace(0, len(val) - 1, n, dtype=torch.float64).long().tolist()
     idx, targets = val.windows(ids)
     lengths = [row.nonzero().max().item() + 1 for row in targets >= 0]
     report = verify(model, merged, idx, lengths)

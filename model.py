@@ -40,6 +40,8 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias must be True or False, not {self.bias!r}")
 
     @property
     def widths(self):

@@ -7,7 +7,6 @@ python sample.py --ia3 a.npz b.npz c.npz --prompt "To be"              # three t
 """
 
 import argparse
-import copy
 import math
 import sys
 import textwrap
@@ -42,12 +41,6 @@ class Cache:
             raise ValueError("this cache holds keys and values of other vectors or task_ids: make a new one")
         return self.layers[0].length
 
-    def expand(self, n):
-        """Return a copy in which each row stands n times in a row, so that a text can be gone on from in n ways."""
-        copied = copy.copy(self)
-        copied.layers = [layer.expand(n) for layer in self.layers]
-        return copied
-
 
 class LayerCache:
     """One layer's part of a Cache, k and v (B, n_kv_head, max_tokens, d_head), of which length tokens are filled."""
@@ -61,9 +54,12 @@ class LayerCache:
         """Add T tokens' k and v, (B, n_kv_head, T, d_head).
 
         Returns k and v of all tokens so far, and which of them each new one sees: (T, length) bool, None for all.
+        Raises ValueError for more tokens than the cache was made for.
         """
         T = k.size(2)
         end = self.length + T
+        if end > self.k.size(2):
+            raise ValueError(f"this cache was made for {self.k.size(2)} tokens, not for {end}")
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
@@ -71,11 +67,6 @@ class LayerCache:
         if T > 1:  # the new tokens are the last: each sees what was there, and the new ones up to itself
             seen = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
         return self.k[:, :, :end], self.v[:, :, :end], seen
-
-    def expand(self, n):
-        copied = copy.copy(self)
-        copied.k, copied.v = self.k.repeat_interleave(n, 0), self.v.repeat_interleave(n, 0)
-        return copied
 
 
 @torch.no_grad()
@@ -85,15 +76,17 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: each row's
     task, where the vectors are stacked. The prompt is read once, then a token a step; past block_size every step moves
     the window, so all of it is read again. Returns (B, T + max_new_tokens). Raises ValueError for an empty idx and for
-    numbers that make no sense, and FloatingPointError for logits that are not finite.
+    numbers that make no sense, and, on a CPU, FloatingPointError for logits that are not finite.
     """
     if idx.numel() == 0:
         raise ValueError("idx is empty: there is nothing to go on from")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, not {temperature}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if temperature != 0 and not 1e-4 <= temperature <= 1e4:
+        raise ValueError(f"temperature must be 0 or from 1e-4 to 1e4, not {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if task_ids is not None and model.ia3 is not None:
+    if task_ids is not None and model.ia3 is not None and model.ia3.is_stacked():
         model.ia3.check_task_ids(task_ids)  # once, also on a GPU
     block_size = model.config.block_size
     cache = Cache(model, idx.size(0), min(idx.size(1) + max_new_tokens, block_size), task_ids)
@@ -166,8 +159,6 @@ def run(argv):
         raise ValueError(f"tokens must be from 0 to a million, not {args.tokens}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, not {args.seed}")
-    if args.temperature != 0 and not 1e-4 <= args.temperature <= 1e4:
-        raise ValueError(f"temperature must be 0 or from 1e-4 to 1e4, not {args.temperature}")
     device, dtype = common.pick_device(args.device)
     model = common.load(args.base, getattr(torch, dtype)).to(device)
     if model.tokenizer is None:

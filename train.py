@@ -330,10 +330,10 @@ def build(args):
             small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
             args.lr = 0.1 if small else 0.003  # the paper's; the small bundled base wants more
     if args.method == "full":
-        if args.ia3:
-            raise ValueError("--ia3, vectors to start from, goes with --method ia3: full trains the weights")
+        if args.ia3 or args.sites:
+            raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
         return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
-    vectors = IA3.load(args.ia3, model) if args.ia3 else IA3(model.config, args.sites.split(","))
+    vectors = IA3.load(args.ia3, model) if args.ia3 else IA3(model.config, (args.sites or "k,v,ff").split(","))
     model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
     attach(model, vectors)  # float32
     return model, data
@@ -347,7 +347,7 @@ def parse(argv):
     add("--data", default="folio", help="plays, folio, sonnets, kjv, or a folder of your own (default: %(default)s)")
     add("--method", default="ia3", choices=("ia3", "full"), help="the vectors, or every weight; scratch: always full")
     add("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
-    add("--sites", default="k,v,ff", help="what gets a vector; with --ia3 the file says it (default: %(default)s)")
+    add("--sites", help="what gets a vector; with --ia3 the file says it (default: k,v,ff)")
     add("--block-size", type=int, help="training window in tokens (default: the model's, at most 256; scratch: 128)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -375,7 +375,7 @@ def parse(argv):
 def prepare_folder(args):
     """Settle on args.out. Raises ValueError where a run is there already, or where we would write over an input."""
     if args.out is None:
-        args.out = f"out/{os.path.basename(os.path.normpath(args.data))}"
+        args.out = f"out/{os.path.basename(os.path.abspath(args.data))}"
     if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
         raise ValueError(f"--out {args.out!r} names no folder of its own")
     names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")
@@ -448,8 +448,9 @@ def report(args, model, val, loss, before, after):
     print(f"val, all of it: {loss:.4f} nats a token{bits}")
     print(f"next: python -m tools.plot {args.out}")
     if args.method == "ia3":
-        print(f"      python sample.py --base {args.base} --ia3 {made}")
-        print(f"      python merge.py --base {args.base} --ia3 {made} --out {args.out}/merged.pt")
+        if model.tokenizer is not None:
+            print(f"      python sample.py --base {args.base} --ia3 {made}")
+        print(f"      python merge.py --base {args.base} --ia3 {made} --data {args.data} --out {args.out}/merged.pt")
 
 
 def main(argv=None):

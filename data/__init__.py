@@ -152,7 +152,8 @@ class Examples:
 
     def __init__(self, examples):
         self.examples = examples  # [(prompt ids, completion ids)]
-        self.n_tokens = sum(len(c) - (not p) for p, c in examples)  # the very first token of a text has no prediction
+        # tokens that can be predicted: all but the very first of a text
+        self.n_tokens = sum(len(c) if p else len(c) - 1 for p, c in examples)
         self.n_bytes = None
 
     def __len__(self):
@@ -275,8 +276,8 @@ def read_jsonl(path, tokenizer, block_size):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
         prompt, completion = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["completion"])
-        if len(completion) - (not prompt) < 1:
-            raise ValueError(f"{where}: the completion is empty")
+        if len(completion) < (1 if prompt else 2):  # the very first token of a text has no prediction
+            raise ValueError(f"{where}: a completion wants a token, and behind an empty prompt two")
         if len(prompt) + len(completion) - 1 > block_size:
             raise ValueError(f"{where}: {len(prompt) + len(completion)} tokens do not fit block_size {block_size}")
         examples.append((prompt, completion))

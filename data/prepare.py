@@ -256,11 +256,9 @@ def split_sentences(name, rows, pilot):
     splits = {"test": [[], []], "val": [[], []], "train": [[], []]}  # by class
     for key in sorted(groups, key=lambda key: draw(f"{name}-{key}")):
         group = groups[key]
-        where = "train"
-        if not any(normalized(text) in pilot for _, _, text in group):
-            for split in ("val", "test"):  # the last that wants a sentence of this group, so test before val
-                if any(len(splits[split][label]) < n for _, label, _ in group):
-                    where = split
+        wanting = [split for split in ("test", "val") if any(len(splits[split][label]) < n for _, label, _ in group)]
+        seen = any(normalized(text) in pilot for _, _, text in group)
+        where = wanting[0] if wanting and not seen else "train"
         for row in group:
             splits[where][row[1]].append(row)
     for split in ("test", "val"):
@@ -362,11 +360,14 @@ def main():
     parser.add_argument("what", nargs="?", default="texts", choices=("texts", "sentiment"), help="(default: texts)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="instead of data/")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as tmp:
-        if args.what == "sentiment":
-            prepare_sentiment(fetch(RATED_SDIST, RATED_SHA256, tmp), args.out / "sentiment")
-        else:
-            prepare_texts(fetch(SDIST, SHA256, tmp), args.out)
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            if args.what == "sentiment":
+                prepare_sentiment(fetch(RATED_SDIST, RATED_SHA256, tmp), args.out / "sentiment")
+            else:
+                prepare_texts(fetch(SDIST, SHA256, tmp), args.out)
+    except (OSError, subprocess.CalledProcessError) as e:  # what pip says stands above
+        sys.exit(f"prepare.py: {e}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ length in tokens, and answers with the best. DIR gets ia3.npz, metrics.csv and l
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -163,6 +164,19 @@ def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
     return loss_fn
 
 
+def expand(cache, n):
+    """Return a copy of a Cache in which each row stands n times in a row, so that a text can be gone on from in n ways.
+
+    Of one task's vectors: task_ids would be as many as before.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        layer.k = layer.k.repeat_interleave(n, 0)
+        layer.v = layer.v.repeat_interleave(n, 0)
+    return copied
+
+
 @torch.no_grad()
 def scores(model, split, prefix=()):
     """β of every choice of every example, (len(split), most choices): rank classification's scores.
@@ -183,14 +197,14 @@ def scores(model, split, prefix=()):
     for (_, n), pile in piles.items():
         for ids in torch.tensor(pile).split(at_once):
             rows = [split.examples[i] for i in ids.tolist()]
-            cache = shared.expand(len(rows))
+            cache = expand(shared, len(rows))
             prompts = torch.tensor([prompt for prompt, _, _ in rows], device=device)  # (B, T)
             end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), which predicts a choice's first token
             choices = [torch.tensor(choice) for _, choices, _ in rows for choice in choices]
             y = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)  # (B·n, longest choice)
             hidden = end.repeat_interleave(n, 0)
             if y.size(1) > 1:
-                rest = model.hidden(y[:, :-1].clamp(min=0), cache=cache.expand(n))
+                rest = model.hidden(y[:, :-1].clamp(min=0), cache=expand(cache, n))
                 hidden = torch.cat((hidden, rest), 1)  # (B·n, longest choice, n_embd)
             found = normalized(*log_likelihoods(model, hidden, y))
             beta = beta.to(found.dtype)

@@ -72,7 +72,7 @@ def test_what_is_read_into_a_copy_of_a_cache_does_not_reach_the_cache(llama):
     idx = torch.tensor([[5, 6, 7], [8, 9, 10]])
     cache = Cache(llama, 2, 8)
     llama.hidden(idx, cache=cache)
-    copied = cache.expand(2)
+    copied = ranking.expand(cache, 2)
     more = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
     found = llama.hidden(more, cache=copied)
     whole = llama.hidden(torch.cat((idx.repeat_interleave(2, 0), more), 1))[:, 3:]

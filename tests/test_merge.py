@@ -312,7 +312,8 @@ def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch
     monkeypatch.setattr("merge.verify", watched)
     assert main(flags) == 0
     assert main([*flags, "--data", f"{folder}/examples"]) == 0
-    assert seen == [[32, 9], [1, 3]]
+    assert main([*flags, "--block-size", "8"]) == 0
+    assert seen == [[32, 9], [1, 3], [8, 8, 8, 8, 8, 1]]
 
 
 def test_the_command_line_makes_the_folder_it_writes_to(files):

@@ -52,7 +52,9 @@ def test_attach_freezes_the_base_and_only_the_base(make_model):
     assert model.ia3 is vectors and vectors.l_v is None
     model(make_idx(model), make_idx(model, seed=1))[1].backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {"ia3.l_k", "ia3.l_ff"}
+    vectors.bfloat16()  # as model.to(torch.bfloat16) casts them, too
     again = attach(model, vectors.requires_grad_(False))
+    assert {p.dtype for p in vectors.parameters()} == {torch.float32}
     assert again is vectors and all(p.requires_grad for p in vectors.parameters())
     other = attach(model)
     assert model.ia3 is other and all(p.requires_grad for p in vectors.parameters())  # they are their holder's

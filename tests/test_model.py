@@ -146,6 +146,15 @@ def test_a_cache_holds_scaled_keys_and_values():
 
 
 @torch.no_grad()
+def test_a_cache_takes_no_more_tokens_than_it_was_made_for(make_model):
+    model = make_model()
+    cache = fill(Cache(model, 3, 5), model, make_idx(model)[:, :4])
+    with pytest.raises(ValueError, match="made for 5 tokens, not for 6"):
+        model(make_idx(model)[:, 4:6], cache=cache)
+    model(make_idx(model)[:, 4:5], cache=cache)
+
+
+@torch.no_grad()
 def test_a_cache_is_refused_for_other_vectors_and_other_task_ids(make_model):
     model = make_model()
     a, b = make_ia3(model, seed=1), make_ia3(model, seed=2)
@@ -259,7 +268,9 @@ def test_temperature_divides_the_logits():
     [
         ({"idx": torch.zeros(1, 0, dtype=torch.long)}, "idx is empty"),
         ({"idx": torch.zeros(0, 3, dtype=torch.long)}, "idx is empty"),
-        ({"temperature": -1}, "temperature must be at least 0 and finite, not -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, not -1"),
+        ({"temperature": -1}, "temperature must be 0 or from 1e-4 to 1e4, not -1"),
+        ({"temperature": 1e-42}, "temperature must be 0 or from 1e-4 to 1e4, not 1e-42"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"temperature": float("inf")}, "temperature must be"),
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
@@ -287,6 +298,7 @@ def test_what_makes_no_sense_is_not_generated(options, message):
         {"vocab_size": True},
         {"dropout": 1.0},
         {"dropout": -0.1},
+        {"bias": "no"},
     ],
 )
 def test_impossible_sizes_are_refused(sizes):

@@ -111,6 +111,7 @@ def test_metrics_that_train_would_not_write(folder, capsys, text, message):
         {"about": np.bytes_(b"[" * 60_000), "l_k": np.ones((2, 16))},
         {"about": np.bytes_(b'{"config": {"n_embd": 16, "n_head": 0}}'), "l_k": np.ones((2, 16))},
         {"about": np.bytes_(b'{"config": {"n_embd": 1, "n_head": 2}}'), "l_k": np.ones((2, 16))},  # d_head 0
+        {"about": np.bytes_(b'{"config": {"n_embd": 1, "n_head": 2}}'), "l_k": np.ones((1, 0))},
         {"about": np.bytes_(b'{"config": {"n_embd": 2, "n_head": 2}}'), "l_k": np.ones((1, 5000))},  # 5000 heads
         {"about": np.bytes_(b'{"config": {"n_embd": 16, "n_head": 2}}'), "l_k": np.ones((5000, 16))},
         {"about": np.bytes_(b'{"config": {"n_embd": 16, "n_head": 2}}'), "l_k": np.ones((0, 16))},

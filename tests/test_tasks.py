@@ -165,6 +165,22 @@ def test_generate_writes_in_every_row_what_it_would_write_under_its_task_alone(m
         assert len({tuple(row.tolist()) for row in mixed}) >= 4
 
 
+@pytest.mark.parametrize("sites", [("k",), ("k", "v", "ff")])
+def test_a_stack_stands_on_its_tasks_device_wherever_the_base_is_in_it(make_model, sites):
+    """On the device 'meta', which stands in for a GPU: what would be copied from there to the CPU raises."""
+    config = make_model().config
+    task, part = IA3(config).to("meta"), IA3(config, sites).to("meta")
+    for tasks in ([None, task], [task, None], [part, task], [None, part, task]):
+        assert {p.device.type for p in stack(tasks).parameters()} == {"meta"}
+
+
+def test_vectors_of_one_task_take_no_task_ids(make_model):
+    model = make_model()
+    make_ia3(model)
+    with pytest.raises(ValueError, match="vectors of one task want none"):
+        generate(model, make_idx(model), 1, task_ids=torch.tensor([0, 1, 2]))
+
+
 def test_stacking_what_does_not_belong_together_is_refused(make_model):
     model, other, deeper = make_model(), make_model(seed=1), make_model(n_layer=3)
     task = make_ia3(model)

@@ -18,6 +18,8 @@ from conftest import make_gpt, make_llama, write_run
 
 import common
 import data as datasets
+import merge
+import sample
 from ia3 import IA3, attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
@@ -322,6 +324,21 @@ def test_a_run_leaves_vectors_metrics_and_a_checkpoint(make_model, tmp_path, cap
     nats, bits = float(words[0]), float(words[4])
     n = (folder / "text/val.txt").stat().st_size
     assert bits == pytest.approx(nats * (n - 1) / n / math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 99])
+def test_what_a_run_names_as_next_can_be_run(tmp_path, capsys, vocab_size):
+    """With its own data; of a base whose tokenizer is not known there is nothing to sample."""
+    folder, flags = write_run(tmp_path, make_gpt(vocab_size=vocab_size))
+    if vocab_size == 99:
+        for split in ("train", "val"):
+            (np.arange(400, dtype=np.uint16) % 99).tofile(folder / f"text/{split}.bin")
+    assert main([*flags, "--out", f"{folder}/run"]) == 0
+    _, *commands = capsys.readouterr().out.split("next: ")[1].splitlines()  # the first makes pictures
+    assert [command.split()[1] for command in commands] == ["sample.py", "merge.py"][vocab_size == 99 :]
+    for command in commands:
+        script = {"sample.py": sample, "merge.py": merge}[command.split()[1]]
+        assert script.main(command.split()[2:]) == 0
 
 
 def test_full_writes_a_checkpoint_that_trains_on(make_model, tmp_path):

@@ -63,8 +63,8 @@ def llama(config, files):
     """
     names = []
     for path, given in files.items():
-        names += given or read_tensors(path)[0]  # on the disk still
-    names = {name for name in names if not name.endswith(FREQUENCIES)}
+        names += given or list(read_tensors(path)[0])  # their tensors stay on the disk
+    names = [name for name in names if not name.endswith(FREQUENCIES)]
     model = common.empty_model(Llama, config, names)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     missing = [name for name in shapes if name not in names and not (config.tied and name == "lm_head.weight")]

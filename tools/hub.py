@@ -59,7 +59,8 @@ def fetch(url, path):
                     print(f"\r{done / size:4.0%}", end="\n" if done == size else "", file=sys.stderr, flush=True)
             if done != size:
                 raise OSError(f"the connection ended after {done:,} of {size:,} bytes")
-            if (redirects.sha256 or announced_sha256(response.headers)) not in (None, digest.hexdigest()):
+            announced = redirects.sha256 or announced_sha256(response.headers)
+            if announced is not None and announced != digest.hexdigest():
                 raise OSError("its SHA-256 is not the one that the server announces")
 
 

@@ -71,7 +71,7 @@ def read_vectors(path):
             d_head = int(config["n_embd"]) // int(config["n_head"])
             for name in sorted(claimed, key=("l_k", "l_v", "l_ff").index):
                 n_layer, width = claimed[name]
-                if not (1 <= n_layer <= 1000 and d_head <= width <= 1000 * d_head and n_layer * width <= 10**7):
+                if not (1 <= n_layer <= 1000 and 1 <= d_head <= width <= 1000 * d_head and n_layer * width <= 10**7):
                     raise ValueError  # no model's, and a small file can unfold to gigabytes
                 matrices[name] = npz[name].astype(np.float32, casting="same_kind")
                 if not np.isfinite(matrices[name]).all():
