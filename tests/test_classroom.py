@@ -320,7 +320,7 @@ WRONG = [
     (
         "freeze_the_base",
         "ia3.py",
-        ".to(next(model.parameters()).device)  # float32",
+        ".to(next(model.parameters()).device, torch.float32)  #",
         ".to(next(model.parameters()))  #",
         "stay float32",
     ),
