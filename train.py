@@ -135,7 +135,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         if due and step not in [row["step"] for row in history]:
             seconds = max(time.time() - started, 1e-9)
             tokens_per_second = n_tokens / seconds
-            left = (config.steps - step) * seconds / max(step - first, 1)
+            left = round((config.steps - step) * seconds / max(step - first, 1))
             train_loss = sum(losses) / len(losses) if losses else math.nan
             val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
             if not math.isfinite(val_loss):
@@ -147,7 +147,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
                 line = f"step {step:5d}/{config.steps}  val {val_loss:.4f}"
                 if step > 0:
                     line += f"  loss {train_loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-                    line += f"  {left // 60:.0f}:{left % 60:02.0f} left"
+                    line += f"  {left // 60}:{left % 60:02} left"
                 print(line, flush=True)
                 save_run(step, history, losses, settings, trained, optimizer)
             n_tokens = 0

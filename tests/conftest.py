@@ -58,6 +58,10 @@ def make_gpt(seed=0, **sizes):
     return model.eval()
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+LLAMA3["original_max_position_embeddings"] = 64
+
+
 def make_llama(seed=0, **sizes):
     """A small Llama whose every weight is random, as make_gpt's: 2 heads of keys for 4 of queries, and all biases."""
     config = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16}

@@ -129,6 +129,26 @@ def test_gpt2_reads_text_in_utf_8_and_its_bytes_are_counted(gpt2, tmp_path):
         data.load(tmp_path, gpt2, 50304, 16, ["val"])
 
 
+def test_windows_that_fit_exactly_have_no_empty_one_behind_them():
+    stream = data.Stream(np.arange(21), 5)
+    assert len(stream) == 4 and (stream.windows(range(4))[1] >= 0).all()
+
+
+def test_a_text_of_one_window_is_enough(tmp_path):
+    (tmp_path / "train.txt").write_text("x" * 17)
+    (tmp_path / "val.txt").write_text("x" * 17)
+    assert [len(split) for split in data.load(tmp_path, Tokenizer("bytes", 257), 257, 16).values()] == [1, 1]
+    with pytest.raises(ValueError, match="holds 17 tokens, too few for one window of block_size 17"):
+        data.load(tmp_path, Tokenizer("bytes", 257), 257, 17)
+
+
+def test_of_several_kinds_of_file_the_documented_order_decides(tmp_path):
+    for kind in ("txt", "bin", "jsonl"):
+        for split in ("train", "val"):
+            (tmp_path / f"{split}.{kind}").touch()
+        assert {path.suffix for path in data.find(tmp_path).values()} == {f".{kind}"}
+
+
 def test_every_byte_of_a_stream_is_predicted_once():
     tokens = np.arange(23, dtype=np.uint8)
     stream = data.Stream(tokens, block_size=5)
@@ -207,6 +227,12 @@ def test_an_epoch_reads_every_example_once(examples):
     assert len(orders) > 3  # of six
     epochs = {tuple(examples.batch(0, epoch, 3)[0][:, 0].tolist()) for epoch in range(20)}
     assert len(epochs) > 3
+
+
+def test_a_batch_that_crosses_an_epoch_takes_from_both_what_is_theirs():
+    examples = data.Examples([([1], [i]) for i in range(5)])
+    seen = [y for step in range(10) for y in examples.batch(0, step, 2)[1].flatten().tolist()]
+    assert [sorted(seen[i : i + 5]) for i in range(0, 20, 5)] == [[0, 1, 2, 3, 4]] * 4
 
 
 def test_bin_files_are_nanogpts_and_memory_mapped(tmp_path):

@@ -42,6 +42,19 @@ def test_vectors_come_back_bit_for_bit(make_model, tmp_path, device):
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_file_holds_float32_whatever_the_vectors_are_held_in(tmp_path, dtype):
+    make_ia3(make_gpt()).to(dtype).save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as file:
+        assert {file[name].dtype for name in ("l_k", "l_v", "l_ff")} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("name", ["folio", "sonnets", "kjv"])
+def test_the_bundled_vectors_are_the_bundled_bases(name):
+    """So what a fingerprint is taken of has not changed since they were saved."""
+    IA3.load(ROOT / f"data/{name}.npz", common.load(ROOT / "data/base.pt"))
+
+
 def test_unattached_and_stacked_vectors_are_not_saved(tmp_path):
     model = make_gpt()
     loose = IA3(model.config)

@@ -7,15 +7,33 @@ import copy
 
 import pytest
 import torch
-from conftest import make_ia3, make_idx, make_llama
+from conftest import LLAMA3, blocks, make_ia3, make_idx, make_llama
+from torch import nn
 
 from ia3 import fingerprint
 from llama import Llama, LlamaConfig, rotary_table, rotate
 from merge import fold_rows, merge
 from sample import Cache
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
-LLAMA3["original_max_position_embeddings"] = 64
+# --- the config ---
+
+
+@torch.no_grad()
+def test_what_the_config_says_is_what_is_computed():
+    norms = [module for module in make_llama(norm_eps=0.5).modules() if isinstance(module, nn.RMSNorm)]
+    assert {norm.eps for norm in norms} == {0.5} and len(norms) == 5
+    idx = make_idx(make_llama())
+    for other in ({"norm_eps": 0.5}, {"rope_base": 100.0}):
+        assert (make_llama(**other)(idx)[0] - make_llama()(idx)[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("bias, sublayer", [("attention_bias", "self_attn"), ("mlp_bias", "mlp")])
+def test_a_kind_of_bias_is_that_of_its_sublayer(bias, sublayer):
+    for block in blocks(make_llama(**{"attention_bias": False, "mlp_bias": False} | {bias: True})):
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                assert (module.bias is not None) == name.startswith(sublayer), name
+
 
 # --- the gate ---
 

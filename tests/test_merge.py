@@ -10,18 +10,16 @@ import statistics
 
 import pytest
 import torch
-from conftest import blocks, make_gpt, make_ia3, make_idx, make_llama
+from conftest import LLAMA3, blocks, make_gpt, make_ia3, make_idx, make_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import data as datasets
 import ia3
+from data import Tokenizer
 from merge import Report, main, merge, verify
 from model import GPT
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
-LLAMA3["original_max_position_embeddings"] = 64
-LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
-LLAMA3["original_max_position_embeddings"] = 64
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 SHAPES = [
     (make_gpt, {"n_layer": 2, "n_head": 4, "n_embd": 32}),
@@ -159,7 +157,8 @@ def test_logits_cannot_see_b_k():
     wrong = copy.deepcopy(merged)
     for ours, theirs in zip(wrong.transformer.h, model.transformer.h, strict=True):
         ours.attn.c_attn.bias.data[16:32] = theirs.attn.c_attn.bias[16:32]
-        assert not torch.equal(ours.attn.c_attn.bias, theirs.attn.c_attn.bias.roll(1))
+    for ours, right in zip(wrong.transformer.h, merged.transformer.h, strict=True):
+        assert not torch.equal(ours.attn.c_attn.bias, right.attn.c_attn.bias)
     idx = make_idx(model)
     with torch.no_grad():
         assert torch.allclose(wrong(idx)[0], merged(idx)[0], rtol=0, atol=1e-11)
@@ -193,6 +192,14 @@ def test_a_base_without_vectors_and_stacked_vectors_are_refused(make_model):
         merge(model)
 
 
+def test_vectors_that_know_no_base_are_merged_into_any(make_model):
+    model = make_model()
+    make_ia3(model)
+    known = merge(model).state_dict()
+    model.ia3.fingerprint = None
+    assert all(torch.equal(t, known[name]) for name, t in merge(model).state_dict().items())
+
+
 def test_vectors_are_not_merged_twice(make_model):
     """The merged weights are another base; the vectors' fingerprint says so."""
     model = make_model()
@@ -210,7 +217,7 @@ def test_verify_sees_a_wrong_merge(make_model):
     good = verify(model, merge(model), idx)
     assert good.is_exact() and good.argmax_agreement == 1
     wrong = merge(model)
-    for p in blocks(wrong)[0].mlp.parameters(make_model):
+    for p in blocks(wrong)[0].mlp.parameters():
         p.data[0] *= 1.001
     assert not verify(model, wrong, idx).is_exact()
     assert "distance" in str(good)
@@ -239,6 +246,22 @@ def test_verify_measures_what_it_says():
     assert 0 < report.argmax_agreement < 1
     assert 0 < report.float64_difference <= 1e-11 and 0 < (folded - truth).abs().max() <= 1e-11
     assert model.ia3 is not None  # what verify folds is its own copy
+
+
+def test_the_difference_in_float64_is_one_without_a_sign():
+    """A row alone, and of some rows the one whose logits differ most downwards."""
+    model = make_gpt()
+    make_ia3(model)
+    truth = copy.deepcopy(model).double()
+    folded = merge(truth)
+    lowest = 0
+    with torch.no_grad():
+        for row in make_idx(model, rows=20).split(1):
+            d = folded(row)[0] - truth(row)[0]
+            if d.min() < -d.max():
+                lowest += 1
+                assert verify(model, merge(model), row).float64_difference == d.abs().max()
+    assert lowest > 0
 
 
 def test_verify_leaves_padding_out():
@@ -314,6 +337,24 @@ def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch
     assert main([*flags, "--data", f"{folder}/examples"]) == 0
     assert main([*flags, "--block-size", "8"]) == 0
     assert seen == [[32, 9], [1, 3], [8, 8, 8, 8, 8, 1]]
+
+
+def test_the_command_line_reads_windows_from_all_over_val(tmp_path, monkeypatch, capsys):
+    """Four of 256 tokens; and greedy text that differs is told."""
+    folder, flags = write_files(tmp_path, make_gpt(block_size=512))
+    (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 300)  # 12,300 bytes
+    seen = []
+
+    def watched(model, merged, idx, lengths):
+        seen.append(idx)
+        return verify(model, merged, idx, lengths)
+
+    monkeypatch.setattr("merge.verify", watched)
+    monkeypatch.setattr("merge.generate", lambda model, prompt, *_, **__: prompt + (model.ia3 is None))
+    assert main(flags) == 0
+    assert "greedy text     different" in capsys.readouterr().out
+    val = datasets.load(folder / "text", Tokenizer("bytes", 257), 257, 256, ["val"])["val"]
+    assert len(val) == 49 and torch.equal(seen[0], val.windows([0, 16, 32, 48])[0])
 
 
 def test_the_command_line_makes_the_folder_it_writes_to(files):

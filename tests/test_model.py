@@ -283,6 +283,26 @@ def test_what_makes_no_sense_is_not_generated(options, message):
         generate(make_gpt(), **({"idx": idx, "max_new_tokens": 1} | options))
 
 
+def test_logits_that_are_not_finite_are_told(make_model):
+    model = make_model()
+    model.lm_head.weight.data[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, make_idx(model)[:, :3], 1)
+
+
+def test_text_is_drawn_without_a_gradient_and_from_float32_probabilities(make_model, monkeypatch):
+    """Of a base in bfloat16: rounded to that, probabilities would be others, and so would some of 2,000 draws."""
+    model = make_model().bfloat16()
+    hidden = model.hidden
+    seen = []
+    monkeypatch.setattr(model, "hidden", lambda *given: seen.append(hidden(*given)) or seen[-1])
+    idx = make_idx(model, rows=1)[:, :3].repeat(2000, 1)
+    drawn = generate(model, idx, 1, temperature=0.7, generator=torch.Generator().manual_seed(0))[:, -1:]
+    assert not seen[0].requires_grad
+    p = (model.lm_head(seen[0][:, -1]).float() / 0.7).softmax(-1)
+    assert torch.equal(drawn, torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0)))
+
+
 # What no GPT can have, or read
 
 
@@ -293,6 +313,7 @@ def test_what_makes_no_sense_is_not_generated(options, message):
         {"n_embd": 15},
         {"n_layer": 0},
         {"n_head": 0},
+        {"n_embd": 16.0},
         {"n_head": 2.0},
         {"vocab_size": -257},
         {"vocab_size": True},

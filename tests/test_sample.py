@@ -38,6 +38,17 @@ def test_vectors_change_the_text_and_ones_do_not(folder, capsys):
     assert run_sample(folder, capsys, f"--ia3 {folder}/1.npz") != base
 
 
+def test_temperature_0_takes_the_likeliest_as_top_k_1_does(folder, capsys):
+    greedy = run_sample(folder, capsys, "--temperature 0")
+    assert greedy == run_sample(folder, capsys, "--top-k 1") != run_sample(folder, capsys)
+    assert run_sample(folder, capsys, "--temperature 9") != run_sample(folder, capsys)
+
+
+def test_a_text_side_by_side_keeps_its_empty_lines_and_a_long_name_is_cut():
+    text = sample.side_by_side(["a", "a name too long"], ["x\n\ny", "z"], 7)
+    assert text.split("\n") == ["a        a name", "-        -------", "x        z", "", "y"]
+
+
 def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder):
     """Greedy, since rows of a batch share one stream of random numbers."""
     model = common.load(folder / "base.pt")

@@ -184,7 +184,8 @@ def test_vectors_of_one_task_take_no_task_ids(make_model):
 def test_stacking_what_does_not_belong_together_is_refused(make_model):
     model, other, deeper = make_model(), make_model(seed=1), make_model(n_layer=3)
     task = make_ia3(model)
-    for wrong in ([], [None], [task, make_ia3(other)], [task, make_ia3(deeper)], [task, stack([task])]):
+    unknown = IA3(deeper.config)  # of a base that is not known yet: its shapes tell
+    for wrong in ([], [None], [task, make_ia3(other)], [task, unknown], [task, stack([task])]):
         with pytest.raises(ValueError, match="all for one base"):
             stack(wrong)
     with pytest.raises(ValueError, match="another base"):
@@ -199,6 +200,7 @@ def test_stacking_what_does_not_belong_together_is_refused(make_model):
         ([0.0, 1.0, 0.0], "dtype long"),
         ([True, False, True], "dtype long"),
         ([0, 1], "as many ids as idx has rows"),
+        ([], "as many ids as idx has rows"),
         ([0], "as many ids as idx has rows"),  # would broadcast
         (0, "one id a row"),
         ([[0], [1], [0]], "one id a row"),
@@ -208,7 +210,7 @@ def test_stacking_what_does_not_belong_together_is_refused(make_model):
 def test_task_ids_that_do_not_fit_are_refused(make_model, ids, message):
     model = make_model()
     attach(model, stack([make_ia3(model), None]))
-    ids = None if ids is None else torch.tensor(ids)
+    ids = None if ids is None else torch.tensor(ids, dtype=torch.long if ids == [] else None)
     idx = make_idx(model)
     with pytest.raises(ValueError, match=message):
         model(idx, task_ids=ids)

@@ -23,7 +23,7 @@ import sample
 from ia3 import IA3, attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
-from train import TrainConfig, build, evaluate, get_batch, learning_rate, lm_loss, main, parse, train
+from train import TrainConfig, build, evaluate, get_batch, learning_rate, lm_loss, main, parse, prepare_folder, train
 
 
 def load_vectors(path):
@@ -326,6 +326,20 @@ def test_a_run_leaves_vectors_metrics_and_a_checkpoint(make_model, tmp_path, cap
     assert bits == pytest.approx(nats * (n - 1) / n / math.log(2), abs=1e-4)
 
 
+def test_what_a_run_prints(tiny_run, capsys):
+    folder, flags = tiny_run
+    assert main([*flags, "--out", f"{folder}/run", "--eval-windows", "1"]) == 0
+    out = capsys.readouterr().out
+    model = common.load(folder / "base.pt")
+    val = datasets.load(f"{folder}/text", model.tokenizer, 257, 16)["val"]
+    before = sample.complete(model, val.prompt(64), temperature=0.5)[0]
+    model.ia3 = IA3.load(folder / "run/ia3.npz", model)
+    after = sample.complete(model, val.prompt(64), temperature=0.5)[0]
+    assert before != after and f"\nbefore:\n{before}\n\nafter:\n{after}\n" in out
+    assert f"val, all of it: {evaluate(model, val, config()):.4f} nats" in out  # however little the run looked at
+    assert out.startswith(f"{model.ia3.count()} values learn")
+
+
 @pytest.mark.parametrize("vocab_size", [257, 99])
 def test_what_a_run_names_as_next_can_be_run(tmp_path, capsys, vocab_size):
     """With its own data; of a base whose tokenizer is not known there is nothing to sample."""
@@ -508,6 +522,69 @@ def test_after_a_resume_the_time_left_is_told_by_the_steps_that_were_timed(text,
     assert "0:20 left" in capsys.readouterr().out.splitlines()[0]  # step 2 of 4: one was timed, two are left
 
 
+def test_the_pace_and_the_time_left_are_those_since_the_last_evaluation(text, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 30))  # thirty seconds pass between one look at it and the next
+    monkeypatch.setattr("train.time", SimpleNamespace(time=lambda: next(clock)))
+    history = train(fresh(), text, config(steps=8))
+    # two steps of four windows of sixteen tokens
+    assert [row["tokens_per_second"] for row in history] == [0, *[pytest.approx(2 * 4 * 16 / 30)] * 4]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[-2] for line in lines] == ["1:30", "1:00", "0:30", "0:00"]
+    clock = iter([0, 0, 0, *[59.7] * 9])
+    train(fresh(), text, config(steps=4))
+    assert capsys.readouterr().out.splitlines()[1].endswith("  1:00 left")
+
+
+def test_a_folder_that_was_moved_goes_on(text, tmp_path):
+    train(fresh(), text, config(out=f"{tmp_path}/a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert train(fresh(), text, config(out=f"{tmp_path}/b", resume=True))[-1]["step"] == 3
+
+
+def test_evaluation_takes_no_gradient_and_computes_as_training_does(text):
+    """In bfloat16 by autocast, where weights are float32; a base that is stored in it needs none."""
+    seen = set()
+
+    def loss_fn(model, x, y):
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return lm_loss(model, x, y)
+
+    for make, wanted in ((make_gpt, True), (lambda: make_gpt().bfloat16(), False)):
+        seen.clear()
+        evaluate(make(), text["val"], config(dtype="bfloat16"), loss_fn)
+        assert seen == {(False, wanted)}
+
+
+def test_a_new_base_has_the_sizes_of_help_and_the_seeds_weights(tiny_run):
+    _, flags = tiny_run
+    models = [build(parse([*flags, "--base", "scratch", "--seed", seed]))[0] for seed in "001"]
+    a, b, c = [model.lm_head.weight for model in models]
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert models[0].config == GPTConfig(block_size=128, vocab_size=257, n_layer=6, n_head=6, n_embd=192)
+
+
+def test_a_run_without_out_goes_into_a_folder_of_its_datas_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folio", "some/text/", "some/../text", "."):
+        (tmp_path / "some/text").mkdir(parents=True, exist_ok=True)
+        for folder in ("some/text", "text", "."):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            for split in ("train", "val"):
+                (tmp_path / folder / f"{split}.txt").write_text("text")
+        args = parse(["--data", name])
+        prepare_folder(args)
+        assert args.out == f"out/{(tmp_path / name).resolve().name}"
+
+
+def test_compile_compiles_the_model_that_is_trained(tiny_run, monkeypatch):
+    folder, flags = tiny_run
+    compiled = []
+    monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self.ia3))
+    monkeypatch.setenv("CXX", "true")
+    assert main([*flags, "--out", f"{folder}/run", "--compile"]) == 0
+    assert len(compiled) == 1 and compiled[0] is not None
+
+
 def test_a_full_run_resumes_to_the_same_bits(make_model, text, tmp_path):
     """The base's weights, and the state of an optimizer with decay."""
     whole, first, second = make_model(), make_model(), make_model()
@@ -571,6 +648,7 @@ def test_a_run_is_not_resumed_on_other_data_another_base_or_other_settings(text,
         (lambda s: s.pop("optimizer"), "KeyError"),
         (lambda s: s.update(step="three"), "its step is three"),
         (lambda s: s.update(step=-(10**9)), "its step is -1000000000"),
+        (lambda s: s.update(step=4), "its step is 4, of 3"),
         (lambda s: s.update(history=[]), "after 0 evaluations"),
         (lambda s: s["settings"].update(rotary=True), "KeyError"),
         (lambda s: s["trained"]["ia3.l_k"].data.fill_(math.nan), "ia3.l_k holds NaN"),
@@ -585,7 +663,7 @@ def test_a_last_pt_that_is_damaged_or_older_is_refused_in_one_line(text, tmp_pat
     spoil(state)
     torch.save(state, tmp_path / "run/last.pt")
     with pytest.raises(ValueError, match=rf"last\.pt cannot be resumed: .*{message}"):
-        train(fresh(), text, c)
+        train(fresh(), text, c, should_stop=lambda: True)
 
 
 @pytest.mark.parametrize(

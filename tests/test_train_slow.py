@@ -53,7 +53,7 @@ def test_two_processes_train_what_one_does(tiny_run):
         (folder / f"examples/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags += f"--data {folder}/examples --batch-size 5 --lr 0.05".split()
     assert main([*flags, "--out", f"{folder}/one"]) == 0
-    out = torchrun("train.py", *flags, "--out", f"{folder}/two")
+    out = torchrun("train.py", *flags, "--grad-accum", "2", "--out", f"{folder}/two")
     assert out.count("values learn") == out.count("val, all of it") == 1  # one process prints
     one, two = (load_vectors(folder / run / "ia3.npz") for run in ("one", "two"))
     for name in one:
