@@ -371,6 +371,7 @@ def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch, 
 
     monkeypatch.setattr("merge.merge", careless)
     assert main(files[1]) == 1
+    assert (files[0] / "m.pt").exists()  # the report says what it is, and the exit status
 
 
 def test_vectors_that_overflow_are_refused_before_anything_is_written(files, capsys):
