@@ -4,9 +4,11 @@
 room. Tests that take a device run on the CPU, and on CUDA too where there is one.
 """
 
+import csv
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,6 +131,21 @@ def write_run(folder, model):
     (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 5)
     flags = f"--base {folder}/base.pt --data {folder}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
     return folder, flags.split()
+
+
+def load_vectors(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files if name != "about"}
+
+
+def same(a, b):
+    """Whether two dicts of arrays are equal bit for bit."""
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def read_metrics(folder):
+    with open(folder / "metrics.csv", newline="") as f:
+        return list(csv.DictReader(f))
 
 
 @pytest.fixture

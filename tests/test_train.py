@@ -4,7 +4,6 @@ What takes processes, kills, a compiler or minutes is in test_train_slow.py.
 """
 
 import copy
-import csv
 import json
 import math
 import signal
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_llama, write_run
+from conftest import load_vectors, make_gpt, make_llama, read_metrics, same, write_run
 
 import common
 import data as datasets
@@ -24,15 +23,6 @@ from ia3 import IA3, attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from train import TrainConfig, build, evaluate, get_batch, learning_rate, lm_loss, main, parse, prepare_folder, train
-
-
-def load_vectors(path):
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files if name != "about"}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
@@ -301,11 +291,6 @@ def test_the_train_loss_is_the_mean_since_the_evaluation_before(text):
     history = train(fresh(), text, config(steps=5), loss_fn)
     found = [row["train_loss"] for row in history[1:]]
     assert found == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]], rel=1e-6)
-
-
-def read_metrics(folder):
-    with open(folder / "metrics.csv", newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def test_a_run_leaves_vectors_metrics_and_a_checkpoint(make_model, tmp_path, capsys):

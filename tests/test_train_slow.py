@@ -1,6 +1,5 @@
 """The long rest of test_train.py: processes, kills, a compiler, and the bundled task. Run by make test-all."""
 
-import csv
 import json
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx
+from conftest import load_vectors, make_gpt, make_ia3, make_idx, read_metrics
 
 import common
 from train import main
@@ -20,20 +19,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def load_vectors(path):
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files if name != "about"}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
-
-
-def read_metrics(folder):
-    with open(folder / "metrics.csv", newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def torchrun(*command):
@@ -167,23 +152,6 @@ def wait_for(process, word):
         if word in line:
             return
     raise AssertionError(process.stderr.read())
-
-
-def test_a_killed_run_resumes_to_the_same_bits(tiny_run):
-    folder, flags = tiny_run
-    flags += "--steps 300 --eval-interval 50".split()
-    process = start([*flags, "--out", f"{folder}/killed"])
-    wait_for(process, "step   100/")
-    process.kill()
-    process.communicate()
-    assert not (folder / "killed/ia3.npz").exists()
-    with open(folder / "killed/metrics.csv", "a") as f:
-        f.write("9999,1.0,1.0,0.1,1\n")  # a row of steps that were lost
-    assert main([*flags, "--out", f"{folder}/killed", "--resume"]) == 0
-    assert main([*flags, "--out", f"{folder}/whole"]) == 0
-    assert same(load_vectors(folder / "killed/ia3.npz"), load_vectors(folder / "whole/ia3.npz"))
-    rows = [[row["step"] for row in read_metrics(folder / run)] for run in ("killed", "whole")]
-    assert rows[0] == rows[1] == ["0", "50", "100", "150", "200", "250", "300"]
 
 
 def test_ctrl_c_stops_a_process_with_130(tiny_run):
