@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data as datasets
-from ia3 import IA3, attach, fingerprint
+from ia3 import IA3, SITES, attach, fingerprint
 from model import GPT, GPTConfig
 from sample import complete
 
@@ -333,7 +333,8 @@ def build(args):
         if args.ia3 or args.sites:
             raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
         return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
-    vectors = IA3.load(args.ia3, model) if args.ia3 else IA3(model.config, (args.sites or "k,v,ff").split(","))
+    sites = args.sites.split(",") if args.sites else SITES
+    vectors = IA3.load(args.ia3, model) if args.ia3 else IA3(model.config, sites)
     model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
     attach(model, vectors)  # float32
     return model, data

@@ -455,9 +455,9 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     costs = {row["method"]: row for row in lab.read_csv(lab.RESULTS / "compare/costs.csv", compare.COSTS)}
     assert all(compare.is_equivalent(row) for row in costs.values() if row["merged"] is not None)
     steps = [f"{row['step']:.2f}" for name, row in costs.items() if name not in ("base", "full", "ia3")]
-    assert (min(steps), max(steps)) == ("0.74", "0.93")
+    assert f"and {min(steps)} to {max(steps)} with the others" in " ".join(page.split())
     passes = [f"{row['unmerged']:.2f}" for name, row in costs.items() if name.startswith("lora")]
-    assert (min(passes), max(passes)) == ("1.12", "1.25")
+    assert f"and {min(passes)} to {max(passes)} with LoRA" in " ".join(page.split())
 
     (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "five plays" in line]
     names = {"(IA)³": "ia3", "BitFit": "bitfit", "LoRA r = 4 on q, v": "lora4", "r = 1 on all maps": "lora-all"}
