@@ -110,7 +110,7 @@ class Report:
         """Whether merged is as near to the truth as unmerged, and within 1e-11 of unmerged where both are float64.
 
         Both round, at other places, so their distances are two draws of the same noise: over the tests' models the
-        larger is at most 1.3 times the other. A factor of 1.5 leaves room for that, and little for a mistake.
+        larger is at most 1.35 times the other. A factor of 1.5 leaves room for that, and little for a mistake.
         """
         return self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11) and self.float64_difference <= 1e-11
 

@@ -41,6 +41,14 @@ def test_the_rows_of_few_shot_are_the_tables():
     assert line.endswith(f"| {cached} predictions | {anew} predictions |")
 
 
+def test_the_session_of_many_tasks_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", section("Many tasks on one base"), re.S)
+    session = {}
+    exec(block, session)
+    assert session["logits"].shape == (3, 50, session["model"].config.vocab_size)
+
+
 def test_it_is_a_front_page():
     lines = README.splitlines()
     assert len(lines) <= 250

@@ -21,7 +21,8 @@ from gpt2 import SIZES, make_batch, make_theirs
 
 from ia3 import IA3, attach
 from merge import merge
-from tools import convert
+from tools.convert import from_hf
+from tools.hf_gpt2 import published
 
 C = SIZES["n_embd"]
 
@@ -53,11 +54,11 @@ def row(what, a, b):
 
 
 def this_project():
-    n = IA3(convert.published("gpt2")).count()
+    n = IA3(published("gpt2")).count()
     print(f"this project: {n:,} values on the 124M shape")
     with tempfile.TemporaryDirectory() as folder:
         make_theirs().save_pretrained(folder)
-        model = convert.from_hf(folder).double()
+        model = from_hf(folder).double()
     vectors = attach(model).double()
     vectors.l_k.data, vectors.l_v.data, vectors.l_ff.data = L_K, L_V, L_FF
     logits = model(make_batch()[0])[0]

@@ -2,6 +2,10 @@
 travel both ways. PEFT's vector over c_attn begins with a query part, which the paper does not have."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +204,16 @@ def test_their_lora_and_their_adapter_of_another_shape_are_refused(tmp_path):
         convert.from_peft(tmp_path / "fewer", ours)
     with pytest.raises(ValueError, match=r"has no h\.2\.attn\.c_attn\.ia3_l"):
         convert.from_peft(tmp_path / "all", deeper)
+
+
+@pytest.mark.slow
+def test_the_whole_comparison_of_the_page_runs():
+    """docs/peft.md's last command, without AdapterHub: ours is the formula, PEFT's default is another function."""
+    root = Path(__file__).parent.parent.parent
+    command = [sys.executable, root / "tests/oracles/paper.py"]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = done.stdout.split("PEFT ")[:2]
+    assert "55,296 values" in ours and "64,512 values" in theirs
+    distances = [float(line.split()[-1]) for line in ours.splitlines() if "max |Δlogit|" in line]
+    assert len(distances) == 2 and max(distances) < 1e-12  # float64, logits of about 1
