@@ -179,7 +179,8 @@ def pick_device(name="auto", dtype="auto"):
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise ValueError(f"device {name!r} is not here: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0].partition(". ")[0]  # a sentence: torch may list all that it has
+        raise ValueError(f"device {name!r} is not here: {why}") from None
     if device.type == "meta":
         raise ValueError("device 'meta' holds no numbers")
     if device.type == "cuda":

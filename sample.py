@@ -124,7 +124,7 @@ def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tas
 
 def short_names(paths):
     """What tells the paths apart: without .npz, and without the folders and the file name that all of them share."""
-    names = [Path(path).with_suffix("").parts for path in paths]
+    names = [Path(str(path).removesuffix(".npz")).parts for path in paths]
     for end, rest in ((0, slice(1, None)), (-1, slice(-1))):
         while all(len(name) > 1 for name in names) and len({name[end] for name in names}) == 1:
             names = [name[rest] for name in names]

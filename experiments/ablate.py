@@ -28,8 +28,8 @@ import torch
 
 import common
 from experiments import lab
-from experiments.lab import plt
 from ia3 import SITES, attach, fingerprint
+from tools.plot import plt, save_picture
 from train import TrainConfig, train
 
 SUBSETS = [",".join(some) for n in range(1, len(SITES) + 1) for some in itertools.combinations(SITES, n)]
@@ -263,7 +263,7 @@ def draw(axes, records, path):
     panel.set_title(f"{bars}; ×: diverged", fontsize=8)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    lab.save_picture(figure, path)
+    save_picture(figure, path)
 
 
 # --- the command line ---

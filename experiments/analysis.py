@@ -31,8 +31,8 @@ from torch.nn import functional as F
 import common
 import data as datasets
 from experiments import lab, ranking, rivals
-from experiments.lab import plt
 from ia3 import IA3, attach, fingerprint
+from tools.plot import plt, save_picture
 from train import TrainConfig, evaluate, train
 
 N_WINDOWS = 256
@@ -132,7 +132,7 @@ def draw_heads(rows, path):
         shown = ax.imshow(grid, cmap="RdBu_r", vmin=middle - most, vmax=middle + most, aspect="auto")
         ax.set(title=title, xlabel="head", ylabel="layer")
         figure.colorbar(shown, ax=ax)
-    lab.save_picture(figure, path)
+    save_picture(figure, path)
 
 
 # --- capacity ---
@@ -215,7 +215,7 @@ def capacity(args):
     left.set(xscale="log", xlabel="random pairs", ylabel="share of their bits recalled")
     right.set(xscale="log", yscale="log", xlabel="random pairs", ylabel="bits recalled a trained number")
     left.legend()
-    lab.save_picture(figure, args.out / "capacity.png")
+    save_picture(figure, args.out / "capacity.png")
 
 
 # --- size ---
@@ -307,7 +307,7 @@ def size(args):
     right.set(xscale="log", xlabel="learning rate", ylabel="nats a token")
     for ax in (left, right):
         ax.legend()
-    lab.save_picture(figure, args.out / "size.png")
+    save_picture(figure, args.out / "size.png")
 
 
 def run(argv):

@@ -3,7 +3,7 @@
     python -m experiments.claims > experiments/results/claims.md
 
 Figures come from what is committed in experiments/results, or are counted on the spot. Where a run has not been made,
-or is an older command's, there stands 'not run'.
+or compare's is an older command's, there stands 'not run'.
 """
 
 import argparse

@@ -47,10 +47,10 @@ import torch
 
 import common
 from experiments import lab, rivals
-from experiments.lab import plt
 from experiments.rivals import METHODS
 from ia3 import fingerprint, stack
 from model import GPT
+from tools.plot import plt, save_picture
 from train import TrainConfig, autocast, lm_loss, train
 
 STEPS = 100
@@ -535,7 +535,7 @@ def draw_beside(folder):
         ax.set(title=f"{data}, {steps} steps", xlabel="test loss less (IA)³'s (nats a byte)")
         ax.set_yticks(range(len(names)), [METHODS[name].title if ax is axes[0] else "" for name in names])
         ax.set_ylim(len(names) - 0.4, -0.6)
-    lab.save_picture(figure, folder / "beside.png")
+    save_picture(figure, folder / "beside.png")
 
 
 def draw_curves(folder):
@@ -549,7 +549,7 @@ def draw_curves(folder):
         ax.set(title=f"{data}, {steps} steps", xlabel="step")
     axes[0].set_ylabel("val loss (nats a byte)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    lab.save_picture(figure, folder / "curves.png")
+    save_picture(figure, folder / "curves.png")
 
 
 def draw_rates(folder):
@@ -570,7 +570,7 @@ def draw_rates(folder):
         ax.set(xscale="log", title=data, xlabel="learning rate; ×: diverged", ylim=(least - 0.02, least + 0.5))
     axes[0].set_ylabel(f"loss on val after {STEPS} steps (nats a byte)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    lab.save_picture(figure, folder / "rates.png")
+    save_picture(figure, folder / "rates.png")
 
 
 # --- the command line ---

@@ -75,7 +75,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 import data as datasets
 from experiments import lab, ranking
-from experiments.lab import plt
 from experiments.shots import (
     BATCH_SIZE,
     RIVALS,
@@ -91,6 +90,7 @@ from experiments.shots import (
     scores,
 )
 from ia3 import attach, fingerprint
+from tools.plot import plt, save_picture
 
 TASKS = ("movies", "tweets", "news", "source", "movies-ab", "movies-flipped")
 KS = (4, 16, 32, 64)
@@ -488,7 +488,7 @@ def draw_pictures(folder, settings, chosen):
                 ax.set_xticks(settings["ks"], [str(k) for k in settings["ks"]])
         axes[0, 0].set_ylabel("accuracy (%)")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-        lab.save_picture(figure, folder / f"{name}.png")
+        save_picture(figure, folder / f"{name}.png")
 
 
 def run(argv):

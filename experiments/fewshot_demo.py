@@ -16,10 +16,10 @@ import torch
 
 import common
 from experiments import lab
-from experiments.lab import plt
 from experiments.shots import context, draw, learn, read_task, score_in
 from ia3 import attach
 from merge import merge, verify
+from tools.plot import plt, save_picture
 
 RATE = 3e-3  # the paper's
 PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
@@ -43,7 +43,7 @@ def draw_picture(bars, base, path):
     ax.spines[["top", "right", "left"]].set_visible(False)
     where = f"{Path(base).stem}, {torch.get_num_threads()} CPU threads"
     ax.set_title(f"{where}: (IA)³ beside in-context learning", loc="left", fontsize=14)
-    lab.save_picture(figure, path)
+    save_picture(figure, path)
 
 
 def run(argv):

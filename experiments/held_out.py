@@ -24,7 +24,7 @@ def run(argv):
     parser.add_argument("--ia3", help="vectors for it")
     args = parser.parse_args(argv)
     model = common.load(args.base)
-    if args.ia3:
+    if args.ia3 is not None:
         model.ia3 = IA3.load(args.ia3, model)
     model.to(common.pick_device()[0])
     rows = []

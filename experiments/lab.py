@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -29,9 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as datasets
 from common import replace_file
 from train import autocast, evaluate, lm_loss
-
-matplotlib.use("agg")  # files only, no screen needed
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "data/base.pt")
@@ -350,12 +346,6 @@ def spread(value, low, high, form=".2f"):
 def save_text(text, path):
     with replace_file(path, text=True) as f:
         f.write(text + "\n")
-
-
-def save_picture(figure, path):
-    with replace_file(path) as f:
-        figure.savefig(f, format="png", dpi=130)
-    plt.close(figure)
 
 
 # --- clocks ---

@@ -152,8 +152,8 @@ def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
 
     log_likelihoods_of(model, *inputs): as token_log_likelihoods. Raises ValueError for other losses, or for none.
     """
-    if not losses or not set(losses) <= set(LOSSES):
-        raise ValueError(f"losses must be some of {', '.join(LOSSES)}, not {','.join(losses) or 'none'}")
+    if not losses or not set(losses) <= set(LOSSES) or len(set(losses)) < len(losses):
+        raise ValueError(f"losses must be some of {', '.join(LOSSES)}, each once, not {','.join(losses) or 'none'}")
     terms = [{"lm": loss_lm, "ul": loss_ul, "ln": loss_ln}[name] for name in losses]
 
     def loss_fn(model, *batch):
@@ -231,6 +231,8 @@ def run(argv):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     parser.add_argument("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not args.out:
+        raise ValueError("the name of the output is empty")
     device, _ = common.pick_device(args.device)
     settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
     config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
@@ -245,7 +247,7 @@ def run(argv):
         splits[name] = load_choices(args.data / f"{name}.jsonl", model.tokenizer, model.config.block_size)
     if args.k is not None:
         splits["train"] = draw(splits["train"], args.k, args.seed)
-    attach(model, IA3.load(args.ia3, model) if args.ia3 else None)
+    attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
     before = accuracy(model, splits["val"])
     train(model, splits, config, loss_fn)
     model.ia3.save(f"{args.out}/ia3.npz")

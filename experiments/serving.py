@@ -105,6 +105,8 @@ def run(argv):
     parser.add_argument("--items", type=int, default=96, help="sentences of val a task (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/serving"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.items < 1:
+        raise ValueError(f"items must be at least 1, not {args.items}")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = serve(args)
     lab.write_csv(args.out / "results.csv", rows)

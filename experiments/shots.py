@@ -17,6 +17,7 @@ import data as datasets
 from data import prepare
 from experiments import ranking, rivals
 from ia3 import attach
+from model import GPT
 from train import TrainConfig, train
 
 SETS = ("movies", "products", "tweets", "news")
@@ -69,7 +70,7 @@ def draw(rows, k, seed):
     Raises ValueError where k is no multiple of the number of labels, or there are too few examples of one.
     """
     n_labels = len(rows[0]["choices"][0])
-    if k % n_labels:
+    if k < 1 or k % n_labels:
         raise ValueError(f"k must be a multiple of the {n_labels} labels, not {k}")
     dice = np.random.default_rng(seed)
     piles = []
@@ -132,6 +133,8 @@ class PromptCache:
     """What a Llama's hidden() takes as a cache: first the prompts go in, then the choices. Gradients pass through."""
 
     def __init__(self, model, padding):
+        if isinstance(model, GPT):
+            raise ValueError("this wants a Llama: padding before a prompt would move a GPT-2's positions")
         self.layers = [PromptLayer(padding) for _ in range(model.config.n_layer)]
 
     def start(self, _ia3, _task_ids):

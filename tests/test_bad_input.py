@@ -61,6 +61,7 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
         ("--base nowhere.pt", "nowhere.pt"),
         ("--base text", "text"),
         ("--ia3 nowhere.npz", "nowhere.npz"),
+        ("--ia3=", "No such file"),
         ("--ia3 other_base.npz", "another base"),
         ("--ia3 other_shape.npz", "this base takes"),
         ("--ia3 base.pt", "no file of (IA)³ vectors"),

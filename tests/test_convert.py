@@ -24,7 +24,7 @@ import common
 from data import Tokenizer
 from ia3 import IA3
 from merge import merge
-from tools import convert, files
+from tools import bpe, convert, files
 from tools.bpe import GPT2
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -139,6 +139,29 @@ def test_to_hf_merges_vectors_first(folder):
     assert is_same(convert.from_hf("home"), merge(model)) and not is_same(convert.from_hf("home"), model)
     with pytest.raises(ValueError, match="merge them first"):
         convert.to_hf(model, "home")
+
+
+def test_a_model_and_an_adapter_share_no_folder(folder, capsys):
+    """Else transformers opens the merged model and puts the adapter on it as well."""
+    check(
+        folder, capsys, "to-hf --base base.pt --ia3 ia3.npz --out adapter", "adapter_config.json, which would be opened"
+    )
+    check(folder, capsys, "to-peft --base base.pt --ia3 ia3.npz --out hf", "hf holds a model")
+    assert convert.main("to-hf --base base.pt --ia3 ia3.npz --out hf".split()) == 0  # written anew
+    Path("hf/added_tokens.json").write_text("{}")
+    check(folder, capsys, "to-hf --base base.pt --out hf", "another model's added_tokens.json")
+
+
+def test_a_gpt2_with_a_tokenizer_of_its_own(folder):
+    """Also where its vocabulary has the size of GPT-2's."""
+    convert.to_hf(make_gpt(vocab_size=50257), "own")
+    assert convert.from_hf("own").tokenizer.about == "gpt2"
+    about = make_llama_with_bpe().tokenizer.about
+    bpe.write_tokenizer(about, "own")
+    model = convert.from_hf("own")
+    assert model.tokenizer.about == about and model.tokenizer.decode(model.tokenizer.encode_ordinary("the")) == "the"
+    convert.to_hf(model, "again")
+    assert convert.from_hf("again").tokenizer.about == about
 
 
 def test_a_vocabulary_that_tells_of_no_tokenizer(folder, capsys):
@@ -426,6 +449,14 @@ def test_a_llama_goes_out_and_comes_back(tmp_path, monkeypatch, capsys, sizes, d
     assert (read.lm_head.weight is read.model.embed_tokens.weight) == model.config.tied and not read.training
 
 
+def test_config_names_the_widest_dtype_since_transformers_casts_to_it(llama):
+    model = make_llama_with_bpe().bfloat16()
+    model.model.norm.float()
+    convert.to_hf(model, "mixed")
+    assert json.loads(Path("mixed/config.json").read_text())["torch_dtype"] == "float32"
+    assert is_same(convert.from_hf("mixed"), model)
+
+
 def test_a_llamas_vectors_are_merged_in_float32_and_its_adapter_comes_back(llama, capsys):
     model = make_llama_with_bpe().bfloat16()
     common.save(model, "base.pt")
@@ -537,6 +568,10 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: change_config(num_experts=8), "num_experts is 8"),
         (lambda: change_config(quantization_config={"quant_method": "fp8"}), "quantization_config is {'quant_method'"),
         (lambda: change_config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling of type 'linear'"),
+        (
+            lambda: change_config(rope_scaling=LLAMA3 | {"type": "default"}),
+            "'llama3' by rope_type and 'default'",
+        ),
         (lambda: change_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling of type 'yarn'"),
         (lambda: change_config(rope_parameters={"rope_type": "dynamic"}), "rope_scaling of type 'dynamic'"),
         (lambda: change_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
@@ -641,6 +676,10 @@ PLAIN_TOKEN = {"id": 0, "content": "<end>", "special": False}
         (lambda: change_tokenizer("pre_tokenizer.pretokenizers", 5), "hf/tokenizer.json: TypeError"),
         (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN]), "'<end>' is an added token, but no special one"),
         (lambda: change_tokenizer("added_tokens", [{"id": 0}]), "'content'"),
+        (
+            lambda: change_tokenizer("added_tokens", [{"id": 64, "content": "a", "special": True}]),
+            "'a' is a special token and a byte's own",
+        ),
         (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"id": 1, "special": True}]), "the same id"),
         (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"content": "", "special": True}]), "special_tokens"),
         (lambda: change_merges(lambda m: [m[1], m[0], *m[2:]]), "the merges are not in the order of the ids"),

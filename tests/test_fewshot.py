@@ -123,7 +123,7 @@ def test_a_draw_has_as_many_of_each_label_and_begins_the_larger_ones(tmp_path):
         assert sum(row["label"] for row in shots.draw(rows, k, 3)) == k // 2
     assert len({row["prompts"][0] for row in large}) == 12  # none twice
     assert shots.draw(rows, 12, 4) != large
-    for k, why in ((3, "multiple of the 2 labels"), (26, "fewer than 13")):
+    for k, why in ((0, "multiple of the 2 labels"), (3, "multiple of the 2 labels"), (26, "fewer than 13")):
         with pytest.raises(ValueError, match=why):
             shots.draw(rows, k, 0)
 
@@ -373,6 +373,16 @@ def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, ca
     for built in (common.load(out / "merged.pt"), model):
         assert f"{fewshot_demo.share_right(built, val):.1%}".replace("%", " %") in rows[4]
     assert (out / "fewshot.png").stat().st_size > 1000
+
+
+def test_serving_wants_a_llama_and_sentences(tmp_path, capsys):
+    common.save(make_gpt(block_size=4096), tmp_path / "base.pt")
+    write_sets(tmp_path / "data")
+    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--k=4", "--steps=1"]
+    for flags, why in (("--items=8", "this wants a Llama"), ("--items=0", "items must be at least 1, not 0")):
+        assert serving.main([*argv, flags]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("serving.py: ") and err.count("\n") == 1 and why in err, err
 
 
 def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):

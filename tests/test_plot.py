@@ -48,6 +48,19 @@ def test_losses_and_vectors_of_runs(folder, capsys):
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_curves_are_called_by_their_runs_names(tmp_path, monkeypatch):
+    """Also where matplotlib would see a formula, or pass over the label."""
+    named = []
+    legend = plot.plt.Axes.legend
+    monkeypatch.setattr(plot.plt.Axes, "legend", lambda axes: named.extend(legend(axes).get_texts()))
+    runs = [tmp_path / "1/_a", tmp_path / r"1/x$\frac$"]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text(METRICS)
+    plot.plot_losses(runs, tmp_path / "a.png")
+    assert [text.get_text() for text in named] == ["val, _a", "train, _a", r"val, x\$\frac\$", r"train, x\$\frac\$"]
+
+
 def test_the_heatmap_is_white_at_one_and_diverges_around_it(tmp_path, panels):
     matrices = {"l_k": np.array([[1.0, 0.5, 1.5]], np.float32), "l_ff": np.array([[1.0] * 12], np.float32)}
     about = b'{"config": {"n_embd": 3, "n_head": 1}}'

@@ -143,7 +143,10 @@ def test_choices_that_are_none_are_refused_with_their_line(tmp_path, line, messa
     "flags, message",
     [
         ("--k 3", "k must be from 1 to the data's 2 examples, not 3"),
-        ("--losses lm,xx", "losses must be some of lm, ul, ln, not lm,xx"),
+        ("--losses lm,lm", "each once, not lm,lm"),
+        ("--ia3=", "No such file"),
+        ("--out=", "the name of the output is empty"),
+        ("--losses lm,xx", "each once, not lm,xx"),
         ("--steps 0", "steps must be"),
         ("--data {folder}/nowhere", "nowhere"),
         ("--base {folder}/nowhere.pt", "nowhere.pt"),

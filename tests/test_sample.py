@@ -107,6 +107,7 @@ def test_side_by_side_prints_columns_under_their_names(folder, capsys):
         (["out/a/ia3.npz", "data/b.npz"], ["out/a/ia3", "data/b"]),
         (["a/1.npz", "a/b/1.npz"], ["1", "b/1"]),
         (["a.npz", "a.npz"], ["a", "a"]),
+        (["lr.01.npz", "lr.03"], ["lr.01", "lr.03"]),
     ],
 )
 def test_columns_have_short_names_that_tell_them_apart(paths, names):

@@ -4,6 +4,8 @@ On LLaMA PEFT's defaults are the paper's, one to one: k_proj, v_proj, and down_p
 has one vector over all of c_attn's output, [l_q, l_k, l_v], where (IA)³ has l_k and l_v.
 """
 
+import os
+
 import torch
 
 import common
@@ -15,9 +17,12 @@ from tools.files import find, import_safetensors, read_json, read_tensors, write
 def to_peft(vectors, folder, base):
     """Write one task's vectors as a PEFT (IA)³ adapter folder for their kind of model; base names the model.
 
-    Raises ValueError for stacked vectors, and where the safetensors package is not installed.
+    Raises ValueError for stacked vectors, for a folder that holds a model, and where the safetensors package is not
+    installed.
     """
     safetensors = import_safetensors()
+    if os.path.exists(f"{folder}/config.json"):
+        raise ValueError(f"{folder} holds a model, which transformers would then open with these vectors on it")
     if vectors.is_stacked():
         raise ValueError("only one task's vectors make an adapter")
     is_gpt2 = isinstance(vectors.config, GPTConfig)

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.patches import FancyBboxPatch
 
 import common
-from tools.plot import plt, save
+from tools.plot import plt, save_picture
 
 FROZEN, LEARNED, PLAIN = "#dbe4ee", "#f2a65a", "#ffffff"
 
@@ -77,7 +77,7 @@ def draw(path):
     for x, color, text in ((1.15, FROZEN, "frozen weights"), (4.6, LEARNED, "learned: one vector each")):
         box(axes, x - 0.9, -0.1, "", color, width=0.35, height=0.25)
         axes.text(x - 0.6, -0.1, text, fontsize=9, va="center")
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def run(argv):

@@ -67,6 +67,9 @@ def byte_level(pattern, vocabulary, merges, special, whole_pieces=False):
     ValueError where data.Tokenizer would give other ids than these merges.
     """
     ranks = {as_bytes(token): i for token, i in vocabulary.items() if token not in special}
+    for token in special:
+        if token in ALPHABET and token in vocabulary:  # a text's own byte would then have no token
+            raise ValueError(f"{token!r} is a special token and a byte's own")
     pairs = [(as_bytes(a), as_bytes(b)) for a, b in merges]
     check_merges(ranks, pairs, whole_pieces)
     return {"pattern": pattern, "ranks": ranks, "special_tokens": special}
@@ -133,7 +136,7 @@ def read_tokenizer(path, vocab_size):
         return Tokenizer(tokenizer(about), vocab_size)
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        way_out = "without the file, the model comes in without a tokenizer"
+        way_out = "without the file, the model comes in without this tokenizer"
         raise ValueError(f"{path}: {why}; {way_out}") from None
 
 

@@ -54,9 +54,9 @@ def hf_files(path):
 def from_hf(path):
     """Read a model in Hugging Face's layout: a folder, or a weights' file or index with its config.json beside it.
 
-    Returns a GPT, in float32 and without dropout, or a Llama, in the dtype that is stored, its tokenizer by
-    tokenizer.json or None; on the CPU, in eval mode. Raises OSError for what is not there and ValueError for what is
-    neither, or one that ours do not compute.
+    Returns a GPT, in float32 and without dropout, or a Llama, in the dtype that is stored; on the CPU, in eval mode.
+    Its tokenizer is tokenizer.json's; without that file a GPT's is what its vocabulary's size tells, a Llama's None.
+    Raises OSError for what is not there and ValueError for what is neither, or one that ours do not compute.
     """
     folder, files = hf_files(path)
     config_path = f"{folder}/config.json"
@@ -69,15 +69,17 @@ def from_hf(path):
     except (ValueError, TypeError, OverflowError) as e:
         raise ValueError(f"{config_path}: {e}") from None
     tokenizer = None
-    if kind == "llama" and os.path.isfile(f"{folder}/tokenizer.json"):
+    if os.path.isfile(f"{folder}/tokenizer.json"):
         tokenizer = bpe.read_tokenizer(f"{folder}/tokenizer.json", config.vocab_size)
     try:
         if kind == "gpt2":
-            return hf_gpt2.gpt2(config, dict(each_tensor(files)))
-        model = hf_llama.llama(config, files)
+            model = hf_gpt2.gpt2(config, dict(each_tensor(files)))
+        else:
+            model = hf_llama.llama(config, files)
     except (ValueError, TypeError, RuntimeError) as e:  # the latter two of sizes that no tensor can have
         raise ValueError(f"{', '.join(files)}: {str(e).splitlines()[0]}") from None
-    model.tokenizer = tokenizer
+    if tokenizer is not None:
+        model.tokenizer = tokenizer
     return model
 
 
@@ -85,17 +87,17 @@ def to_hf(model, folder):
     """Write model as a folder that transformers opens, as GPT2LMHeadModel or LlamaForCausalLM, and that from_hf opens.
 
     With it goes the tokenizer, where it is a byte-level BPE of the model's own. Raises ValueError for a model with
-    vectors (merge them first), and for a folder with another model's files that would be opened instead.
+    vectors (merge them first), and for a folder with other files that would be opened with it or instead of it.
     """
     if model.ia3 is not None:
         raise ValueError("a model with vectors has no place in Hugging Face's layout: merge them first")
     own_bpe = model.tokenizer is not None and isinstance(model.tokenizer.about, dict)
-    others = ["model.safetensors", "model.safetensors.index.json"]
-    if not own_bpe:
-        others += ["tokenizer.json", "tokenizer_config.json"]
-    for name in others:
-        if os.path.exists(f"{folder}/{name}"):
-            raise ValueError(f"{folder} holds another model's {name}, which would be opened instead of this one")
+    written = ["config.json", "tokenizer.json", "tokenizer_config.json"] if own_bpe else ["config.json"]
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        if name.endswith((".json", ".safetensors")) and name not in written:
+            raise ValueError(
+                f"{folder} holds another model's {name}, which would be opened instead of this one, or with it"
+            )
     about, weights = hf_gpt2.describe(model) if isinstance(model, GPT) else hf_llama.describe(model)
     end = None  # unknown
     if model.tokenizer is not None and not own_bpe:

@@ -1,5 +1,7 @@
 """LLaMA in Hugging Face's layout: what its config.json and weights say, in and out. transformers' names are ours."""
 
+from functools import reduce
+
 import torch
 
 import common
@@ -15,9 +17,11 @@ def llama_config(about):
     The rotary parameters have two spellings: transformers 5 has rope_parameters, with the base as rope_theta in it;
     before, rope_theta stood beside rope_scaling. What is not there has transformers' default.
     """
-    rope = {"rope_type": "default", "rope_theta": about.get("rope_theta", 10000.0)}
+    rope = {"rope_theta": about.get("rope_theta", 10000.0)}
     rope |= about.get("rope_scaling") or about.get("rope_parameters") or {}
-    kind = rope.get("type", rope["rope_type"])  # an older spelling yet
+    kind = rope.get("rope_type", rope.get("type", "default"))  # the latter is an older spelling yet
+    if rope.get("type", kind) != kind:
+        raise ValueError(f"the rotation is {kind!r} by rope_type and {rope['type']!r} by type")
     scaling = None
     if kind != "default":  # LlamaConfig refuses all but 'llama3'
         scaling = {"rope_type": kind} | {name: rope[name] for name in LLAMA3 if name in rope}
@@ -75,7 +79,7 @@ def llama(config, files):
             raise ValueError(f"{name} is not LLaMA's")
     weights = {}
     for name, t in each_tensor(files):
-        if name in names:
+        if name in shapes:
             t = common.check_weight(t, name, shapes[name])
             weights[name] = t.clone(memory_format=torch.contiguous_format)  # nothing stays on the disk
     if config.tied:
@@ -114,6 +118,7 @@ def describe(model):
         "tie_word_embeddings": config.tied,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        # the widest there is, since transformers casts all weights to it
+        "torch_dtype": str(reduce(torch.promote_types, {t.dtype for t in weights.values()})).removeprefix("torch."),
     }
     return about, weights

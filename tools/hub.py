@@ -22,7 +22,7 @@ def fetch_published(name):
 
     Raises OSError with what was tried and where a copy would do. The environment's HF_ENDPOINT names a mirror.
     """
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     for file in ("config.json", "pytorch_model.bin"):
         url = f"{host}/openai-community/{name}/resolve/main/{file}"
         path = f"{cache_folder(name)}/{file}"

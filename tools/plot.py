@@ -49,13 +49,14 @@ def plot_losses(runs, path):
     """Draw val loss, and the train loss thinner, of every run. runs: folders with a metrics.csv."""
     metrics = [read_metrics(run / "metrics.csv") for run in runs]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i, (run, (steps, val, train)) in enumerate(zip(runs, metrics, strict=True)):
-        axes.plot(steps, val, f"C{i}", marker=".", label=f"{run.name}, val")
-        axes.plot(steps, train, f"C{i}", lw=0.7, alpha=0.6, label=f"{run.name}, train")
+    names = labels([run.resolve() for run in runs])
+    for i, (name, (steps, val, train)) in enumerate(zip(names, metrics, strict=True)):
+        axes.plot(steps, val, f"C{i}", marker=".", label=f"val, {name}")  # matplotlib passes over a label _like this
+        axes.plot(steps, train, f"C{i}", lw=0.7, alpha=0.6, label=f"train, {name}")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def read_vectors(path):
@@ -97,7 +98,7 @@ def plot_vectors(paths, path):
     norm = TwoSlopeNorm(vcenter=1, vmin=1 - reach, vmax=1 + reach)
     size = (max(9, 4 * len(tasks)), 1.6 * len(names))
     figure, grid = plt.subplots(len(names), len(tasks), figsize=size, layout="constrained", squeeze=False)
-    for column, (title, (matrices, d_head)) in enumerate(zip(short_names(paths), tasks, strict=True)):
+    for column, (title, (matrices, d_head)) in enumerate(zip(labels(paths), tasks, strict=True)):
         if len(tasks) > 1:
             grid[0, column].set_title(title)
         grid[-1, column].set_xlabel("channel")
@@ -113,10 +114,15 @@ def plot_vectors(paths, path):
                 for channel in range(d_head, width, d_head):
                     axes.axvline(channel - 0.5, color="tab:green", lw=0.8)  # no scale has this colour
     figure.colorbar(image, ax=grid, extend="both", label="scale", fraction=0.03)
-    save(figure, path)
+    save_picture(figure, path)
 
 
-def save(figure, path):
+def labels(paths):
+    """short_names in which matplotlib sees no formulas."""
+    return [name.replace("$", r"\$") for name in short_names(paths)]
+
+
+def save_picture(figure, path):
     with common.replace_file(path) as f:
         figure.savefig(f, format="png", dpi=130)
     plt.close(figure)
