@@ -446,6 +446,18 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     forgotten = {name: row["forgotten"].mean() for name, row in short.items()}
     assert max(forgotten, key=forgotten.get) == "full"
     assert max(forgotten["bitfit"], forgotten["lora4"]) < forgotten["ia3"]
+
+    bible = found["kjv", 100]
+    assert not any(compare.is_ranked(bible[name]) for name in bible if name != "ia3")
+    gap_there = {name: row["gap"].mean() for name, row in bible.items()}
+    assert gap_there["layernorm"] < gap_there["ia3"] < gap_there["bitfit"] < gap_there["lora4"] < gap_there["lora-all"]
+    assert gap_there["lora-all"] < gap_there["adapters-only"] < gap_there["adapters"]
+    first, second = bible["lora1"]["beside"]  # level: each is ahead on one book
+    assert min(first, second) < 0 < max(first, second) and max(bible["prefix"]["beside"]) < 0
+    forgotten_there = {name: row["forgotten"].mean() for name, row in bible.items() if name not in ("base", "prompt")}
+    assert min(forgotten_there, key=forgotten_there.get) == "ia3"
+    assert max(forgotten_there, key=forgotten_there.get) == "lora-all"
+
     losses = compare.mean_losses(lab.read_csv(lab.RESULTS / "compare/results.csv", compare.RUNS), "folio")
     ours = losses["ia3"]
     assert max(loss for lr, loss in ours.items() if 0.056 <= lr <= 0.3) - min(ours.values()) < 0.0125
