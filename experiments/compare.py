@@ -11,10 +11,10 @@ Protocol. Every method (experiments/rivals.py) trains with train.train() on the 
 100 steps of 16 windows, AdamW without weight decay, 6 % warmup, cosine decay, gradient norm 1. On the first data
 (folio) (IA)³, full fine-tuning and LoRA r = 4 also train 4×, 400 steps, at the rate of 1×.
 
-The learning rate of a method is chosen for each data on its val (256 windows, 1×, the mean of two seeds): half-decades
-until the best has a worse one on either side, then the quarter-decades beside it. Nothing else is chosen. The last
-step is what is reported, on test, which nothing else reads, for seeds 1 to 5. A seed draws the batches, and the initial
-values where a method has any that are random; (IA)³ starts from ones, so for it seeds vary the batches only.
+The learning rate of a method is chosen for each data on its val (256 windows, 1×, the mean of seeds 0 and 1):
+half-decades until the best has a worse one on either side, then the quarter-decades beside it. Nothing else is chosen.
+The last step is what is reported, on test, by which nothing is chosen, for seeds 1 to 5. A seed draws the batches, and
+the initial values where a method has random ones; (IA)³ starts from ones, so for it seeds vary the batches only.
 
 A test is read work by work, and a loss is the mean of the works'. What is claimed is about these works on this base:
 the sampling unit is the work, so an interval is Student's t over the works' means (five plays: 4 degrees of freedom).

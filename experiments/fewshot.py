@@ -244,7 +244,7 @@ def plan(settings):
     attach(model)
     batch = datasets.to_device(split.windows(range(BATCH_SIZE)), model.lm_head.weight.device)
     loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
-    with sdpa_kernel(SDPBackend.MATH):  # as learn() does
+    with sdpa_kernel(SDPBackend.MATH):  # as shots.train_on does
         loss_fn(model, *batch).backward()
         start = time.process_time()
         loss_fn(model, *batch).backward()
@@ -370,6 +370,34 @@ def comparison(found, settings, chosen, templates=slice(None)):
     return lab.markdown(head, lines)
 
 
+def other_differences(found, settings, chosen):
+    """A table of what else the page compares, a line a task: over all templates, and on the first alone.
+
+    found: of results(). Zero-shot has no draws, so the same stands beside each.
+    """
+    k, n = main_k(settings), len(settings["seeds"])
+    papers, in_context = names_at(k, settings, chosen)
+    best = name_of_trained("ia3", k, settings["steps"], chosen.get("ia3", RATE))
+    probe = f"probe, plain, K = {k}"
+    zero = in_context.replace("icl", "zero").replace(f"K = {k}", "K = 0")
+    pairs = [(papers, probe), (best, probe), (best, papers), (papers, f"biases, plain, K = {k}")]
+    pairs += [(in_context, zero), (in_context, "zero, plain, K = 0")]
+    lines = []
+    for pair in dict.fromkeys(pairs):
+        for task in settings["tasks"]:
+            ours, theirs = [found.get(name, {}).get(task, []) for name in pair]
+            if len(theirs) == 1:
+                theirs = theirs * n
+            if len(ours) == len(theirs) == n and pair[0] != pair[1]:
+                line = [*pair, task]
+                for part in (slice(None), slice(1)):
+                    line += difference([draw[part] for draw in ours], [draw[part] for draw in theirs])[2:]
+                lines.append(line)
+    interval = "(95 %, draws and items)"
+    head = ["row", "less row", "task", f"difference {interval}", "t, over draws"]
+    return lab.markdown([*head, f"first template {interval}", "t, over draws"], lines)
+
+
 def range_of_draws(draws):
     """A cell: the mean accuracy of the draws, the lowest and the highest, and how many there are."""
     each = [100 * accuracy_of([draw]) for draw in draws]
@@ -405,8 +433,13 @@ def tables(folder, settings, chosen):
     pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(found, settings, chosen)]
     pieces.append("The same on the first template alone, whose answers are single tokens; descriptive:")
     pieces.append(comparison(found, settings, chosen, slice(1)))
-    pieces.append("Beside the rivals, each at the rate that products chose, on the same draws; descriptive:")
+    pieces.append(
+        "Beside the rivals, each at the rate that products chose, on the same draws; descriptive. With three draws the "
+        "first interval is too narrow, take the second:"
+    )
     pieces.append(beside_rivals(found, settings, chosen))
+    pieces.append("Other differences between rows of the tables below, in points; descriptive:")
+    pieces.append(other_differences(found, settings, chosen))
     captions = {
         range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
         templates_of_draws: "The same by template, means of the draws:",
@@ -416,7 +449,7 @@ def tables(folder, settings, chosen):
         for name, of_task in found.items():
             lines.append([name, *[cell(of_task[task]) if task in of_task else "" for task in tasks]])
         pieces += [caption, lab.markdown(["", *tasks], lines)]
-    pieces += [f"What the rates were chosen by, on products' val, K = {settings['ks'][-2]}:", rates_tried(rows)]
+    pieces += [f"What the rates were chosen by, on products' val, K = {main_k(settings)}:", rates_tried(rows)]
     pieces.append(f"Training diverged in: {', '.join(diverged) or 'no run'}.")
     return "\n\n".join(pieces + cost_table(lab.read_csv(folder / "costs.csv", COSTS)))
 
