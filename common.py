@@ -170,7 +170,8 @@ def read_shapes(file):
 def pick_device(name="auto", dtype="auto"):
     """Return the torch.device and the name of the dtype that 'auto' stands for. Raises ValueError for one not here.
 
-    A device is cpu, cuda, cuda:1, mps; auto is cuda or cpu, and bfloat16 on a GPU that has it, else float32.
+    A device is cpu, cuda, cuda:1, mps; auto is cuda or cpu, and bfloat16 on a GPU that has it, else float32. A GPU
+    becomes the process's current one, and float32 products on it become TF32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -212,9 +213,9 @@ def exit_status(name, run, argv, stopped="stopped"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
-        text = " ".join(str(e).split()) or "out of memory"
         if isinstance(e, RuntimeError) and not is_out_of_memory(e):
-            raise
+            raise  # a mistake of ours
+        text = " ".join(str(e).split()) or "out of memory"  # a MemoryError has no words
         print(f"{name}: {text}", file=sys.stderr)
         return 2
 

@@ -117,7 +117,7 @@ class IA3(nn.Module):
                 vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
                 wanted = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
                 arrays = {}
-                if shapes == wanted:
+                if shapes == wanted:  # else none is read, and it is told below
                     arrays = {name: file[name].astype(np.float32, casting="same_kind") for name in wanted}
             except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
                 raise ValueError(f"{path} is truncated, or no file of (IA)³ vectors ({type(e).__name__})") from None
@@ -127,17 +127,11 @@ class IA3(nn.Module):
             if not np.isfinite(arrays[name]).all():
                 raise ValueError(f"{path}: {name} holds NaN or infinity")
             p.data = torch.from_numpy(arrays[name])
-        theirs, ours = about.get("fingerprint"), fingerprint(model)
-        if not isinstance(theirs, str):
-            raise ValueError(f"{path} has no fingerprint, or an older version's: train these vectors again")
+        theirs, ours = str(about.get("fingerprint")), fingerprint(model)
         if theirs != ours:
             raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
         vectors.fingerprint = ours
         return vectors.to(next(model.parameters()).device)
-
-    def extra_repr(self):
-        lines = [f"{name} {tuple(p.shape)}, {p.min():.3f} to {p.max():.3f}" for name, p in self.matrices().items()]
-        return "\n".join([*lines, f"{self.count():,} values for base {(self.fingerprint or 'unknown')[:8]}"])
 
 
 def attach(model, vectors=None, sites=SITES):
@@ -166,7 +160,8 @@ def attach(model, vectors=None, sites=SITES):
 def stack(tasks):
     """Copy several tasks, each an IA3 or None for the base, into one IA3 of matrices (n_tasks, n_layer, width).
 
-    What a task does not scale is ones in its row. Raises ValueError for vectors of different shapes or bases.
+    What a task does not scale is ones in its row. Raises ValueError for no vectors at all, for stacked ones, and for
+    those of different shapes or bases.
     """
     given = [task for task in tasks if task is not None]
     shapes = {(task.config.n_layer, task.config.widths) for task in given}
@@ -214,5 +209,6 @@ def fingerprint(model):
     for name, p in sorted(model.named_parameters()):
         if not name.startswith("ia3."):
             digest.update(f"{name} {tuple(p.shape)}".encode())
-            digest.update(p.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+            rounded = p.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(rounded.view(torch.int16).numpy())  # numpy has no bfloat16
     return digest.hexdigest()

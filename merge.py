@@ -12,7 +12,6 @@ What comes out is a plain model of the same class: the base's keys, shapes and F
 
 import argparse
 import copy
-import math
 import sys
 from dataclasses import dataclass
 
@@ -138,18 +137,24 @@ def verify(model, merged, idx, lengths=None):
     exact = copy.deepcopy(model).double()
     truths = [exact(row)[0] for row in rows]  # (1, n, vocab_size) each
     fold(exact)
-    maxima = []
-    sums = []  # over the tokens of a row
+    figures = []  # five of every token
     for row, truth in zip(rows, truths, strict=True):
         a = model(row)[0].double()
         b = merged(row)[0].double()
-        maxima.append(torch.stack([(a - b).abs().max(), (exact(row)[0] - truth).abs().max()]))
-        agreement = (a.argmax(-1) == b.argmax(-1)).double().mean()
-        means = torch.stack([(a - truth).square().mean(), (b - truth).square().mean(), agreement])
-        sums.append(means * row.size(1))
-    max_difference, float64_difference = torch.stack(maxima).amax(0).tolist()
-    unmerged_square, merged_square, agreement = (torch.stack(sums).sum(0) / sum(lengths)).tolist()
-    return Report(max_difference, float64_difference, math.sqrt(unmerged_square), math.sqrt(merged_square), agreement)
+        largest = (a - b).abs().amax(-1)  # (1, n), as the next four are
+        largest_float64 = (exact(row)[0] - truth).abs().amax(-1)
+        of_unmerged = (a - truth).square().mean(-1)
+        of_merged = (b - truth).square().mean(-1)
+        same = (a.argmax(-1) == b.argmax(-1)).double()
+        figures.append(torch.cat([largest, largest_float64, of_unmerged, of_merged, same]))  # (5, n)
+    largest, largest_float64, of_unmerged, of_merged, same = torch.cat(figures, dim=1)  # (tokens,) each
+    return Report(
+        max_difference=largest.max().item(),
+        float64_difference=largest_float64.max().item(),
+        unmerged_distance=of_unmerged.mean().sqrt().item(),
+        merged_distance=of_merged.mean().sqrt().item(),
+        argmax_agreement=same.mean().item(),
+    )
 
 
 def run(argv):
@@ -170,10 +175,9 @@ def run(argv):
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, window, ["val"])["val"]
     merged = merge(model)
 
-    n = min(max(1024 // window, 1), len(val))  # some 1024 tokens
-    ids = torch.linspace(0, len(val) - 1, n, dtype=torch.float64).long().tolist()
+    ids = datasets.evenly_spaced(val, max(1024 // window, 1))  # some 1024 tokens
     idx, targets = val.windows(ids)
-    lengths = [row.nonzero().max().item() + 1 for row in targets >= 0]
+    lengths = [row.nonzero().max().item() + 1 for row in targets >= 0]  # up to the last target; the rest is padding
     report = verify(model, merged, idx, lengths)
     prompt = val.prompt(64)
     greedy = [generate(m, prompt, 200, temperature=0) for m in (model, merged)]

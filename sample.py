@@ -1,15 +1,16 @@
 """Text from a base, from a base with vectors, from a merged model, and from several tasks in one batch.
 
-python sample.py --prompt "To be"                                      # the base
-python sample.py --ia3 out/folio/ia3.npz --prompt "To be"              # with vectors
-python sample.py --base out/folio/merged.pt --prompt "To be"           # merged
-python sample.py --ia3 a.npz b.npz c.npz --prompt "To be"              # three tasks, one batch, side by side
+python sample.py --prompt "To be"                                  # the base
+python sample.py --ia3 out/folio/ia3.npz --prompt "To be"          # with vectors
+python sample.py --base out/folio/merged.pt --prompt "To be"       # merged
+python sample.py --ia3 a.npz b.npz c.npz --prompt "To be"          # three tasks, one batch, side by side
 """
 
 import argparse
 import math
 import sys
 import textwrap
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ class Cache:
     """
 
     def __init__(self, model, batch_size, max_tokens, task_ids=None):
-        config, weight = model.config, model.lm_head.weight
+        config = model.config
+        weight = model.lm_head.weight
         d_head = config.n_embd // config.n_head
         n_kv_head = config.widths[0] // d_head  # heads of keys and values: in GPT-2 as many as of queries
         shape = (batch_size, n_kv_head, max_tokens, d_head)
@@ -125,9 +127,14 @@ def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tas
 def short_names(paths):
     """What tells the paths apart: without .npz, and without the folders and the file name that all of them share."""
     names = [Path(str(path).removesuffix(".npz")).parts for path in paths]
-    for end, rest in ((0, slice(1, None)), (-1, slice(-1))):
-        while all(len(name) > 1 for name in names) and len({name[end] for name in names}) == 1:
-            names = [name[rest] for name in names]
+
+    def agree(place):
+        return all(len(name) > 1 for name in names) and len({name[place] for name in names}) == 1
+
+    while agree(0):
+        names = [name[1:] for name in names]
+    while agree(-1):
+        names = [name[:-1] for name in names]
     return ["/".join(name) for name in names]
 
 
@@ -139,9 +146,10 @@ def side_by_side(names, texts, width=38):
         for line in text.splitlines():
             column += textwrap.wrap(line, width) or [""]
         columns.append(column)
-    height = max(map(len, columns))
-    padded = [column + [""] * (height - len(column)) for column in columns]
-    return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in zip(*padded, strict=True))
+    lines = []
+    for row in zip_longest(*columns, fillvalue=""):
+        lines.append("  ".join(cell.ljust(width) for cell in row).rstrip())
+    return "\n".join(lines)
 
 
 def run(argv):

@@ -90,19 +90,18 @@ def lm_loss(model, x, y):
     return model(x, y)[1]
 
 
-def train(model, data, config, loss_fn=None, should_stop=None):
+def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved; under
+    target tokens. should_stop(): asked before every step; true ends the run there, saved; under
     torchrun every process must answer the same. With config.out, every evaluation writes last.pt and metrics.csv there.
 
     Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
     ends in eval mode. Draws from torch's random generator, so it leaves it changed. Raises FloatingPointError for a
-    loss that is not finite, and ValueError for vectors on a base that is not frozen, or in less than float32.
+    loss or a gradient that is not finite, and ValueError for nothing to train, for vectors on a base that is not frozen
+    or in less than float32, and for a run in config.out that cannot be resumed.
     """
-    if loss_fn is None:
-        loss_fn = lm_loss
     check_vectors(model)
     rank, world = ranks()
     device = model.lm_head.weight.device
@@ -118,11 +117,11 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     step = 0
     history = []  # a dict an evaluation
     losses = []  # of the steps since the last one
-    settings = {}
+    settings = {}  # what a resumed run must have alike; empty without a folder, and then nothing is saved
     if config.out is not None:
         settings = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
-    if config.resume and os.path.exists(f"{config.out}/last.pt"):
-        step, history, losses = load_run(settings, trained, optimizer)
+        if config.resume and os.path.exists(f"{config.out}/last.pt"):
+            step, history, losses = load_run(settings, trained, optimizer)
 
     wrapped = DistributedDataParallel(model) if world > 1 else model
     parts = get_batch(data["train"], step, config, device)
@@ -135,7 +134,6 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         if due and step not in [row["step"] for row in history]:
             seconds = max(time.time() - started, 1e-9)
             tokens_per_second = n_tokens / seconds
-            left = round((config.steps - step) * seconds / max(step - first, 1))
             train_loss = sum(losses) / len(losses) if losses else math.nan
             val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
             if not math.isfinite(val_loss):
@@ -146,6 +144,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
             if rank == 0:
                 line = f"step {step:5d}/{config.steps}  val {val_loss:.4f}"
                 if step > 0:
+                    left = round((config.steps - step) * seconds / max(step - first, 1))
                     line += f"  loss {train_loss:.4f}  {tokens_per_second:,.0f} tokens/s"
                     line += f"  {left // 60}:{left % 60:02} left"
                 print(line, flush=True)
@@ -162,7 +161,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
         # forward and backward, one part of the batch in memory at a time
         model.train()
-        torch.manual_seed(int(np.random.default_rng((config.seed, step, rank)).integers(2**63)))  # for dropout
+        dice = np.random.default_rng((config.seed, step, rank))
+        torch.manual_seed(int(dice.integers(2**63)))  # for dropout
         loss = torch.zeros((), device=device)
         for i, (part, share) in enumerate(parts):
             if world > 1:
@@ -193,7 +193,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
 
 def check_vectors(model):
-    """Raise ValueError where training would not be what its vectors' file says it was."""
+    """Raise ValueError where there is nothing to train, or where a file of the vectors would not tell what was."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in this model requires a gradient: ia3.attach gives it vectors to train")
     if model.ia3 is None:
@@ -211,14 +211,17 @@ def ranks():
 
 
 def get_batch(split, step, config, device):
-    """This process's rows of a step's global batch: grad_accum parts, each with its share of the batch's targets."""
+    """This process's rows of a step's global batch, in grad_accum parts.
+
+    Returns [(the part's tensors on device, its share of the batch's targets)]; over all processes shares sum to one.
+    """
     rank, world = ranks()
     batch = split.batch(config.seed, step, config.batch_size)
     n_targets = (batch[1] >= 0).sum().item()
-    rows = torch.arange(config.batch_size)[rank::world].tensor_split(config.grad_accum)
+    rows = torch.arange(config.batch_size)[rank::world]  # this process's
     parts = []
-    for r in rows:
-        part = [t[r] for t in batch]
+    for part_rows in rows.tensor_split(config.grad_accum):
+        part = [t[part_rows] for t in batch]
         share = (part[1] >= 0).sum().item() / n_targets
         parts.append((datasets.to_device(part, device), share))
     return parts
@@ -235,8 +238,7 @@ def autocast(model, config):
 def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     """Mean loss in nats a target token, over n_windows evenly spaced windows of split or over all, without overlap."""
     rank, world = ranks()
-    n = min(n_windows or len(split), len(split))
-    ids = torch.linspace(0, len(split) - 1, n, dtype=torch.float64).long().tolist()[rank::world]
+    ids = datasets.evenly_spaced(split, n_windows or len(split))[rank::world]
     total = torch.zeros(2, dtype=torch.float64)  # nats, target tokens
     model.eval()  # and left so: without dropout
     for i in range(0, len(ids), config.batch_size):

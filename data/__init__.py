@@ -54,7 +54,9 @@ class Tokenizer:
         if self.about == "gpt2":
             return tiktoken.get_encoding("gpt2")
         if self.about == "bytes":
-            pattern, ranks, special = r"(?s:.)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+            pattern = r"(?s:.)"  # every character by itself
+            ranks = {bytes([i]): i for i in range(256)}
+            special = {"<|endoftext|>": 256}
         else:
             pattern, ranks, special = [self.about[name] for name in BPE]
         return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -69,7 +71,7 @@ class Tokenizer:
     def encode_ordinary(self, text):
         """The ids of text; what looks like a special token in it is text, too. A byte without a token is left out."""
         raw = text.encode("utf-8", "replace")
-        if len(raw.translate(None, self.missing)) == len(raw):
+        if raw.translate(None, self.missing) == raw:
             return self.encoding.encode_ordinary(text)
 
         # tiktoken panics on such a byte. It is left out after the text is cut into pieces: before, its neighbours could
@@ -111,7 +113,9 @@ class Stream:
     """One long run of tokens, cut into windows of block_size. n_bytes: the length of its text, if known."""
 
     def __init__(self, tokens, block_size, n_bytes=None):
-        self.tokens, self.block_size, self.n_bytes = tokens, block_size, n_bytes
+        self.tokens = tokens
+        self.block_size = block_size
+        self.n_bytes = n_bytes
         self.n_tokens = len(tokens) - 1  # tokens that can be predicted: all but the first
 
     def __len__(self):
@@ -124,8 +128,8 @@ class Stream:
 
     def batch(self, seed, step, batch_size):
         """The batch of a step: windows that start anywhere, drawn from (seed, step) and nothing else."""
-        rng = np.random.default_rng((seed, step))
-        return self._cut(rng.integers(0, len(self.tokens) - self.block_size, batch_size))
+        dice = np.random.default_rng((seed, step))
+        return self._cut(dice.integers(0, len(self.tokens) - self.block_size, batch_size))
 
     def data_hash(self):
         """Tells these windows from others, so that no run is resumed on changed data."""
@@ -175,9 +179,14 @@ class Examples:
     def batch(self, seed, step, batch_size):
         """The batch of a step: every example once an epoch, in an order drawn from (seed, epoch)."""
         n = len(self.examples)
-        places = range(step * batch_size, (step + 1) * batch_size)
-        orders = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in {p // n for p in places}}
-        return self.windows([orders[p // n][p % n] for p in places])
+        orders = {}  # of the epochs that the batch takes from
+        ids = []
+        for place in range(step * batch_size, (step + 1) * batch_size):
+            epoch = place // n
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng((seed, epoch)).permutation(n)
+            ids.append(orders[epoch][place % n])
+        return self.windows(ids)
 
     def data_hash(self):
         return hashlib.sha256(json.dumps(self.examples).encode()).hexdigest()
@@ -186,6 +195,12 @@ class Examples:
         """The last n tokens of the first example's prompt, (1, ≤ n) long; its completion's first if it has none."""
         prompt, completion = self.examples[0]
         return torch.tensor([prompt[-n:] or completion[:1]])
+
+
+def evenly_spaced(split, n):
+    """The ids of n windows of split, evenly spaced from the first to the last; of all where it has fewer."""
+    n = min(n, len(split))
+    return torch.linspace(0, len(split) - 1, n, dtype=torch.float64).long().tolist()
 
 
 def to_device(batch, device):
@@ -222,7 +237,12 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
         if path.suffix == ".jsonl":
             data[split] = read_jsonl(path, tokenizer, block_size)
             continue
-        tokens, n_bytes = read_bin(path, vocab_size) if path.suffix == ".bin" else read_text(path, tokenizer)
+        if path.suffix == ".bin":
+            tokens = read_bin(path, vocab_size)
+            n_bytes = None  # of its text: the file does not tell
+        else:
+            tokens = read_text(path, tokenizer)
+            n_bytes = path.stat().st_size
         if len(tokens) <= block_size:
             raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of block_size {block_size}")
         data[split] = Stream(tokens, block_size, n_bytes)
@@ -237,22 +257,21 @@ def tokens_of(raw, tokenizer):
 
 
 def read_text(path, tokenizer):
-    """Return the file's tokens as an array, and its length in bytes."""
-    raw = path.read_bytes()
+    """Return the file's tokens as an array. Raises ValueError where it is no UTF-8 and has to be."""
     try:
-        return tokens_of(raw, tokenizer), len(raw)
+        return tokens_of(path.read_bytes(), tokenizer)
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
 
 
 def read_bin(path, vocab_size):
-    """Return the file's uint16 tokens, memory-mapped, and None: it does not tell the length of its text."""
+    """Return the file's uint16 tokens, memory-mapped. Raises ValueError for other files and for ids out of range."""
     if path.stat().st_size < 2 or path.stat().st_size % 2:
         raise ValueError(f"{path} is empty or no file of uint16 tokens: {path.stat().st_size} bytes")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     if tokens.max() >= vocab_size:
         raise ValueError(f"{path} holds token id {tokens.max()}, beyond the model's vocabulary of {vocab_size}")
-    return tokens, None
+    return tokens
 
 
 def json_lines(path):
@@ -275,7 +294,8 @@ def read_jsonl(path, tokenizer, block_size):
             raise ValueError(f"{where}: choices to rank: python -m experiments.ranking --data {path.parent}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
-        prompt, completion = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["completion"])
+        prompt = tokenizer.encode_ordinary(row["prompt"])
+        completion = tokenizer.encode_ordinary(row["completion"])
         if len(completion) < (1 if prompt else 2):  # the very first token of a text has no prediction
             raise ValueError(f"{where}: a completion wants a token, and behind an empty prompt two")
         if len(prompt) + len(completion) - 1 > block_size:

@@ -97,9 +97,7 @@ def measure(settings, sites, depth, lr, steps, seed):
             train(model, data, config)
     except FloatingPointError:
         diverged = True
-    found = lab.work_losses(model, lab.read_works(settings["data"], "val", model), config)
-    if diverged or not np.isfinite(found["nats"]).all():
-        found["nats"] = np.full(len(found["nats"]), np.inf)
+    found = lab.work_losses(model, lab.read_works(settings["data"], "val", model), config, diverged=diverged)
     return {"values": values, "loss": float(lab.stack_works([found]).mean())}, found
 
 

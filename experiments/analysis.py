@@ -108,12 +108,12 @@ def heads(args):
         lines.append([name, f"{min(means):.2f} to {max(means):.2f}", f"{min(stds):.2f} to {max(stds):.2f}", f"{low}"])
     table = lab.markdown(["", "means of the heads", "spread within a head", "heads of mean below 0.5"], lines)
     rises = sorted(row["rise"] for row in rows)
-    least = sum(row["rise"] + 2 * row["standard_error"] < 0 for row in rows)
+    n_falling = sum(row["rise"] + 2 * row["standard_error"] < 0 for row in rows)
     where = f"{len(before)} windows or choices of {args.data}"
     text = (
         f"{len(rows)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by "
         f"{rises[0]:+.4f} to {rises[-1]:+.4f} nats, {np.median(rises):+.4f} in the middle; it falls by more than two "
-        f"standard errors for {least}."
+        f"standard errors for {n_falling}."
     )
     lab.save_text(f"{table}\n\n{text}", args.out / "table.md")
 
@@ -162,7 +162,7 @@ def memorize(settings, method, n, lr, steps, seed):
     """Learn n pairs by heart. Returns the bits recalled and the effective rank of what merging changes."""
     torch.manual_seed(seed)  # initial values, where they are random
     model = common.load(settings["base"])
-    rivals.attach(model, method)
+    rivals.attach(model, rivals.METHODS[method].add)
     pairs = random_pairs(n, seed).tolist()
     split = datasets.Examples([(pair[:4], pair[4:]) for pair in pairs])
     config = TrainConfig(

@@ -288,7 +288,8 @@ def table(rows):
         "inference": ["", "time over the base's", *FLOORS],
         "mixed": ["", "time over one task's", "milliseconds"],
     }[what]
-    head += ["tokens/s", "peak GiB"] * gpu
+    if gpu:
+        head += ["tokens/s", "peak GiB"]
     lines = []
     for row in rows:
         if row["contestant"] in (FULL, BASE, ONE_TASK):  # the first of its shape

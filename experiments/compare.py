@@ -97,7 +97,7 @@ def load_model(settings, method, seed):
     torch.manual_seed(seed)  # initial values, where they are random
     held = torch.bfloat16 if settings["llama"] and method != "full" else torch.float32
     model = common.load(settings["base"], held)
-    rivals.attach(model, method)
+    rivals.attach(model, METHODS[method].add)
     return model.to(settings["device"])
 
 
@@ -136,9 +136,7 @@ def measure(settings, stage, data, method, lr, steps, seed):
     arrays = {"curve": np.array(curve).reshape(-1, 2)}
     for kind, text in (("", data), ("forget_", settings["forget"])):
         works = lab.read_works(settings["folders"][text], "test", model)
-        found = lab.work_losses(model, works, config, settings["windows"][kind])
-        if diverged or not np.isfinite(found["nats"]).all():
-            found["nats"] = np.full(len(found["nats"]), np.inf)
+        found = lab.work_losses(model, works, config, settings["windows"][kind], diverged)
         arrays |= {f"{kind}{name}": array for name, array in found.items()}
     means = [float(lab.stack_works([arrays], kind).mean()) for kind in ("", "forget_")]
     return {"values": values, "loss": means[0], "forgotten": means[1]}, arrays
@@ -212,7 +210,9 @@ def plan(settings, datas, methods, seeds, steps, workers, grid):
     lengths = []  # steps of each run
     windows = 0
     for data in datas:
-        n_rates = len(methods) * len(RATE_SEEDS) * (7 if data == datas[0] else 5) * grid
+        n_rates = 0
+        if grid:
+            n_rates = len(methods) * len(RATE_SEEDS) * (7 if data == datas[0] else 5)
         windows += n_rates * (VAL_WINDOWS + 2 * settings["curve"])
         tests = [0] + [steps] * len(methods) * len(seeds)
         if grid and data == datas[0]:
@@ -295,8 +295,7 @@ def count_places(base, folder):
     found = {}
     for title, add in PLACES.items():
         model = load_model(settings, "base", 0)
-        for p in add(model):
-            p.requires_grad_(True)
+        rivals.attach(model, add)
         found[title] = lab.count_step(model, batch, lm_loss, config_of(settings))
     return found
 
@@ -462,7 +461,9 @@ def cost_table(costs):
     full = rows["full"]
     gpu = full["peak_bytes"] is not None
     head = ["method", "values", "%", "FLOPs of a step: linear, attention", "step time", "kept for backward"]
-    head += ["peak memory"] * gpu + ["forward", "forward, merged", "90 % interval", "a mixed batch"]
+    if gpu:
+        head.append("peak memory")
+    head += ["forward", "forward, merged", "90 % interval", "a mixed batch"]
     lines = []
     for name, row in rows.items():
         times = {}
@@ -477,7 +478,9 @@ def cost_table(costs):
             equal = f"{row['equal_low']:.3f} to {row['equal_high']:.3f}"
             equal += ", equivalent" if is_equivalent(row) else ", not shown to be equivalent"
         line = [METHODS[name].title, f"{row['values']:,}", f"{100 * row['values'] / full['values']:.3g}", flops]
-        line += [times["step"], over_full["saved_bytes"]] + [over_full["peak_bytes"]] * gpu
+        line += [times["step"], over_full["saved_bytes"]]
+        if gpu:
+            line.append(over_full["peak_bytes"])
         line += [times["unmerged"], times["merged"] or "does not merge", equal]
         lines.append([*line, times["mixed"] or f"not measured ({METHODS[name].mixes})"])
     made = f"{full['device']}, torch {full['torch']}, {full['date']}"

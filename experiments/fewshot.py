@@ -508,7 +508,9 @@ def draw_pictures(folder, settings, chosen):
                 x = list(each)
                 if name == "costs":
                     of_k = [costs[0 if label == "(IA)³" else k] for k in each]
-                    x = [row["flops"] + row["prefix_flops"] * ("anew" in label) for row in of_k]
+                    x = [row["flops"] for row in of_k]
+                    if label == "in context, read anew":
+                        x = [row["flops"] + row["prefix_flops"] for row in of_k]
                     for k, flops, mean in zip(each, x, means, strict=True):
                         ax.annotate(f" {k}", (flops, mean), fontsize=7)
                 ax.errorbar(x, means, np.reshape(bars, (-1, 2)).T, fmt="o-", ms=4, capsize=2, label=label)

@@ -273,11 +273,11 @@ def window_losses(model, split, config, n_windows=None):
     return torch.cat(nats).numpy(), torch.cat(targets).double().numpy()
 
 
-def work_losses(model, works, config, n_windows=None):
+def work_losses(model, works, config, n_windows=None, diverged=False):
     """Read every work whole, or n_windows evenly spaced windows of each.
 
     works: read_works'. Returns three arrays (blocks,), a block being up to BLOCK windows in a row of one work: 'nats',
-    'bytes', and 'work', which one.
+    'bytes', and 'work', which one. Where training diverged, or a loss is not finite, all nats are infinite.
     """
     found = {"nats": [], "bytes": [], "work": []}
     for i, split in enumerate(works.values()):
@@ -286,7 +286,10 @@ def work_losses(model, works, config, n_windows=None):
         found["nats"].append(np.add.reduceat(nats, starts))
         found["bytes"].append(np.add.reduceat(targets, starts) / tokens_a_byte(split))
         found["work"].append(np.full(len(starts), i))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    found = {name: np.concatenate(parts) for name, parts in found.items()}
+    if diverged or not np.isfinite(found["nats"]).all():
+        found["nats"] = np.full(len(found["nats"]), np.inf)
+    return found
 
 
 # --- how sure one may be of a mean ---

@@ -21,10 +21,10 @@ from merge import merge
 from sample import generate
 
 
-def attach(model, name):
-    """Add the method called name, a key of METHODS, to model, and let learn only what it trains."""
+def attach(model, add):
+    """Add a method to model, and let learn only what it trains. add: as Method.add."""
     model.requires_grad_(False)
-    for p in METHODS[name].add(model):
+    for p in add(model):
         p.requires_grad_(True)
 
 

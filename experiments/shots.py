@@ -229,9 +229,12 @@ def calibrated(beta, free):
 
     beta: (templates, rows, N); free: (templates, content-free sentences, N). Returns (templates, rows, N).
     """
-    p, p_free = (np.exp(b - b.max(-1, keepdims=True)) for b in (beta, free))
-    p, p_free = (q / q.sum(-1, keepdims=True) for q in (p, p_free))
-    return np.log(p) - np.log(p_free.mean(1, keepdims=True))
+
+    def softmax(b):
+        p = np.exp(b - b.max(-1, keepdims=True))
+        return p / p.sum(-1, keepdims=True)
+
+    return np.log(softmax(beta)) - np.log(softmax(free).mean(1, keepdims=True))
 
 
 def fit(x, labels, offset, penalty=1.0):
@@ -327,9 +330,7 @@ def measure(settings, split, task, method, form, k, lr, steps, order, seed):
         if k:
             diverged |= learn(model, draw(train_rows, k, seed), lr, steps, seed)
     elif method in RIVALS:
-        model.requires_grad_(False)
-        for p in RIVALS[method][0](model):
-            p.requires_grad_(True)
+        rivals.attach(model, RIVALS[method][0])
         soft = range(model.config.vocab_size, model.config.vocab_size + N_PROMPT) if method == "prompt" else []
         model.to(settings["device"])
         diverged = learn(model, draw(train_rows, k, seed), lr, steps, seed, soft=soft, dtype=settings["dtype"])

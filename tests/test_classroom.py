@@ -462,8 +462,8 @@ WRONG = [
     (
         "save_and_load_refusal",
         "ia3.py",
-        "if not isinstance(theirs, str):",
-        "if theirs is None:\n            theirs = ours\n        if False:",
+        "if theirs != ours:",
+        "if theirs not in ('None', ours):",
         "has no fingerprint",
     ),
     ("save_and_load_refusal", "ia3.py", "allow_pickle=False", "allow_pickle=True", "code in the file was run"),

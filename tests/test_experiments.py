@@ -42,7 +42,7 @@ def make_method(name, moved=True, **sizes):
     """The tiny GPT with a method attached; moved: what it trains, pushed off its start."""
     model = make_gpt(**sizes)
     torch.manual_seed(0)
-    rivals.attach(model, name)
+    rivals.attach(model, METHODS[name].add)
     dice = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -220,7 +220,7 @@ def test_a_fresh_prefix_is_the_text_whose_keys_and_values_it_holds():
     nn.init.zeros_(base.transformer.wpe.weight)
     model = copy.deepcopy(base)
     torch.manual_seed(0)
-    rivals.attach(model, "prefix")
+    rivals.attach(model, METHODS["prefix"].add)
     torch.manual_seed(0)
     text = generate(base, torch.zeros(1, 1, dtype=torch.long), 8)[:, 1:]
     idx = make_idx(base)[:, :8]
@@ -234,7 +234,7 @@ def test_a_prompt_is_a_text_before_the_text():
     nn.init.zeros_(base.transformer.wpe.weight)
     model = copy.deepcopy(base)
     torch.manual_seed(0)
-    rivals.attach(model, "prompt")
+    rivals.attach(model, METHODS["prompt"].add)
     torch.manual_seed(0)
     text = torch.randint(257, (16,))
     idx = make_idx(base)[:, :8]

@@ -452,7 +452,7 @@ def test_the_committed_table_of_serving_is_its_results():
 
 
 def differences():
-    """{(row, less row, task): (value, whether 0 is in its interval over items, over draws, the same, first template)}."""
+    """{(row, less row, task): (value, whether 0 is in the interval over items, over draws; the same, one template)}."""
     found = {}
     for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
         cells = [re.sub(r" 100 steps at", "", cell) for cell in line.strip("| ").split(" | ")]

@@ -11,7 +11,7 @@ from conftest import blocks, make_gpt, make_ia3, make_idx, make_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 from classroom.gradient import central_difference, gradient_of_l
-from ia3 import IA3, SITES, attach, fingerprint
+from ia3 import IA3, SITES, attach
 from llama import LlamaConfig
 from model import GPT, GPTConfig
 from sample import Cache
@@ -219,13 +219,6 @@ def test_count_on_a_llama(n_layer, n_embd, n_head, n_kv_head, n_hidden, widths, 
     """l_k and l_v are as wide as the keys and values are, which several heads of queries may share."""
     config = LlamaConfig(2048, 32000, n_layer, n_head, n_kv_head, n_embd, n_hidden, 1e4, 1e-5, tied=False)
     assert config.widths == widths and IA3(config).count() == count
-
-
-def test_the_repr_says_what_matters():
-    model = make_gpt()
-    text = repr(attach(model))
-    assert "l_ff (2, 64)" in text and "192 values" in text and fingerprint(model)[:8] in text
-    assert "unknown" in repr(IA3(model.config))
 
 
 def test_a_step_needs_two_thirds_of_the_matrix_products():

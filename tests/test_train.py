@@ -8,6 +8,7 @@ import json
 import math
 import signal
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -693,7 +694,7 @@ def interrupt_in_step(monkeypatch, step, times):
                 signal.raise_signal(signal.SIGINT)
         return lm_loss(model, x, y)
 
-    monkeypatch.setattr("train.lm_loss", loss_fn)
+    monkeypatch.setattr("train.train", partial(train, loss_fn=loss_fn))
 
 
 def test_ctrl_c_finishes_the_step_exits_with_130_and_resume_goes_on(tiny_run, handler, monkeypatch, capsys):

@@ -68,6 +68,8 @@ def read_vectors(path):
     try:
         with np.load(path, allow_pickle=False) as npz:
             claimed = common.read_shapes(npz)  # before anything is read
+            if not claimed:
+                raise ValueError
             config = json.loads(npz["about"].item())["config"]
             d_head = int(config["n_embd"]) // int(config["n_head"])
             for name in sorted(claimed, key=("l_k", "l_v", "l_ff").index):
@@ -80,9 +82,7 @@ def read_vectors(path):
     except OSError:
         raise
     except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
-        matrices = {}
-    if not matrices:
-        raise ValueError(f"{path} is no file of (IA)³ vectors")
+        raise ValueError(f"{path} is no file of (IA)³ vectors") from None
     return matrices, d_head
 
 
