@@ -336,7 +336,7 @@ def build(args):
             raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
         return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
     sites = args.sites.split(",") if args.sites else SITES
-    vectors = IA3(model.config, sites) if args.ia3 is None else IA3.load(args.ia3, model)
+    vectors = IA3.load(args.ia3, model) if args.ia3 is not None else IA3(model.config, sites)
     model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
     attach(model, vectors)  # float32
     return model, data
