@@ -431,7 +431,7 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     """The numbers of two digits and more in experiments/README's part on compare, and what it says of the order."""
     page = (ROOT / "experiments/README.md").read_text(encoding="utf-8").split("\n## compare\n")[1].split("\n## ")[0]
     page = page.split("Findings (")[1].split("**What is kept")[0]
-    told = (lab.RESULTS / "compare/table.md").read_text(encoding="utf-8")
+    told = "".join((lab.RESULTS / f"{name}/table.md").read_text() for name in ("compare", "compare-smollm2"))
     numbers = re.findall(r"\d[\d.,]*\d", re.sub(r"\]\([^)]*\)", "", page))
     assert len(numbers) > 15
     assert set(numbers) - set(re.findall(r"\d[\d.,]*\d", told)) == set()
@@ -458,6 +458,10 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     assert gap_there["lora-all"] < gap_there["adapters-only"] < gap_there["adapters"]
     first, second = bible["lora1"]["beside"]  # level: each is ahead on one book
     assert min(first, second) < 0 < max(first, second) and max(bible["prefix"]["beside"]) < 0
+
+    larger = compare.statistics(lab.RESULTS / "compare-smollm2")["folio", 100]
+    assert 0 > max(larger["lora-all"]["beside"]) > max(larger["full"]["beside"])
+    assert all(max(row["forgotten"]) < 0 for name, row in larger.items() if name != "base")
 
     rows = lab.read_csv(lab.RESULTS / "compare/results.csv", compare.RUNS)
     of_folio, of_kjv = [compare.mean_losses(rows, data) for data in ("folio", "kjv")]
