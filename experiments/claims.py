@@ -175,7 +175,7 @@ CLAIMS = (  # the claim, the verdict, where to look
     (
         "rapid adaptation of large models to new domains with little data",
         "with few labels: {fewshot}. Share of full fine-tuning's gain on 1623 spelling, 100 steps: {gap_ia3}; "
-        "SmolLM2's {gap_smollm2}. Large models: not tried",
+        "on SmolLM2 {gap_smollm2}. Large models: not tried",
         "compare",
     ),
     (
