@@ -90,11 +90,11 @@ def lm_loss(model, x, y):
     return model(x, y)[1]
 
 
-def train(model, data, config, loss_fn=lm_loss, should_stop=None):
+def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens. should_stop(): asked before every step; true ends the run there, saved; under
+    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved; under
     torchrun every process must answer the same. With config.out, every evaluation writes last.pt and metrics.csv there.
 
     Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
@@ -102,6 +102,8 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     loss or a gradient that is not finite, and ValueError for nothing to train, for vectors on a base that is not frozen
     or in less than float32, and for a run in config.out that cannot be resumed.
     """
+    if loss_fn is None:
+        loss_fn = lm_loss
     check_vectors(model)
     rank, world = ranks()
     device = model.lm_head.weight.device
