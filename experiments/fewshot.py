@@ -65,6 +65,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +99,7 @@ RATE = 3e-3
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STEPS = 100
 N_SOURCE = 192  # labels of other sets in transfer
+SUBSETS = ("lm", "ln", "lm-ul", "lm-ln")  # of (IA)³'s three losses
 JOB = {"split": str, "task": str, "method": str, "form": str, "k": int, "lr": float, "steps": int, "order": int}
 RUNS = JOB | {"seed": int, "accuracy": float, "diverged": int, "seconds": float}
 COSTS = {"k": int, "prefix_tokens": int, "flops": int, "prefix_flops": int, "by_2n": int, "prefix_by_2n": int}
@@ -163,7 +165,7 @@ def jobs_to_report(settings, chosen):
     if chosen.get("ia3", RATE) != RATE:
         for task in settings["tasks"]:
             jobs += [job("test", task, "ia3", s, "plain", k32, chosen["ia3"], steps) for s in seeds]
-    for losses in ("lm", "ln", "lm-ul", "lm-ln"):
+    for losses in SUBSETS:
         jobs += [job("test", "movies", f"ia3-{losses}", s, "plain", k32, RATE, steps) for s in seeds[:3]]
     for task in ("movies", "tweets", "news"):
         for s in seeds[:3]:
@@ -299,11 +301,7 @@ def results(folder):
     found = {}
     for row in sorted((row for row in rows if row["split"] == "test"), key=lambda row: row["seed"]):
         run = lab.arrays_of(row, arrays, folder)
-        name = f"{row['method']}, {row['form']}, K = {row['k']}"
-        if row["steps"]:
-            name = name_of_trained(row["method"], row["k"], row["steps"], row["lr"])
-        if row["order"]:
-            name += f", order {row['order']}"
+        name = row_name(row)
         draws = {name: right(run)}
         if "free" in run:
             draws[f"{name}, calibrated"] = right(run, True)
@@ -317,9 +315,40 @@ def results(folder):
     return found, [lab.run_name(row) for row in rows if row["diverged"]]
 
 
+def row_name(row):
+    """The row of the tables in which this run is a draw."""
+    if row["steps"]:
+        return name_of_trained(row["method"], row["k"], row["steps"], row["lr"])
+    name = f"{row['method']}, {row['form']}, K = {row['k']}"
+    return f"{name}, order {row['order']}" if row["order"] else name
+
+
 def name_of_trained(method, k, steps, rate):
-    """The row of what is trained so: results() and the tables name it alike."""
+    """The row of what is trained so: row_name and the tables name it alike."""
     return f"{method}, plain, K = {k}, {steps} steps at {rate:g}"
+
+
+def all_run(found, settings, chosen):
+    """found, of results(), without what lacks a draw yet: only then are the first draws of two rows the same."""
+    wanted = Counter((row_name(row), row["task"]) for row in jobs_to_report(settings, chosen))
+    whole = {}
+    for name, of_task in found.items():
+        for task, draws in of_task.items():
+            if len(draws) >= wanted[name.removesuffix(", calibrated"), task]:
+                whole.setdefault(name, {})[task] = draws
+    return whole
+
+
+def paired(whole, pair, task):
+    """The draws of two rows, as many as both have, or None. whole: of all_run().
+
+    Zero-shot has no draws: the same stands beside each.
+    """
+    ours, theirs = [whole.get(name, {}).get(task, []) for name in pair]
+    if len(theirs) == 1:
+        theirs = theirs * len(ours)
+    n = min(len(ours), len(theirs))
+    return (ours[:n], theirs[:n]) if n else None
 
 
 def names_at(k, settings, chosen):
@@ -335,67 +364,79 @@ def difference(ours, theirs):
     return [*cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
 
 
-def beside_rivals(found, settings, chosen):
-    """A table of (IA)³, at 3e-3 and at the rate that products chose, less every rival. found: of results().
-
-    A rival whose three draws are all run is compared on these draws, where all of (IA)³'s are run.
-    """
-    k, steps, n = main_k(settings), settings["steps"], len(settings["seeds"][:3])
+def beside_rivals(whole, settings, chosen):
+    """A table of (IA)³, at 3e-3 and at the rate that products chose, less every rival. whole: of all_run()."""
+    k, steps = main_k(settings), settings["steps"]
     lines = []
-    rivals = [name for name in RIVALS if name in chosen]
     for rate in dict.fromkeys((RATE, chosen.get("ia3", RATE))):
-        ours = found.get(name_of_trained("ia3", k, steps, rate), {})
-        for name in rivals:
-            theirs = found.get(name_of_trained(name, k, steps, chosen[name]), {})
-            for task, draws in theirs.items():
-                if len(draws) == n and len(ours.get(task, [])) == len(settings["seeds"]):
-                    lines.append([f"{rate:g}", name, task, *difference(ours[task][:n], draws)])
+        for rival in [name for name in RIVALS if name in chosen]:
+            pair = (name_of_trained("ia3", k, steps, rate), name_of_trained(rival, k, steps, chosen[rival]))
+            for task in settings["tasks"]:
+                sides = paired(whole, pair, task)
+                if sides:
+                    lines.append([f"{rate:g}", rival, task, *difference(*sides)])
     head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
     return lab.markdown(head, lines)
 
 
-def comparison(found, settings, chosen, templates=slice(None)):
-    """A table of the primary comparison's two sides, a line a task. found: of results(). templates: all, or a part."""
-    ours, theirs = [found.get(name, {}) for name in names_at(main_k(settings), settings, chosen)]
-    wanted = len(settings["seeds"])
+def comparison(whole, settings, chosen, templates=slice(None)):
+    """A table of the primary comparison's two sides, a line a task. whole: of all_run(). templates: all, or a part."""
     lines = []
     for task in settings["tasks"]:
-        n = min(len(ours.get(task, [])), len(theirs.get(task, [])))
-        if n < wanted:
-            lines.append([task, f"{n} of {wanted} draws run", "", "", ""])
-            continue
-        sides = [[draw[templates] for draw in of_task[task]] for of_task in (ours, theirs)]
-        lines.append([task, *difference(*sides)])
+        sides = paired(whole, names_at(main_k(settings), settings, chosen), task)
+        if sides:
+            lines.append([task, *difference(*[[draw[templates] for draw in side] for side in sides])])
+        else:
+            lines.append([task, "not all draws are run", "", "", ""])
     head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
     return lab.markdown(head, lines)
 
 
-def other_differences(found, settings, chosen):
-    """A table of what else the page compares, a line a task: over all templates, and on the first alone.
+def other_differences(whole, settings, chosen):
+    """A table of what else can be compared, a line a task: over all templates, and on the first alone.
 
-    found: of results(). Zero-shot has no draws, so the same stands beside each.
+    whole: of all_run().
     """
-    k, n = main_k(settings), len(settings["seeds"])
+    k, steps = main_k(settings), settings["steps"]
     papers, in_context = names_at(k, settings, chosen)
-    best = name_of_trained("ia3", k, settings["steps"], chosen.get("ia3", RATE))
+    best = name_of_trained("ia3", k, steps, chosen.get("ia3", RATE))
     probe = f"probe, plain, K = {k}"
     zero = in_context.replace("icl", "zero").replace(f"K = {k}", "K = 0")
     pairs = [(papers, probe), (best, probe), (best, papers), (papers, f"biases, plain, K = {k}")]
     pairs += [(in_context, zero), (in_context, "zero, plain, K = 0")]
+    for other in [n for n in settings["ks"] if n != k]:
+        pair = names_at(other, settings, chosen)
+        pairs += [pair, (pair[0], f"probe, plain, K = {other}")]
+    pairs += [(papers, name_of_trained(f"ia3-{losses}", k, steps, RATE)) for losses in SUBSETS]
+    from_others = [name_of_trained("transfer", n, steps, RATE) for n in (0, k)]
+    pairs += [(from_others[0], in_context.replace("icl", "icl-other")), (from_others[1], papers)]
+    pairs.append((name_of_trained("ia3", k, 10 * steps, RATE), papers))
     lines = []
     for pair in dict.fromkeys(pairs):
         for task in settings["tasks"]:
-            ours, theirs = [found.get(name, {}).get(task, []) for name in pair]
-            if len(theirs) == 1:
-                theirs = theirs * n
-            if len(ours) == len(theirs) == n and pair[0] != pair[1]:
-                line = [*pair, task]
+            sides = paired(whole, pair, task)
+            if sides and pair[0] != pair[1]:
+                line = [*pair, task, f"{len(sides[0])}"]
                 for part in (slice(None), slice(1)):
-                    line += difference([draw[part] for draw in ours], [draw[part] for draw in theirs])[2:]
+                    line += difference(*[[draw[part] for draw in side] for side in sides])[2:]
                 lines.append(line)
     interval = "(95 %, draws and items)"
-    head = ["row", "less row", "task", f"difference {interval}", "t, over draws"]
+    head = ["row", "less row", "task", "draws", f"difference {interval}", "t, over draws"]
     return lab.markdown([*head, f"first template {interval}", "t, over draws"], lines)
+
+
+def by_order(whole, settings, chosen):
+    """A table of how far the order of the examples moves a draw's accuracy in context. whole: of all_run()."""
+    _, first = names_at(main_k(settings), settings, chosen)
+    at_k = f"K = {main_k(settings)}"
+    names = [first, *[first.replace(at_k, f"{at_k}, order {order}") for order in (1, 2)]]
+    lines = []
+    for task in settings["tasks"]:
+        rows = [whole.get(name, {}).get(task, []) for name in names]
+        orders_of_draws = list(zip(*rows, strict=False))  # the first order has more draws than the others
+        cells = [" / ".join(f"{100 * accuracy_of([draw]):.1f}" for draw in orders) for orders in orders_of_draws]
+        lines += [[task, *cells]] if cells else []
+    return lab.markdown(["task", *[f"draw {s}" for s in settings["seeds"][:3]]], lines)
 
 
 def range_of_draws(draws):
@@ -425,21 +466,28 @@ def rates_tried(rows):
 def tables(folder, settings, chosen):
     """The tables, in Markdown."""
     found, diverged = results(folder)
+    whole = all_run(found, settings, chosen)
     tasks = settings["tasks"]
     rows, _ = lab.read_runs(folder, RUNS)
     done = {lab.run_name(row) for row in rows}
     wanted = [lab.run_name(row) for row in jobs_of_rates(settings) + jobs_to_report(settings, chosen)]
     made = f"{sum(name in done for name in wanted)} of {len(wanted)} runs are made, the formats' apart."
-    pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(found, settings, chosen)]
+    pieces = [f"Chosen on products: {json.dumps(chosen)}. {made}", comparison(whole, settings, chosen)]
     pieces.append("The same on the first template alone, whose answers are single tokens; descriptive:")
-    pieces.append(comparison(found, settings, chosen, slice(1)))
+    pieces.append(comparison(whole, settings, chosen, slice(1)))
     pieces.append(
         "Beside the rivals, each at the rate that products chose, on the same draws; descriptive. With three draws the "
         "first interval is too narrow, take the second:"
     )
-    pieces.append(beside_rivals(found, settings, chosen))
-    pieces.append("Other differences between rows of the tables below, in points; descriptive:")
-    pieces.append(other_differences(found, settings, chosen))
+    pieces.append(beside_rivals(whole, settings, chosen))
+    pieces.append(
+        "Other differences between rows of the tables below, in points; descriptive, and with three draws as above:"
+    )
+    pieces.append(other_differences(whole, settings, chosen))
+    pieces.append(
+        f"In context, K = {main_k(settings)}, accuracy in %: a draw's examples in one order / in another / in a third:"
+    )
+    pieces.append(by_order(whole, settings, chosen))
     captions = {
         range_of_draws: "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
         templates_of_draws: "The same by template, means of the draws:",
@@ -483,7 +531,7 @@ def draw_pictures(folder, settings, chosen):
 
     A point is the mean of all draws, its bar the lowest and the highest; where draws are not made yet, there is none.
     """
-    found, _ = results(folder)
+    found = all_run(results(folder)[0], settings, chosen)
     costs = {row["k"]: row for row in lab.read_csv(folder / "costs.csv", COSTS)}
     labels = {
         "accuracy": ("(IA)³", "in context", "logistic regression"),
@@ -498,8 +546,8 @@ def draw_pictures(folder, settings, chosen):
                 for k in settings["ks"]:
                     ours, theirs = names_at(k, settings, chosen)
                     name_of = {"(IA)³": ours, "logistic regression": f"probe, plain, K = {k}"}
-                    draws = found.get(name_of.get(label, theirs), {}).get(task, [])
-                    if len(draws) == len(settings["seeds"]):
+                    draws = found.get(name_of.get(label, theirs), {}).get(task)
+                    if draws:
                         each[k] = [100 * accuracy_of([draw]) for draw in draws]
                 means = [np.mean(draws) for draws in each.values()]
                 bars = [

@@ -409,17 +409,35 @@ def test_a_rival_is_compared_on_its_own_draws_and_only_when_all_are_run():
     right = {share: np.arange(10) < 10 * share for share in (0.4, 0.5, 0.6, 0.9)}
     ours = [np.stack([right[share]] * 3) for share in (0.5, 0.6, 0.4, 0.9, 0.9)]  # rivals have the first three draws
     theirs = [np.stack([right[share]] * 3) for share in (0.4, 0.4, 0.4)]
-    settings = {"ks": (16, 32, 64), "steps": 100, "seeds": [0, 1, 2, 3, 4]}
+    settings = {"ks": (16, 32, 64), "steps": 100, "seeds": [0, 1, 2, 3, 4], "tasks": fewshot.TASKS}
     chosen = {"form": "plain", "calibrated": True, "full": 3e-5, "lora4": 1e-3}
+
+    def made(chosen):
+        return fewshot.beside_rivals(fewshot.all_run(found, settings, chosen), settings, chosen).splitlines()[2:]
+
     found = {"ia3, plain, K = 32, 100 steps at 0.003": {"movies": ours, "news": ours[:4]}}
     found["full, plain, K = 32, 100 steps at 3e-05"] = {"movies": theirs, "news": theirs}
     found["lora4, plain, K = 32, 100 steps at 0.001"] = {"movies": theirs[:2]}
-    lines = fewshot.beside_rivals(found, settings, chosen).splitlines()[2:]
+    lines = made(chosen)
     assert len(lines) == 1 and lines[0].startswith("| 0.003 | full | movies | 50.0 | 40.0 | +10.0 (")
     found["ia3, plain, K = 32, 100 steps at 0.01"] = {"movies": ours[:4], "news": ours[::-1]}
     for chosen_rate, expected in ((0.003, lines), (0.01, [*lines, "| 0.01 | full | news | 73.3 | 40.0 | +33.3 ("])):
-        made = fewshot.beside_rivals(found, settings, chosen | {"ia3": chosen_rate}).splitlines()[2:]
-        assert len(made) == len(expected) and all(a.startswith(b) for a, b in zip(made, expected, strict=True))
+        found_lines = made(chosen | {"ia3": chosen_rate})
+        assert len(found_lines) == len(expected)
+        assert all(a.startswith(b) for a, b in zip(found_lines, expected, strict=True))
+
+
+def test_the_orders_of_a_draw_stand_side_by_side_by_hand():
+    right = {share: np.stack([np.arange(10) < 10 * share] * 3) for share in (0.2, 0.5, 0.7)}
+    settings = {"ks": (16, 32, 64), "steps": 100, "seeds": [0, 1, 2, 3, 4], "tasks": ("movies", "news")}
+    chosen = {"form": "plain", "calibrated": True}
+    found = {"icl, plain, K = 32, calibrated": {"movies": [right[0.2]] * 4 + [right[0.7]], "news": [right[0.7]] * 5}}
+    for order, shares in ((1, (0.5, 0.7, 0.2)), (2, (0.7, 0.7, 0.5))):
+        of_news = [right[0.5]] * 2  # one draw is not run yet
+        name = f"icl, plain, K = 32, order {order}, calibrated"
+        found[name] = {"movies": [right[share] for share in shares], "news": of_news}
+    lines = fewshot.by_order(fewshot.all_run(found, settings, chosen), settings, chosen).splitlines()[2:]
+    assert lines == ["| movies | 20.0 / 50.0 / 70.0 | 20.0 / 70.0 / 70.0 | 20.0 / 20.0 / 50.0 |"]
 
 
 def test_what_training_saves_by_hand():
@@ -456,8 +474,8 @@ def differences():
     found = {}
     for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
         cells = [re.sub(r" 100 steps at", "", cell) for cell in line.strip("| ").split(" | ")]
-        if len(cells) == 7 and cells[2] in fewshot.TASKS and "(" in cells[3]:
-            numbers = [[float(n) for n in re.findall(r"[+-][0-9.]+", cell)] for cell in cells[3:]]
+        if len(cells) == 8 and cells[2] in fewshot.TASKS:
+            numbers = [[float(n) for n in re.findall(r"[+-][0-9.]+", cell)] for cell in cells[4:]]
             parts = []
             for (value, low, high), (t_low, t_high) in (numbers[:2], numbers[2:]):
                 parts += [value, low <= 0 <= high, t_low <= 0 <= t_high]
