@@ -537,10 +537,12 @@ def draw_pictures(folder, settings, chosen):
         "accuracy": ("(IA)³", "in context", "logistic regression"),
         "costs": ("(IA)³", "in context, from a cache", "in context, read anew"),
     }
+    columns = min(len(settings["tasks"]), 3)
+    rows = math.ceil(len(settings["tasks"]) / columns)
     for name in ("accuracy", "costs") if costs else ("accuracy",):
-        size = {"figsize": (16, 3.2), "layout": "constrained", "squeeze": False, "sharey": True}
-        figure, axes = plt.subplots(1, len(settings["tasks"]), **size)
-        for ax, task in zip(axes[0], settings["tasks"], strict=True):
+        size = {"figsize": (3.4 * columns + 1.8, 3 * rows), "layout": "constrained", "squeeze": False, "sharey": True}
+        figure, axes = plt.subplots(rows, columns, **size)
+        for ax, task in zip(axes.flat, settings["tasks"], strict=True):
             for label in labels[name]:
                 each = {}  # {K: accuracy of every draw}
                 for k in settings["ks"]:
@@ -569,7 +571,8 @@ def draw_pictures(folder, settings, chosen):
             if name == "accuracy":
                 ax.minorticks_off()
                 ax.set_xticks(settings["ks"], [str(k) for k in settings["ks"]])
-        axes[0, 0].set_ylabel("accuracy (%)")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("accuracy (%)")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
         save_picture(figure, folder / f"{name}.png")
 

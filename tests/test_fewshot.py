@@ -540,3 +540,40 @@ def test_what_the_page_says_of_the_floors_is_the_tables():
     biases = {task: found["ia3, 0.003", "biases", task] for task in fewshot.TASKS}
     assert all(row[0] > 0 and not any(row[1:3]) for row in biases.values())
     assert biases["movies"][3:] == (1.2, True, True) and "(IA)³ is 1.2 points ahead and both intervals" in the_page()
+
+
+def test_what_the_page_says_of_other_k_is_the_tables():
+    found = differences()
+    tasks = ("movies", "tweets", "news")
+    with_4 = [found["ia3, plain, K = 4, 0.003", "icl, plain, K = 4, calibrated", task] for task in tasks]
+    more = [f"plain, K = {k}" for k in (16, 64)]
+    with_more = [found[f"ia3, {k}, 0.003", f"icl, {k}, calibrated", task] for k in more for task in tasks]
+    gains = [[row[0] for row in rows] for rows in (with_4, with_more)]
+    assert f"(IA)³'s mean is {min(gains[0])} to {max(gains[0])} points ahead" in the_page()
+    assert f"With 16 and with 64 it is {min(gains[1])} to {max(gains[1])} ahead, and none does" in the_page()
+    assert all(row[1:3] == (True, True) for row in with_4) and all(row[1:3] == (False, False) for row in with_more)
+
+    single_tokens = [row[3:] for row in with_4 + with_more]
+    assert f"with 4, (IA)³ is {single_tokens[2][0]} points ahead" in the_page()
+    otherwise = [row[1:] != holds[1:3] for row, holds in zip(single_tokens, with_4 + with_more, strict=True)]
+    assert [i for i, other in enumerate(otherwise) if other] == [2, 3, 6]  # news with 4, movies with 16 and with 64
+    assert [row[1:] for row in single_tokens if row[2]] == [(True, True)] * 2 + [(False, True)] * 2
+
+    of_news = {}  # {row: accuracy on the first template}
+    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
+        cells = line.strip("| ").split(" | ")
+        if len(cells) > 3 and cells[3].count(" / ") == 2:
+            of_news[cells[0]] = cells[3].split(" / ")[0]
+    ours = of_news["ia3, plain, K = 4, 100 steps at 0.003"]
+    assert f"with {ours} % where plain zero-shot has {of_news['zero, plain, K = 0']};" in the_page()
+
+    means = {}  # {row: accuracy of each of the three tasks}
+    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
+        cells = line.strip("| ").split(" | ")
+        if len(cells) > 3 and re.fullmatch(r"[0-9.]+ \(.*\), 5", cells[1]):
+            means[cells[0]] = [float(cell.split()[0]) for cell in cells[1:4]]
+    for form, rises in (("ia3, {}, 100 steps at 0.003", True), ("probe, {}", True), ("icl, {}, calibrated", False)):
+        of_k = [means[form.format(f"plain, K = {k}")] for k in fewshot.KS]
+        for of_task in zip(*of_k, strict=True):
+            assert (list(of_task) == sorted(set(of_task))) == rises
+    assert means["icl, plain, K = 64, calibrated"][1] < means["icl, plain, K = 4, calibrated"][1]
