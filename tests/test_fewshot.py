@@ -577,3 +577,11 @@ def test_what_the_page_says_of_other_k_is_the_tables():
         for of_task in zip(*of_k, strict=True):
             assert (list(of_task) == sorted(set(of_task))) == rises
     assert means["icl, plain, K = 64, calibrated"][1] < means["icl, plain, K = 4, calibrated"][1]
+
+
+def test_what_the_page_says_of_the_losses_is_the_tables():
+    found = differences()
+    lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
+    assert f"with L_LM alone (IA)³'s mean is {lm[0]} points lower than with all three" in the_page()
+    assert f"with L_LN alone it is {-ln[0]} higher" in the_page()
+    assert all(found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"][2] for losses in fewshot.SUBSETS)
