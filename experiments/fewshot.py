@@ -537,11 +537,16 @@ def draw_pictures(folder, settings, chosen):
         "accuracy": ("(IA)³", "in context", "logistic regression"),
         "costs": ("(IA)³", "in context, from a cache", "in context, read anew"),
     }
-    columns = min(len(settings["tasks"]), 3)
-    rows = math.ceil(len(settings["tasks"]) / columns)
+    n_columns = min(len(settings["tasks"]), 3)
+    n_rows = math.ceil(len(settings["tasks"]) / n_columns)
     for name in ("accuracy", "costs") if costs else ("accuracy",):
-        size = {"figsize": (3.4 * columns + 1.8, 3 * rows), "layout": "constrained", "squeeze": False, "sharey": True}
-        figure, axes = plt.subplots(rows, columns, **size)
+        size = {
+            "figsize": (3.4 * n_columns + 1.8, 3 * n_rows),
+            "layout": "constrained",
+            "squeeze": False,
+            "sharey": True,
+        }
+        figure, axes = plt.subplots(n_rows, n_columns, **size)
         for ax, task in zip(axes.flat, settings["tasks"], strict=True):
             for label in labels[name]:
                 each = {}  # {K: accuracy of every draw}

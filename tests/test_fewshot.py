@@ -469,11 +469,17 @@ def test_the_committed_table_of_serving_is_its_results():
     assert (folder / "table.md").read_text(encoding="utf-8") == "\n\n".join(made) + "\n"
 
 
+def lines_of_the_table():
+    """The committed table's lines, each a list of its cells."""
+    text = (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8")
+    return [line.strip("| ").split(" | ") for line in text.splitlines()]
+
+
 def differences():
     """{(row, less row, task): (value, whether 0 is in the interval over items, over draws; the same, one template)}."""
     found = {}
-    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
-        cells = [re.sub(r" 100 steps at", "", cell) for cell in line.strip("| ").split(" | ")]
+    for line in lines_of_the_table():
+        cells = [re.sub(r" 100 steps at", "", cell) for cell in line]
         if len(cells) == 8 and cells[2] in fewshot.TASKS:
             numbers = [[float(n) for n in re.findall(r"[+-][0-9.]+", cell)] for cell in cells[4:]]
             parts = []
@@ -492,8 +498,7 @@ def test_what_the_page_says_of_the_rivals_is_the_tables():
     """At the paper's rate and at the one chosen. Who is ahead the table says: the page's words must follow from it."""
     found = {}
     intervals = []
-    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
-        cells = line.strip("| ").split(" | ")
+    for cells in lines_of_the_table():
         if len(cells) == 7 and cells[1] in shots.RIVALS:
             rate, name, task, _, _, value, over_draws = cells
             found[rate, name, task] = float(value.split()[0])
@@ -560,16 +565,14 @@ def test_what_the_page_says_of_other_k_is_the_tables():
     assert [row[1:] for row in single_tokens if row[2]] == [(True, True)] * 2 + [(False, True)] * 2
 
     of_news = {}  # {row: accuracy on the first template}
-    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
-        cells = line.strip("| ").split(" | ")
+    for cells in lines_of_the_table():
         if len(cells) > 3 and cells[3].count(" / ") == 2:
             of_news[cells[0]] = cells[3].split(" / ")[0]
     ours = of_news["ia3, plain, K = 4, 100 steps at 0.003"]
     assert f"with {ours} % where plain zero-shot has {of_news['zero, plain, K = 0']};" in the_page()
 
     means = {}  # {row: accuracy of each of the three tasks}
-    for line in (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8").splitlines():
-        cells = line.strip("| ").split(" | ")
+    for cells in lines_of_the_table():
         if len(cells) > 3 and re.fullmatch(r"[0-9.]+ \(.*\), 5", cells[1]):
             means[cells[0]] = [float(cell.split()[0]) for cell in cells[1:4]]
     for form, rises in (("ia3, {}, 100 steps at 0.003", True), ("probe, {}", True), ("icl, {}, calibrated", False)):
