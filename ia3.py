@@ -96,7 +96,7 @@ class IA3(nn.Module):
         Raises ValueError for vectors of no known base (attach them), and for stacked ones (unstack them first).
         """
         if self.fingerprint is None or self.is_stacked():
-            raise ValueError("only one task's vectors can be saved, of a known base: ia3.attach tells them theirs")
+            raise ValueError("only one task's vectors can be saved (ia3.unstack), and of a known base (ia3.attach)")
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}
         about = {"config": asdict(self.config), "vectors": list(arrays), "fingerprint": self.fingerprint}
         with replace_file(path) as f:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # its numbers
+# the numbers of a rope_scaling
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -82,8 +83,8 @@ def rotary_table(config, pos, dtype):
     even = torch.arange(0, d_head, 2, device=pos.device, dtype=torch.promote_types(dtype, torch.float32))
     speed = 1 / config.rope_base ** (even / d_head)  # (d_head/2,) radians a token
     if config.rope_scaling is not None:
-        # Llama 3.1 was trained on to longer texts with the slow pairs slowed down: those that turn less than
-        # low_freq_factor times in the length first trained on by factor, those above high_freq_factor not at all
+        # Llama 3.1 was trained on to longer texts with the slow pairs slowed down: by factor where they turn less than
+        # low_freq_factor times in the length first trained on, not at all above high_freq_factor, in between by a mix
         factor, low, high, length = [config.rope_scaling[name] for name in LLAMA3]
         turns = length / (2 * math.pi / speed)
         kept = ((turns - low) / (high - low)).clamp(0, 1)

@@ -5,7 +5,8 @@
     attention   softmax(Q (l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)       CausalSelfAttention.forward
     MLP         W_2 (l_ff ⊙ γ(W_1 x + b_1)) + b_2                MLP.forward
 
-The vectors are a value that this file only reads: GPT.ia3 is None (the plain base) or an ia3.IA3.
+The vectors are a value that this file only reads: GPT.ia3 is None (the plain base) or an ia3.IA3, whose parameters are
+the model's then, by the names ia3.l_k, ia3.l_v and ia3.l_ff.
 
 The rest is GPT-2 exactly (Radford et al. 2019), with nanoGPT's names: learned positions, LayerNorm before each
 sublayer, GELU in its tanh form, and one matrix for the embedding and the head.

@@ -123,7 +123,7 @@ class Stream:
         return -(-self.n_tokens // self.block_size)
 
     def windows(self, ids):
-        """The windows ids, left to right: inputs and targets, both (len(ids), block_size) long; -1 past the end."""
+        """The windows ids, left to right: inputs and targets, both (len(ids), block_size) long; -1 is no target."""
         return self._cut([i * self.block_size for i in ids])
 
     def batch(self, seed, step, batch_size):
@@ -164,7 +164,7 @@ class Examples:
         return len(self.examples)
 
     def windows(self, ids):
-        """The examples ids: inputs and targets, both (len(ids), longest) long; -1 on prompts and padding."""
+        """The examples ids: inputs and targets, both (len(ids), longest) long; no targets (-1) on prompts, padding."""
         rows = [self.examples[i] for i in ids]
         longest = max(len(p) + len(c) for p, c in rows) - 1
         x = torch.zeros(len(rows), longest, dtype=torch.long)

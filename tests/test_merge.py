@@ -370,7 +370,7 @@ def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch, 
         return merged
 
     monkeypatch.setattr("merge.merge", careless)
-    assert main(files[1]) == 1
+    assert main(files[1]) == 1 and "do not use what was written" in capsys.readouterr().out
     assert (files[0] / "m.pt").exists()  # the report says what it is, and the exit status
 
 
