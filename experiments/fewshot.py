@@ -86,6 +86,7 @@ from experiments.shots import (
     context,
     draw,
     measure,
+    pairs_to_learn,
     read_task,
     right,
     scores,
@@ -178,14 +179,14 @@ def jobs_to_report(settings, chosen):
     return [row for row in jobs if row["task"] in settings["tasks"]]
 
 
-def chosen_on_products(folder, settings):
-    """What products chose: {'form', 'calibrated', and the rate of 'ia3' and of each rival whose rates are all tried}.
+def tried_on_products(folder, settings):
+    """The draws of what products chose among, {method: {what: [right, a draw each]}}, and the methods that lack a run.
 
-    Raises ValueError before the formats are chosen.
+    what: a rate; for 'icl', (form, whether calibrated).
     """
     rows, arrays = lab.read_runs(folder, RUNS)
     runs = {lab.run_name(row): lab.arrays_of(row, arrays, folder) for row in rows}
-    tried = {}  # {method: {what: [right of each draw]}}
+    tried = {}
     missing = set()
     for row in jobs_of_formats(settings) + jobs_of_rates(settings):
         name, method = lab.run_name(row), row["method"]
@@ -197,6 +198,15 @@ def chosen_on_products(folder, settings):
                 found.setdefault((row["form"], how), []).append(right(runs[name], how))
         else:
             found.setdefault(row["lr"], []).append(right(runs[name]))
+    return tried, missing
+
+
+def chosen_on_products(folder, settings):
+    """What products chose: {'form', 'calibrated', and the rate of 'ia3' and of each rival whose rates are all tried}.
+
+    Raises ValueError before the formats are chosen.
+    """
+    tried, missing = tried_on_products(folder, settings)
     if "icl" in missing:
         raise ValueError("in-context learning's runs on products are missing: --stage formats makes them")
     chosen = {}
@@ -257,39 +267,52 @@ def plan(settings):
 
 
 def measure_costs(settings, chosen):
-    """The rows of costs.csv: a prediction, the mean of 16, after K examples in a cache; K = 0 is (IA)³'s, too.
+    """The rows of costs.csv: a prediction after K examples in a cache; K = 0 is (IA)³'s, too.
 
-    Counted are matrix products (lab.count_flops); by_2n is the paper's 2N a token, N all parameters.
+    Means over the three templates, and training's over an epoch of its batches. Counted are matrix products
+    (lab.count_flops); by_2n is the paper's 2N a token, N all parameters.
     """
-    dtype = getattr(torch, settings["dtype"])
-    model = common.load(settings["base"], dtype).to(settings["device"])
-    device = torch.device(settings["device"])
+    model = common.load(settings["base"], getattr(torch, settings["dtype"])).to(settings["device"])
     pool = read_task(settings["data"], "products", "train")
     two_n = 2 * sum(p.numel() for p in model.parameters())
     vectors = attach(model)
-    split = SharedPrompts([ask(model.tokenizer, "plain", row, 0) for row in pool[:BATCH_SIZE]])
-    batch = datasets.to_device(split.windows(range(BATCH_SIZE)), device)
+    split = pairs_to_learn(model.tokenizer, draw(pool, main_k(settings), 0))
     loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
-    training = settings["steps"] * sum(lab.count_flops(lambda: loss_fn(model, *batch).backward()))
+    n_batches = math.ceil(len(split) / BATCH_SIZE)
+    flops = 0
+    for step in range(n_batches):
+        batch = datasets.to_device(split.batch(0, step, BATCH_SIZE), model.lm_head.weight.device)
+        flops += sum(lab.count_flops(lambda batch=batch: loss_fn(model, *batch).backward()))
+    training = settings["steps"] * flops // n_batches
     model.requires_grad_(False)
     rows = []
     for k in (0, *settings["ks"]):
         model.ia3 = None if k else vectors
         form = chosen["form"] if k else "plain"
-        prefix = context(model.tokenizer, form, draw(pool, k, 0) if k else [], 0)
-        split = ranking.Choices([ask(model.tokenizer, form, row, 0) for row in pool[:16]])
-        alone = ranking.Choices([([0], [[0]], 0)])  # a token: what the prefix alone costs
-        calls = [partial(ranking.scores, model, some, prefix) for some in (split, alone)]
-        flops, before = [sum(lab.count_flops(call)) for call in calls]
-        times = lab.interleave(dict(enumerate(calls)), 5, device)
-        n = n_tokens(split.examples) / 16
-        row = {"k": k, "prefix_tokens": len(prefix), "flops": (flops - before) // 16}
-        row["prefix_flops"] = before if k else 0
-        row |= {"by_2n": round(two_n * n), "prefix_by_2n": two_n * len(prefix)}
-        row["cache_bytes"] = dtype.itemsize * len(prefix) * model.config.n_layer * sum(model.config.widths[:2])
-        row["seconds"] = (np.median(times[0]) - np.median(times[1])) / 16
+        examples = draw(pool, k, 0) if k else []
+        costs = [cost_of_a_prediction(model, form, pool[:16], examples, t, two_n) for t in range(3)]
+        row = {"k": k}
+        for name in costs[0]:
+            mean = np.mean([cost[name] for cost in costs])
+            row[name] = round(mean) if COSTS[name] is int else mean
         rows.append(row | {"training_flops": training, "task_bytes": 4 * vectors.count()})
     return rows
+
+
+def cost_of_a_prediction(model, form, asked, examples, template, two_n):
+    """{column of COSTS: value} of a prediction in one template, the mean of asked, behind examples in a cache."""
+    prefix = context(model.tokenizer, form, examples, template)
+    split = ranking.Choices([ask(model.tokenizer, form, row, template) for row in asked])
+    alone = ranking.Choices([([0], [[0]], 0)])  # a token: what the prefix alone costs
+    calls = [partial(ranking.scores, model, some, prefix) for some in (split, alone)]
+    flops, before = [sum(lab.count_flops(call)) for call in calls]
+    times = lab.interleave(dict(enumerate(calls)), 5, model.lm_head.weight.device)
+    row = {"prefix_tokens": len(prefix), "flops": (flops - before) / len(asked)}
+    row["prefix_flops"] = before if prefix else 0
+    row |= {"by_2n": two_n * n_tokens(split.examples) / len(asked), "prefix_by_2n": two_n * len(prefix)}
+    config = model.config
+    row["cache_bytes"] = model.lm_head.weight.itemsize * len(prefix) * config.n_layer * sum(config.widths[:2])
+    return row | {"seconds": (np.median(times[0]) - np.median(times[1])) / len(asked)}
 
 
 # --- tables and a picture, from the files alone ---
@@ -451,15 +474,19 @@ def templates_of_draws(draws):
     return " / ".join(f"{100 * mean:.1f}" for mean in means)
 
 
-def rates_tried(rows):
-    """A table: the mean accuracy of every method on products' val at every rate tried. rows: of results.csv."""
-    tried = {}
-    for row in rows:
-        if row["split"] == "val" and row["lr"]:
-            tried.setdefault(row["method"], {}).setdefault(row["lr"], []).append(100 * row["accuracy"])
+def choices_on_products(tried):
+    """A table of what products chose among: the mean accuracy of the draws. tried: of tried_on_products."""
     lines = []
-    for name, of_rate in tried.items():
-        lines.append([name, ", ".join(f"{np.mean(of_rate[lr]):.1f} at {lr:g}" for lr in sorted(of_rate))])
+    for method, draws_of in tried.items():
+        cells = []
+        for what, draws in draws_of.items():
+            if method == "icl":
+                form, how = what
+                name = f"{form}, calibrated" if how else form
+            else:
+                name = f"at {what:g}"
+            cells.append(f"{100 * accuracy_of(draws):.1f} {name}")
+        lines += [[method, "; ".join(cells)]] if method != "zero" and cells else []
     return lab.markdown(["", "accuracy in %, means of the draws"], lines)
 
 
@@ -481,7 +508,8 @@ def tables(folder, settings, chosen):
     )
     pieces.append(beside_rivals(whole, settings, chosen))
     pieces.append(
-        "Other differences between rows of the tables below, in points; descriptive, and with three draws as above:"
+        "Other differences between rows of the tables below, in points; descriptive. Where there are three draws, take "
+        "the second interval:"
     )
     pieces.append(other_differences(whole, settings, chosen))
     pieces.append(
@@ -497,7 +525,8 @@ def tables(folder, settings, chosen):
         for name, of_task in found.items():
             lines.append([name, *[cell(of_task[task]) if task in of_task else "" for task in tasks]])
         pieces += [caption, lab.markdown(["", *tasks], lines)]
-    pieces += [f"What the rates were chosen by, on products' val, K = {main_k(settings)}:", rates_tried(rows)]
+    pieces.append(f"What products chose by, on its val, K = {main_k(settings)}:")
+    pieces.append(choices_on_products(tried_on_products(folder, settings)[0]))
     pieces.append(f"Training diverged in: {', '.join(diverged) or 'no run'}.")
     return "\n\n".join(pieces + cost_table(lab.read_csv(folder / "costs.csv", COSTS)))
 
@@ -571,7 +600,7 @@ def draw_pictures(folder, settings, chosen):
                 ax.errorbar(x, means, np.reshape(bars, (-1, 2)).T, fmt="o-", ms=4, capsize=2, label=label)
             zero = found.get("zero, plain, K = 0", {}).get(task)
             if zero:
-                ax.axhline(100 * accuracy_of(zero), color="gray", ls=":", label="zero-shot")
+                ax.axhline(100 * accuracy_of(zero), color="gray", ls=":", label="zero-shot, uncalibrated")
             ax.set(xscale="log", title=task, xlabel="labelled examples" if name == "accuracy" else "FLOPs a prediction")
             if name == "accuracy":
                 ax.minorticks_off()

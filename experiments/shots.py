@@ -297,12 +297,16 @@ def train_on(model, split, lr, steps, seed=0, losses=ranking.LOSSES, dtype="floa
         train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
 
 
+def pairs_to_learn(tokenizer, rows, soft=()):
+    """SharedPrompts of rows in all templates, each behind the ids soft."""
+    pairs = [ask(tokenizer, "plain", row, t) for row in rows for t in range(3)]
+    return SharedPrompts([([*soft, *prompt], choices, label) for prompt, choices, label in pairs])
+
+
 def learn(model, rows, lr, steps, seed, losses=ranking.LOSSES, soft=(), dtype="float32"):
     """train_on rows in all templates, each behind the ids soft. Returns 1 where that diverged, else 0."""
-    pairs = [ask(model.tokenizer, "plain", row, t) for row in rows for t in range(3)]
-    split = SharedPrompts([([*soft, *prompt], choices, label) for prompt, choices, label in pairs])
     try:
-        train_on(model, split, lr, steps, seed, losses, dtype)
+        train_on(model, pairs_to_learn(model.tokenizer, rows, soft), lr, steps, seed, losses, dtype)
     except FloatingPointError:
         return 1
     return 0

@@ -449,11 +449,26 @@ def test_what_training_saves_by_hand():
     assert "2,000,000 bytes; a thousand, 2,000 MB." in text
 
 
-def test_the_rates_tried_are_those_on_val_and_meaned_over_draws():
-    row = {"split": "val", "method": "ia3", "lr": 0.03, "accuracy": 0.5}
-    others = [{"lr": 0.01}, {"accuracy": 0.75}, {"split": "test"}, {"method": "icl", "lr": 0.0}]
-    rows = [row, *[row | other for other in others]]
-    assert fewshot.rates_tried(rows).splitlines()[2:] == ["| ia3 | 50.0 at 0.01, 62.5 at 0.03 |"]
+def test_the_table_of_what_products_chose_among_by_hand():
+    """Zero-shot is no choice; the best of each method is what chosen_on_products takes."""
+    right, wrong = np.ones((3, 4), bool), np.zeros((3, 4), bool)
+    tried = {"zero": {0.0: [right]}, "icl": {("plain", False): [wrong], ("plain", True): [right, wrong]}}
+    tried |= {"ia3": {0.01: [right], 0.03: [right, right, wrong, wrong]}, "full": {}}
+    lines = fewshot.choices_on_products(tried).splitlines()[2:]
+    assert lines == ["| icl | 0.0 plain; 50.0 plain, calibrated |", "| ia3 | 100.0 at 0.01; 50.0 at 0.03 |"]
+
+
+def test_what_is_in_the_table_of_choices_was_chosen():
+    chosen, best = {}, {}
+    for cells in lines_of_the_table():
+        if cells[0].startswith("Chosen on products: "):
+            chosen = json.loads(cells[0].removeprefix("Chosen on products: ").split("}")[0] + "}")
+        elif len(cells) == 2 and "; " in cells[1]:
+            options = [option.split(" ", 1) for option in cells[1].split("; ")]
+            best[cells[0]] = max(options, key=lambda option: float(option[0]))[1]
+    form, calibrated = chosen.pop("form"), chosen.pop("calibrated")
+    assert best.pop("icl") == form + ", calibrated" * calibrated
+    assert best == {name: f"at {rate:g}" for name, rate in chosen.items()}
 
 
 def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
@@ -512,6 +527,34 @@ def test_what_the_page_says_of_the_rivals_is_the_tables():
     assert f"it is between {-min(at_chosen)} behind and {max(at_chosen)} ahead" in the_page()
 
 
+def primary(of_all_templates):
+    """The primary comparison, {task: (value, whether 0 is in the interval over items, over draws)}."""
+    found = {}
+    for cells in lines_of_the_table():
+        if len(cells) == 5 and cells[0] in fewshot.TASKS:  # a first table of all templates, then one of the first alone
+            value, low, high = [float(n) for n in re.findall(r"[+-][0-9.]+", cells[3])]
+            t_low, t_high = [float(n) for n in re.findall(r"[+-][0-9.]+", cells[4])]
+            found.setdefault(cells[0], []).append((value, low <= 0 <= high, t_low <= 0 <= t_high))
+    return {task: rows[0 if of_all_templates else 1] for task, rows in found.items()}
+
+
+def by_template():
+    """{row: {task: accuracy in each of the three templates, as printed}}."""
+    found = {}
+    for cells in lines_of_the_table():
+        if cells[-1].count(" / ") == 2 and cells[0] not in fewshot.TASKS:  # the table of orders begins with the task
+            found[cells[0]] = dict(zip(fewshot.TASKS, [cell.split(" / ") for cell in cells[1:]], strict=False))
+    return found
+
+
+def test_what_the_page_says_of_the_primary_comparison_is_the_tables():
+    found, single_tokens = primary(True), primary(False)
+    assert all(row[0] > 0 for row in found.values())
+    assert {task: row[1:] for task, row in found.items() if any(row[1:])} == {"movies-ab": (True, True)}
+    assert single_tokens["movies"] == (5.1, False, True)
+    assert "(IA)³'s lead on movies is 5.1 points, and with 32 labels as with 16" in the_page()
+
+
 def test_what_the_page_says_of_in_context_learning_is_the_tables():
     found = differences()
     icl, zero = "icl, calibrated", "zero, plain, K = 0"
@@ -519,8 +562,17 @@ def test_what_the_page_says_of_in_context_learning_is_the_tables():
     values = [gain[0] for gain in gains.values()]
     assert f"32 of them gain {min(values)} to {max(values)} points" in the_page()
     assert [task for task, gain in gains.items() if gain[1] and gain[2]] == ["movies", "news", "source"]
-    below = [-found[icl, zero, task][3] for task in ("tweets", "news")]
-    assert f"the mean then stands {below[0]} and {below[1]} points below plain zero-shot" in the_page()
+    values = [found[icl, zero, task][0] for task in fewshot.TASKS]
+    assert f"Over plain zero-shot, uncalibrated, they gain {min(values)} to {max(values)}." in the_page()
+    raw, calibrated = [by_template()[f"icl, plain, K = 32{how}"] for how in ("", ", calibrated")]
+    first, *phrases = calibrated["movies"]
+    assert f"on movies it has {first} % with single tokens, {' and '.join(phrases)} with phrases" in the_page()
+
+    below = [found[icl, zero, task] for task in ("tweets", "news")]
+    assert all(row[5] for row in below)
+    harm = [float(raw[task][0]) - float(calibrated[task][0]) for task in ("tweets", "news")]
+    assert f"on tweets and news is {-below[0][3]} and {-below[1][3]} points below plain zero-shot's" in the_page()
+    assert f"{harm[0]:.1f} and {harm[1]:.1f} of them by calibration; over draws both intervals hold 0" in the_page()
 
 
 def test_what_the_page_says_of_the_floors_is_the_tables():
@@ -544,7 +596,12 @@ def test_what_the_page_says_of_the_floors_is_the_tables():
     assert papers["movies-ab"][1:] == papers["movies-flipped"][1:] == chosen["movies-flipped"][1:] == (False, False)
     biases = {task: found["ia3, 0.003", "biases", task] for task in fewshot.TASKS}
     assert all(row[0] > 0 and not any(row[1:3]) for row in biases.values())
-    assert biases["movies"][3:] == (1.2, True, True) and "(IA)³ is 1.2 points ahead and both intervals" in the_page()
+    assert biases["movies"][3:] == (1.2, True, True)
+    assert "Over one bias a label it is 1.2 points ahead on movies, and both intervals hold 0" in the_page()
+    assert found["ia3, 0.003", "probe", "source"][3:] == (-4.9, False, False)
+    assert "On source it is 4.9 behind logistic regression, by both intervals." in the_page()
+    higher = [task for task in fewshot.TASKS if found["ia3, 0.01", "ia3, 0.003", task][3] > 0]
+    assert higher == ["source", "movies-ab", "movies-flipped"]
 
 
 def test_what_the_page_says_of_other_k_is_the_tables():
@@ -554,22 +611,20 @@ def test_what_the_page_says_of_other_k_is_the_tables():
     more = [f"plain, K = {k}" for k in (16, 64)]
     with_more = [found[f"ia3, {k}, 0.003", f"icl, {k}, calibrated", task] for k in more for task in tasks]
     gains = [[row[0] for row in rows] for rows in (with_4, with_more)]
-    assert f"(IA)³'s mean is {min(gains[0])} to {max(gains[0])} points ahead" in the_page()
+    assert f"its mean is {min(gains[0])} to {max(gains[0])} points ahead" in the_page()
     assert f"With 16 and with 64 it is {min(gains[1])} to {max(gains[1])} ahead, and none does" in the_page()
     assert all(row[1:3] == (True, True) for row in with_4) and all(row[1:3] == (False, False) for row in with_more)
 
     single_tokens = [row[3:] for row in with_4 + with_more]
-    assert f"with 4, (IA)³ is {single_tokens[2][0]} points ahead" in the_page()
+    assert f"with 4 it is clear on news, by {single_tokens[2][0]}, though" in the_page()
     otherwise = [row[1:] != holds[1:3] for row, holds in zip(single_tokens, with_4 + with_more, strict=True)]
     assert [i for i, other in enumerate(otherwise) if other] == [2, 3, 6]  # news with 4, movies with 16 and with 64
     assert [row[1:] for row in single_tokens if row[2]] == [(True, True)] * 2 + [(False, True)] * 2
 
-    of_news = {}  # {row: accuracy on the first template}
-    for cells in lines_of_the_table():
-        if len(cells) > 3 and cells[3].count(" / ") == 2:
-            of_news[cells[0]] = cells[3].split(" / ")[0]
-    ours = of_news["ia3, plain, K = 4, 100 steps at 0.003"]
-    assert f"with {ours} % where plain zero-shot has {of_news['zero, plain, K = 0']};" in the_page()
+    ours, theirs = [
+        by_template()[row]["news"][0] for row in ("ia3, plain, K = 4, 100 steps at 0.003", "zero, plain, K = 0")
+    ]
+    assert f"though no higher than plain zero-shot ({ours} to {theirs} %)" in the_page()
 
     means = {}  # {row: accuracy of each of the three tasks}
     for cells in lines_of_the_table():
@@ -587,4 +642,5 @@ def test_what_the_page_says_of_the_losses_is_the_tables():
     lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
     assert f"with L_LM alone (IA)³'s mean is {lm[0]} points lower than with all three" in the_page()
     assert f"with L_LN alone it is {-ln[0]} higher" in the_page()
+    assert f"L_LM alone lacks {lm[3]} points" in the_page()
     assert all(found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"][2] for losses in fewshot.SUBSETS)
