@@ -472,7 +472,7 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
         return compare.index_of_rate(lr) - compare.index_of_rate(best), f"{losses[name][lr] - losses[name][best]:.3f}"
 
     assert worse(of_kjv, "ia3", 0.3) == (3, "0.010") and worse(of_kjv, "bitfit", 0.3) == (3, "1.193")
-    assert worse(of_kjv, "lora4", 0.1) == (2, "0.940")
+    assert worse(of_kjv, "lora4", 0.1) == (2, "0.940") and worse(of_kjv, "layernorm", 0.3) == (3, "0.034")
     assert (
         max(of_folio["ia3"]) == 0.3
         and worse(of_folio, "ia3", 0.3)[0] == 1
