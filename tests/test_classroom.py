@@ -272,6 +272,8 @@ SAVE = 'about = {"config": asdict(self.config), "vectors": list(arrays), "finger
 WRITE = "with replace_file(path) as f:\n            np.savez(f, about=np.bytes_(json.dumps(about)), **arrays)\n"
 KNOWN = "        vectors.fingerprint = ours\n"
 REFUSE = "    theirs, ours = vectors.fingerprint, fingerprint(model)\n"
+SAME_CONFIG = "    if {} != model.config:\n        raise ValueError\n"
+IN_W_1 = "\n    fold_rows(block.mlp.c_fc, slice(None), l_ff)"
 BASES = "{task.fingerprint for task in given if task.fingerprint}"
 MOVE = "    p[place] = before + step\n    above = loss()\n    p[place] = before - step\n"
 MOVE += "    below = loss()\n    p[place] = before\n"
@@ -328,6 +330,8 @@ WRONG = [
     ("freeze_the_base", "ia3.py", REFUSE, REFUSE + "    vectors.fingerprint = ours\n", "they remember this base now"),
     ("freeze_the_base", "ia3.py", REFUSE, REFUSE + "    model.requires_grad_(False)\n", "belong to their holder"),
     ("freeze_the_base", "ia3.py", "if not isinstance(vectors, IA3):", "if False:", "what is no IA3"),
+    ("freeze_the_base", "ia3.py", "device, torch.float32)  #", "device)  #", "in bfloat16 must become float32"),
+    ("freeze_the_base", "ia3.py", REFUSE, REFUSE + SAME_CONFIG.format("vectors.config"), "with another block_size"),
     ("count", "ia3.py", COUNT, "6 * self.config.n_layer * self.config.n_embd", "but count() says"),
     ("count", "ia3.py", COUNT, "sum(p.size(-1) for p in self.parameters())", "but count() says"),
     ("count", "ia3.py", COUNT, "len(list(self.parameters()))", "but count() says"),
@@ -394,6 +398,8 @@ WRONG = [
     ("fold_columns", "merge.py", COPY, "merged = copy.copy(model)", "take them off a copy"),
     ("fold_columns", "merge.py", KEYS, KEYS.replace("n_embd, 2 * n_embd", "0, n_embd"), "the rows of W_k"),
     ("fold_columns", "merge.py", VALUES, VALUES.replace("l_v", "l_k"), "the rows of W_v get another vector"),
+    ("fold_columns", "merge.py", VALUES, f"{VALUES}\n    {VALUES}", "must be called twice a block"),
+    ("fold_columns", "merge.py", VALUES, VALUES + IN_W_1, "must be called twice a block"),
     ("fold_columns", "merge.py", "if model.ia3 is None or ", "if ", "a model without vectors"),
     (
         "fold_columns",
@@ -433,6 +439,13 @@ WRONG = [
     ("save_and_load_round_trip", "ia3.py", KNOWN, "", "must come back as .fingerprint"),
     ("save_and_load_round_trip", "ia3.py", KNOWN, KNOWN + "        model.ia3 = vectors\n", "must not attach"),
     ("save_and_load_round_trip", "ia3.py", KNOWN, KNOWN + "        vectors.requires_grad_(False)\n", "trainable"),
+    (
+        "save_and_load_round_trip",
+        "ia3.py",
+        KNOWN,
+        KNOWN + '        if about["config"] != asdict(model.config):\n            raise ValueError\n',
+        "a file whose config has another block_size",
+    ),
     ("save_and_load_atomic", "ia3.py", WRITE, WRITE.replace("replace_file(path)", 'open(path, "wb")'), "the old file"),
     (
         "save_and_load_atomic",
@@ -505,6 +518,7 @@ WRONG = [
     ("stack_tasks", "ia3.py", BASES, "{given[0].fingerprint}", "one task remembers a base"),
     ("stack_tasks", "ia3.py", BASES, BASES.replace("given if", "given[:2] if"), "the last one's another"),
     ("stack_tasks", "ia3.py", "(task.config.n_layer, task.config.widths)", "task.config.n_layer", "two widths"),
+    ("stack_tasks", "ia3.py", "(task.config.n_layer, task.config.widths)", "str(task.config)", "whose configs differ"),
     (
         "stack_tasks",
         "ia3.py",

@@ -50,6 +50,14 @@ def refused(what, function, *given):
     check(False, f"{what} must be refused with a ValueError, but there is no error")
 
 
+def accepted(words, function, *given):
+    """function(*given) must not raise a ValueError; words say what was refused, and what should have been asked."""
+    try:
+        function(*given)
+    except ValueError:
+        check(False, words)
+
+
 def close(a, b):
     """a and b agree but for rounding in float64."""
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-9 * (1 + b.abs().max()))

@@ -103,6 +103,9 @@ def test_merge(dice, calls):
             given = folded[rows]
             check(given is not None and torch.equal(given, l), f"block {i}: the rows of W_{name} get another vector")
         check(len(folded) == 2, f"block {i}: only the rows of W_k and W_v have a vector, not the queries'")
+    n_layer = model.config.n_layer
+    words = "fold_rows must be called twice a block, with c_attn, for W_k and for W_v (their biases go along)"
+    check(len(calls) == 2 * n_layer, f"{words}: in {n_layer} blocks it was called {len(calls)} times")
     other = set(changed(merged, {name: t for name, t in before.items() if not name.startswith("ia3.")})) - touched
     check(not other, f"merging l_ff changes W_2 of every block, and nothing else: but {sorted(other)[:1]} has changed")
     check(merged.lm_head.weight is merged.transformer.wte.weight, "the head must still be tied to the embedding")

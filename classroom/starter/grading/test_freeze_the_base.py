@@ -1,8 +1,10 @@
 """attach(): the base is frozen, the vectors are what is trained, and another base's vectors are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import changed, check, make_gpt, make_vectors, refused, snapshot
+from conftest import accepted, changed, check, make_gpt, make_vectors, refused, snapshot
 
 from ia3 import IA3, attach, fingerprint
 
@@ -69,6 +71,20 @@ def test_what_does_not_belong_to_the_base_is_refused(dice):
         check(all(p.requires_grad for p in model.parameters()), words)
         words = f"{what}: refused, but they remember this base now. Look before you change anything"
         check(getattr(vectors, "fingerprint", None) == theirs, words)
+
+
+def test_another_block_size_or_dropout_is_no_other_base(dice):
+    model = make_gpt(dice)
+    config = replace(model.config, block_size=4, dropout=0.1)
+    words = "refused: vectors of a config with another block_size and dropout. Compare n_layer, widths and fingerprints"
+    accepted(words, attach, model, make_vectors(dice, config, fingerprint=fingerprint(model)))
+
+
+def test_vectors_are_float32_whatever_they_were(dice):
+    model = make_gpt(dice)
+    attach(model, make_vectors(dice, model.config).bfloat16())
+    words = "vectors that were given in bfloat16 must become float32"
+    check({p.dtype for p in model.ia3.parameters()} == {torch.float32}, words)
 
 
 def test_vectors_stay_float32_on_a_base_in_bfloat16(dice):

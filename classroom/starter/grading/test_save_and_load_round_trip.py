@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SUBSETS, about, check, make_known, write
+from conftest import SUBSETS, about, accepted, check, make_known, write
 
 from ia3 import IA3
 
@@ -32,3 +32,12 @@ def test_a_file_like_folio_opens(dice, given_start, tmp_path, sites):
     write(tmp_path / "theirs.npz", about(model, vectors), vectors)
     compare(IA3.load(tmp_path / "theirs.npz", model), vectors, dict(vectors.named_parameters()), model)
     IA3.load(tmp_path / "theirs.npz", model.bfloat16())  # the same base, whatever it is held in
+
+
+def test_another_block_size_or_dropout_is_no_other_base(dice, given_start, tmp_path):
+    model, vectors = make_known(dice)
+    told = about(model, vectors)
+    told["config"] |= {"block_size": 4, "dropout": 0.1}
+    write(tmp_path / "theirs.npz", told, vectors)
+    words = "refused: a file whose config has another block_size and dropout. Which base it is the fingerprint says"
+    accepted(words, IA3.load, tmp_path / "theirs.npz", model)

@@ -1,7 +1,9 @@
 """stack(): tasks under a leading task axis; per_layer(task_ids): every row of a batch its own task's vectors."""
 
+from dataclasses import replace
+
 import torch
-from conftest import check, make_gpt, make_vectors, refused
+from conftest import accepted, check, make_gpt, make_vectors, refused
 
 from ia3 import IA3, stack
 
@@ -55,6 +57,13 @@ def test_the_base_is_the_one_that_any_task_remembers(dice, given_start):
     for order in (tasks, tasks[::-1]):
         words = "one task remembers a base, another none: the stack must remember it, wherever the task stands"
         check(stack(order).fingerprint == "one base", words)
+
+
+def test_another_block_size_or_dropout_is_no_other_base(dice, given_start):
+    config = make_gpt(dice).config
+    tasks = [make_vectors(dice, c) for c in (config, replace(config, block_size=4, dropout=0.1))]
+    words = "refused: tasks whose configs differ in block_size and dropout. Compare n_layer, widths and fingerprints"
+    accepted(words, stack, tasks)
 
 
 def test_what_does_not_belong_together_is_refused(dice, given_start):
