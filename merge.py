@@ -28,7 +28,8 @@ def merge(model):
     """Return a plain model of model's class with model.ia3 folded in; model is left as it was: nothing to unmerge.
 
     Products are taken in float64, then rounded to the weights' dtype. Raises ValueError where model has no vectors,
-    stacked ones, or another base's, and where a weight, a vector or a product is NaN or infinite, with its name.
+    stacked ones, or another base's (those without a fingerprint belong to any), and where a weight, a vector or a
+    product is NaN or infinite, with its name.
     """
     if model.ia3 is None or model.ia3.is_stacked():
         raise ValueError("merge wants a model with one task's vectors: assign them to model.ia3 first")
