@@ -105,7 +105,8 @@ def log_likelihoods(model, hidden, y):
     there = y >= 0
     head = model.lm_head.weight
     wide = torch.promote_types(head.dtype, torch.float32)  # bfloat16: steps of 1/8 in a logit of 20, choices would tie
-    logits = F.linear(hidden[there].to(wide), head.to(wide))  # (tokens, vocab_size): the head only where it is read
+    with torch.autocast(head.device.type, enabled=False):  # which would round to bfloat16 again
+        logits = F.linear(hidden[there].to(wide), head.to(wide))  # (tokens, vocab_size): the head only where it is read
     log_p = -F.cross_entropy(logits, y[there], reduction="none")  # (tokens,)
     return torch.zeros(y.shape, dtype=log_p.dtype, device=y.device).masked_scatter(there, log_p), there
 

@@ -178,6 +178,9 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_to_it():
     model.lm_head.weight.normal_()
     hidden, y = torch.randn(1, 3, model.config.n_embd).bfloat16(), torch.tensor([[4, 9, 200]])
     found, _ = ranking.log_likelihoods(model, hidden, y)
+    with torch.autocast("cpu", torch.bfloat16):  # as full fine-tuning trains
+        in_training, _ = ranking.log_likelihoods(model.float(), hidden, y)
+    assert torch.equal(in_training, found)
     truth = (hidden.double() @ model.lm_head.weight.double().T).log_softmax(-1)
     expected = truth[0, range(3), y[0]].float().unsqueeze(0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32's own rounding; bfloat16's is 1e-2
