@@ -16,7 +16,7 @@ import torch
 
 import common
 from experiments import lab
-from experiments.shots import context, draw, learn, read_task, score_in
+from experiments.shots import context, draw, pairs_to_learn, read_task, score_in, train_on
 from ia3 import attach
 from merge import merge, verify
 from tools.plot import plt, save_picture
@@ -54,6 +54,8 @@ def run(argv):
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/fewshot"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        raise ValueError(f"steps must be at least 1, not {args.steps}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("ia3.npz", "merged.pt", "fewshot.png"):
         common.check_output(args.out / name, inputs=[args.base])
@@ -61,6 +63,7 @@ def run(argv):
     val = read_task(args.data, "movies", "val")
     rows = [row for label in (0, 1) for row in [row for row in val if row["label"] == label][:100]]
     train_rows = read_task(args.data, "movies", "train")
+    sixteen = draw(train_rows, 16, args.seed)
 
     bars = []
 
@@ -70,13 +73,13 @@ def run(argv):
 
     print(f"{args.base}: {len(rows)} sentences of movie reviews, negative or positive", flush=True)
     report("zero-shot", "no labels", share_right(model, rows))
-    sixteen = draw(train_rows, 16, args.seed)
     n_tokens = len(context(model.tokenizer, "plain", sixteen, PLACE))
     report("16 examples in context", f"{n_tokens:,} tokens before every question", share_right(model, rows, sixteen))
     for k in (16, 32):  # the smaller draw begins the larger
         vectors = attach(model)  # ones again
         start = time.time()
-        learn(model, draw(train_rows, k, args.seed), RATE, args.steps, args.seed)
+        split = pairs_to_learn(model.tokenizer, draw(train_rows, k, args.seed))
+        train_on(model, split, RATE, args.steps, args.seed)
         model.eval()
         minutes = (time.time() - start) / 60
         takes = f"{vectors.count():,} numbers, {minutes:.1f} minutes"

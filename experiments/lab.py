@@ -35,6 +35,7 @@ RESULTS = ROOT / "experiments/results"  # what is committed
 # Student's t, the 97.5 % point, by degrees of freedom: any table has it, and the tests integrate the density
 T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
 BLOCK = 32  # windows: some pages
+N_RESAMPLES = 2000  # of a bootstrap
 TITLES = {  # the line with which a work begins, and its name
     "MACBETH": "Macbeth",
     "TWELFTH NIGHT; OR, WHAT YOU WILL": "Twelfth Night",
@@ -236,8 +237,8 @@ def read_works(name, split, model):
 
     What has no such line, or is no text, is one work, called after its folder.
     """
-    path = datasets.find(name, ("train", split))[split]
-    whole = load_data(name, model, ("train", split))[split]  # the loader's own checks
+    path = datasets.find(name, [split])[split]
+    whole = load_data(name, model, [split])[split]  # the loader's own checks
     if path.suffix != ".txt":
         return {path.parent.name: whole}
     pieces = {}
@@ -265,7 +266,7 @@ def window_losses(model, split, config, n_windows=None):
     def write_down(model, x, y):
         logits = model(x)[0]  # (B, T, vocab_size)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
-        nats.append(losses.double().view_as(y).sum(1).cpu())
+        nats.append(losses.cpu().double().view_as(y).sum(1))
         targets.append((y >= 0).sum(1).cpu())
         return losses.sum() / (y >= 0).sum()
 
@@ -303,29 +304,29 @@ def student(values):
     return mean, mean - half, mean + half
 
 
-def block_noise(nats, n_bytes, n=2000):
-    """The middle 95 % of n bootstrap resamples of one work's blocks: how far a mean moves with the passages read.
+def block_noise(nats, n_bytes):
+    """The middle 95 % of bootstrap resamples of one work's blocks: how far a mean moves with the passages read.
 
     nats, n_bytes: (blocks,), the first a method's less another's. It says nothing of other works. Returns (low, high)
     in nats a byte.
     """
     dice = np.random.default_rng(0)
-    drawn = dice.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), n)  # (n, blocks): how often each
+    drawn = dice.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), N_RESAMPLES)  # (n, blocks): counts
     return np.quantile(drawn @ nats / (drawn @ n_bytes), (0.025, 0.975)).tolist()
 
 
-def accuracy_difference(ours, theirs, n=2000):
+def accuracy_difference(ours, theirs):
     """Accuracy of ours less theirs, both (draws, templates, items) bool of the same draws and items.
 
-    Returns its value, the middle 95 % of n bootstrap resamples of draws and items, crossed, and Student's interval over
+    Returns its value, the middle 95 % of bootstrap resamples of draws and items, crossed, and Student's interval over
     the draws: (value, low, high, t low, t high), the last two NaN for one draw.
     """
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     n_draws, _, n_items = ours.shape
     of_draw = np.median(ours.mean(-1), -1) - np.median(theirs.mean(-1), -1)  # (draws,)
     dice = np.random.default_rng(0)
-    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), n) / n_items  # (n, items): weights
-    draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), n) / n_draws
+    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items  # (n, items): weights
+    draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), N_RESAMPLES) / n_draws
     medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]  # (n, draws)
     low, high = np.quantile((draws * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))
     value, t_low, t_high = student(of_draw)

@@ -60,10 +60,10 @@ def learn(model, folder, k, steps):
 def serve(args):
     """Learn, serve, fold. Returns the table's rows; the vectors are saved into args.out."""
     narrow = common.load(args.base, torch.bfloat16)
+    split = mixed(narrow.tokenizer, args.data, "val", args.items, (0,))
+    labels = split.labels()
     tasks = learn(narrow, args.data, args.k, args.steps)
     wide = common.load(args.base)
-    split = mixed(wide.tokenizer, args.data, "val", args.items, (0,))
-    labels = split.labels()
     zero = scores(wide, split).argmax(-1)
     wide.ia3 = stack(tasks)
     together = scores(wide, split, split.task_ids)

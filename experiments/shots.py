@@ -83,7 +83,9 @@ def draw(rows, k, seed):
 
 
 def ask(tokenizer, form, row, template):
-    """A sentence as (prompt ids, [ids of each choice], label), as ranking has it."""
+    """A sentence as (prompt ids, [ids of each choice], label), as ranking has it. ValueError without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError("this base names no tokenizer")
     prompt, choices = row["prompts"][template], row["choices"][template]
     encode = tokenizer.encode_ordinary
     if form == "plain":

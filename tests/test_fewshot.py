@@ -375,11 +375,32 @@ def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, ca
     assert (out / "fewshot.png").stat().st_size > 1000
 
 
+def test_the_demonstration_tells_mistakes_in_one_line_and_saves_nothing(tmp_path, capsys, monkeypatch):
+    model = make_llama(block_size=4096)
+    common.save(model, tmp_path / "base.pt")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)  # the loss is no number
+    common.save(model, tmp_path / "wild.pt")
+    model.tokenizer = None
+    common.save(model, tmp_path / "mute.pt")
+    write_sets(tmp_path / "data", n_train=40)
+    whys = {"--base=base.pt --steps=0": "steps must be at least 1", "--base=mute.pt": "names no tokenizer"}
+    whys["--base=wild.pt"] = "try a smaller lr"  # diverged, and not a result
+    monkeypatch.chdir(tmp_path)
+    for flags, why in whys.items():
+        assert fewshot_demo.main([*flags.split(), "--data=data", "--out=out"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("fewshot_demo.py: ") and err.count("\n") == 1 and why in err, err
+        assert not list((tmp_path / "out").glob("*"))
+
+
 def test_serving_wants_a_llama_and_sentences(tmp_path, capsys):
     common.save(make_gpt(block_size=4096), tmp_path / "base.pt")
     write_sets(tmp_path / "data")
     argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--k=4", "--steps=1"]
-    for flags, why in (("--items=8", "this wants a Llama"), ("--items=0", "items must be at least 1, not 0")):
+    whys = {"--items=8": "this wants a Llama", "--items=0": "items must be at least 1, not 0"}
+    whys |= {"--items=7": "multiple of the 2 labels"}  # told before training, which would want a Llama
+    for flags, why in whys.items():
         assert serving.main([*argv, flags]) == 2
         err = capsys.readouterr().err
         assert err.startswith("serving.py: ") and err.count("\n") == 1 and why in err, err

@@ -143,6 +143,7 @@ def test_what_is_no_file_of_vectors(folder, capsys, arrays):
 def test_what_cannot_be_drawn(folder, capsys):
     check(folder, capsys, "", "name folders of runs, or vectors")
     check(folder, capsys, "a --tasks 1.npz", "name folders of runs, or vectors")
+    check(folder, capsys, "a --out b.png", "--out goes with --tasks")
     check(folder, capsys, "nowhere", "nowhere holds no metrics.csv")
     check(folder, capsys, "--tasks nowhere.npz", "nowhere.npz")
     check(folder, capsys, "--tasks 1.npz --out 1.npz", "which this command reads")

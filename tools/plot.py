@@ -151,14 +151,17 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders that train.py wrote")
     parser.add_argument("--tasks", nargs="+", metavar="NPZ", help="vectors to draw side by side instead")
-    parser.add_argument("--out", default="out/tasks.png", help="the picture of --tasks (default: %(default)s)")
+    parser.add_argument("--out", help="the picture of --tasks (default: out/tasks.png); a run's stand in its folder")
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.tasks):
         raise ValueError("name folders of runs, or vectors with --tasks")
+    if args.runs and args.out is not None:
+        raise ValueError("--out goes with --tasks: a run's pictures are written into its folder")
     if args.tasks:
-        common.check_output(args.out, args.tasks)
-        plot_vectors(args.tasks, args.out)
-        print(f"{table(args.tasks)}\n\n{args.out}")
+        out = "out/tasks.png" if args.out is None else args.out
+        common.check_output(out, args.tasks)
+        plot_vectors(args.tasks, out)
+        print(f"{table(args.tasks)}\n\n{out}")
         return 0
     for folder in args.runs:
         if not (folder / "metrics.csv").is_file():
