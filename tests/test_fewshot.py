@@ -658,6 +658,20 @@ def test_what_the_page_says_of_other_k_is_the_tables():
     assert means["icl, plain, K = 64, calibrated"][1] < means["icl, plain, K = 4, calibrated"][1]
 
 
+def test_what_the_page_says_of_transfer_is_the_tables():
+    found = differences()
+    tasks = ("movies", "tweets", "news")
+    without = [found["transfer, plain, K = 0, 0.003", "icl-other, calibrated", task] for task in tasks]
+    values = [row[0] for row in without]
+    assert f"(IA)³'s mean is {values[0]}, {values[1]} and {values[2]} points above that of 32 examples" in the_page()
+    added = [found["transfer, 0.003", "ia3, 0.003", task] for task in tasks]
+    values = [row[0] for row in added]
+    assert f"Trained on with 32 of the target's, it is {min(values)} to {max(values)} above vectors" in the_page()
+    assert [row[2] for row in without] == [True, False, True] and [row[2] for row in added] == [True, True, False]
+    single_tokens = [row[3] for row in added]
+    assert f"adds to 32 labels lies between {min(single_tokens)} and {max(single_tokens)}." in the_page()
+
+
 def test_what_the_page_says_of_the_losses_is_the_tables():
     found = differences()
     lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
