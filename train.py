@@ -57,7 +57,7 @@ class TrainConfig:
     eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint", bounds=(1, 10**9))
     eval_windows: int = flag(64, "windows of val in an evaluation; at a run's end all is read", bounds=(1, 10**9))
     seed: int = flag(0, "draws the batches, the dropout and a new model's weights", bounds=(0, 2**63 - 1))
-    dtype: str = flag("float32", "bfloat16: a frozen base is stored in it", choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "bfloat16: autocast, or a frozen base stored in it", choices=("float32", "bfloat16"))
     out: str | None = flag(None, "folder of the run")
     resume: bool = flag(False, "go on with the run in --out from its last checkpoint, if it has one")
 
@@ -198,7 +198,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
 
 def check_vectors(model):
-    """Raise ValueError where nothing is trained, or more than the vectors, or vectors in less than float32."""
+    """Raise ValueError where nothing is trained, or beside vectors the base too, or vectors in less than float32."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in this model requires a gradient: ia3.attach gives it vectors to train")
     if model.ia3 is None:

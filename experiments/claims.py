@@ -151,7 +151,7 @@ CLAIMS = (  # the claim, the verdict, where to look
         "fast training: few parameters, rapid convergence",
         "not more rapid than full fine-tuning: the step where it has half of what that gains on folio is {half_ia3}, "
         "full fine-tuning's {half_full}, of evaluations every five. A step does take less, over full fine-tuning's "
-        "time: {steps}. Of FLOPs it saves 2 of 6 units; at 124M it is spared AdamW's pass over all weights, too",
+        "time: {steps}. Of the FLOPs it saves a third; it is spared AdamW's pass over all weights, too: see 124M",
         "[bench](bench/table.md), compare",
     ),
     (

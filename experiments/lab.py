@@ -311,7 +311,7 @@ def block_noise(nats, n_bytes):
     in nats a byte.
     """
     dice = np.random.default_rng(0)
-    drawn = dice.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), N_RESAMPLES)  # (n, blocks): counts
+    drawn = dice.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), N_RESAMPLES)  # (N_RESAMPLES, blocks)
     return np.quantile(drawn @ nats / (drawn @ n_bytes), (0.025, 0.975)).tolist()
 
 
@@ -325,9 +325,10 @@ def accuracy_difference(ours, theirs):
     n_draws, _, n_items = ours.shape
     of_draw = np.median(ours.mean(-1), -1) - np.median(theirs.mean(-1), -1)  # (draws,)
     dice = np.random.default_rng(0)
-    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items  # (n, items): weights
+    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items  # (N_RESAMPLES, items)
     draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), N_RESAMPLES) / n_draws
-    medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]  # (n, draws)
+    # (N_RESAMPLES, draws) each
+    medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]
     low, high = np.quantile((draws * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))
     value, t_low, t_high = student(of_draw)
     return value, float(low), float(high), t_low, t_high

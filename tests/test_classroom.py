@@ -272,7 +272,7 @@ SAVE = 'about = {"config": asdict(self.config), "vectors": list(arrays), "finger
 WRITE = "with replace_file(path) as f:\n            np.savez(f, about=np.bytes_(json.dumps(about)), **arrays)\n"
 KNOWN = "        vectors.fingerprint = ours\n"
 REFUSE = "    theirs, ours = vectors.fingerprint, fingerprint(model)\n"
-SAME_CONFIG = "    if {} != model.config:\n        raise ValueError\n"
+SAME_CONFIG = "    if vectors.config != model.config:\n        raise ValueError\n"
 IN_W_1 = "\n    fold_rows(block.mlp.c_fc, slice(None), l_ff)"
 BASES = "{task.fingerprint for task in given if task.fingerprint}"
 MOVE = "    p[place] = before + step\n    above = loss()\n    p[place] = before - step\n"
@@ -331,7 +331,7 @@ WRONG = [
     ("freeze_the_base", "ia3.py", REFUSE, REFUSE + "    model.requires_grad_(False)\n", "belong to their holder"),
     ("freeze_the_base", "ia3.py", "if not isinstance(vectors, IA3):", "if False:", "what is no IA3"),
     ("freeze_the_base", "ia3.py", "device, torch.float32)  #", "device)  #", "in bfloat16 must become float32"),
-    ("freeze_the_base", "ia3.py", REFUSE, REFUSE + SAME_CONFIG.format("vectors.config"), "with another block_size"),
+    ("freeze_the_base", "ia3.py", REFUSE, REFUSE + SAME_CONFIG, "with another block_size"),
     ("count", "ia3.py", COUNT, "6 * self.config.n_layer * self.config.n_embd", "but count() says"),
     ("count", "ia3.py", COUNT, "sum(p.size(-1) for p in self.parameters())", "but count() says"),
     ("count", "ia3.py", COUNT, "len(list(self.parameters()))", "but count() says"),

@@ -593,7 +593,11 @@ def test_what_the_page_says_of_in_context_learning_is_the_tables():
     assert all(row[5] for row in below)
     harm = [float(raw[task][0]) - float(calibrated[task][0]) for task in ("tweets", "news")]
     assert f"on tweets and news is {-below[0][3]} and {-below[1][3]} points below plain zero-shot's" in the_page()
-    assert f"{harm[0]:.1f} and {harm[1]:.1f} of them by calibration; over draws both intervals hold 0" in the_page()
+    assert f"{harm[0]:.1f} and {harm[1]:.1f} of them by calibration; over draws the intervals of both" in the_page()
+    assert sum(float(calibrated[task][0]) > float(raw[task][0]) for task in fewshot.TASKS) == 4
+    gains = [gains[task][3:] for task in ("movies", "source")]
+    assert f"gain {gains[0][0]} points on movies and {gains[1][0]} on source, by both intervals." in the_page()
+    assert not any(gains[0][1:] + gains[1][1:])
 
 
 def test_what_the_page_says_of_the_floors_is_the_tables():
@@ -620,7 +624,8 @@ def test_what_the_page_says_of_the_floors_is_the_tables():
     assert biases["movies"][3:] == (1.2, True, True)
     assert "Over one bias a label it is 1.2 points ahead on movies, and both intervals hold 0" in the_page()
     assert found["ia3, 0.003", "probe", "source"][3:] == (-4.9, False, False)
-    assert "On source it is 4.9 behind logistic regression, by both intervals." in the_page()
+    assert found["ia3, 0.01", "probe", "source"][4:] == (True, True)  # level
+    assert "On source it is 4.9 behind logistic regression, by both intervals, and at 1e-2 level" in the_page()
     higher = [task for task in fewshot.TASKS if found["ia3, 0.01", "ia3, 0.003", task][3] > 0]
     assert higher == ["source", "movies-ab", "movies-flipped"]
 
@@ -645,7 +650,7 @@ def test_what_the_page_says_of_other_k_is_the_tables():
     ours, theirs = [
         by_template()[row]["news"][0] for row in ("ia3, plain, K = 4, 100 steps at 0.003", "zero, plain, K = 0")
     ]
-    assert f"though no higher than plain zero-shot ({ours} to {theirs} %)" in the_page()
+    assert f"though level with plain zero-shot ({ours} % beside {theirs})" in the_page()
 
     means = {}  # {row: accuracy of each of the three tasks}
     for cells in lines_of_the_table():
@@ -666,7 +671,7 @@ def test_what_the_page_says_of_transfer_is_the_tables():
     assert f"(IA)³'s mean is {values[0]}, {values[1]} and {values[2]} points above that of 32 examples" in the_page()
     added = [found["transfer, 0.003", "ia3, 0.003", task] for task in tasks]
     values = [row[0] for row in added]
-    assert f"Trained on with 32 of the target's, it is {min(values)} to {max(values)} above vectors" in the_page()
+    assert f"Trained further, on 32 labels of the target's, it is {min(values)} to {max(values)} above" in the_page()
     assert [row[2] for row in without] == [True, False, True] and [row[2] for row in added] == [True, True, False]
     single_tokens = [row[3] for row in added]
     assert f"adds to 32 labels lies between {min(single_tokens)} and {max(single_tokens)}." in the_page()
@@ -677,5 +682,6 @@ def test_what_the_page_says_of_the_losses_is_the_tables():
     lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
     assert f"with L_LM alone (IA)³'s mean is {lm[0]} points lower than with all three" in the_page()
     assert f"with L_LN alone it is {-ln[0]} higher" in the_page()
-    assert f"L_LM alone lacks {lm[3]} points" in the_page()
+    assert f"L_LM alone lacks {lm[3]} points and L_LN alone {ln[3]}, of which the second's" in the_page()
+    assert lm[5] and not ln[5]
     assert all(found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"][2] for losses in fewshot.SUBSETS)
