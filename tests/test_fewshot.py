@@ -677,6 +677,20 @@ def test_what_the_page_says_of_transfer_is_the_tables():
     assert f"adds to 32 labels lies between {min(single_tokens)} and {max(single_tokens)}." in the_page()
 
 
+def test_what_the_page_says_of_costs_is_what_was_measured():
+    costs = {row["k"]: row for row in lab.read_csv(lab.RESULTS / "fewshot/costs.csv", fewshot.COSTS)}
+    ours, row = costs[0], costs[32]
+    anew = row["flops"] + row["prefix_flops"]
+    assert f"a prediction costs {anew / ours['flops']:.0f} times the FLOPs of (IA)³'s" in the_page()
+    after = [math.ceil(ours["training_flops"] / (flops - ours["flops"])) for flops in (anew, row["flops"])]
+    assert f"paid back after {after[0]} predictions (the paper's" in the_page()
+    assert f"paid back after {after[1]:,}." in the_page()
+    megabytes = f"{row['cache_bytes'] / 1e6:.0f} MB a task where (IA)³ keeps {row['task_bytes'] / 1e6:.2f}"
+    assert f"a cache that is kept, {megabytes}, a" in the_page()
+    times, as_long = [f"{row[what] / ours[what]:.1f}" for what in ("flops", "seconds")]
+    assert f"costs {times} times as much and takes as many times as long" in the_page() and times == as_long
+
+
 def test_what_the_page_says_of_the_losses_is_the_tables():
     found = differences()
     lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
