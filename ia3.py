@@ -64,7 +64,7 @@ class IA3(nn.Module):
 
         task_ids: (B,) long, wanted where the vectors are stacked and only there. Raises ValueError where it does not
         fit. The ids themselves are read only on a CPU: on a GPU that would make every forward pass wait, and an id
-        out of range ends in CUDA's own assertion. So check_task_ids before they go there.
+        out of range ends in CUDA's own assertion. So the caller runs check_task_ids before moving them there.
         """
         if self.is_stacked() != (task_ids is not None):
             raise ValueError("stacked vectors want task_ids, one a row, and vectors of one task want none")
@@ -163,6 +163,7 @@ def stack(tasks):
     What a task does not scale is ones in its row. Raises ValueError for no vectors at all, for stacked ones, and for
     those of different shapes or bases.
     """
+    tasks = list(tasks)
     given = [task for task in tasks if task is not None]
     shapes = {(task.config.n_layer, task.config.widths) for task in given}
     fingerprints = {task.fingerprint for task in given if task.fingerprint}

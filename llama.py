@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# the numbers of a rope_scaling
+# the names of a rope_scaling's numbers
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -74,7 +74,7 @@ class LlamaConfig:
 
 
 def rotary_table(config, pos, dtype):
-    """The angle by which each pair of channels turns at positions pos (T,): cos and sin, both (T, d_head/2).
+    """cos and sin, both (T, d_head/2), of the angle by which each pair of channels turns at positions pos (T,).
 
     Pair i turns by rope_base^(-2i/d_head) a token (Su et al. 2021, arXiv:2104.09864, section 3.2.2). Computed in
     float32 or, for a dtype of float64, in that: bfloat16 could not tell position 257 from 256.
@@ -83,8 +83,8 @@ def rotary_table(config, pos, dtype):
     even = torch.arange(0, d_head, 2, device=pos.device, dtype=torch.promote_types(dtype, torch.float32))
     speed = 1 / config.rope_base ** (even / d_head)  # (d_head/2,) radians a token
     if config.rope_scaling is not None:
-        # Llama 3.1 was trained on to longer texts with the slow pairs slowed down: by factor where they turn less than
-        # low_freq_factor times in the length first trained on, not at all above high_freq_factor, in between by a mix
+        # Llama 3.1 was trained further on longer texts, with its slow pairs slowed down: by factor where they turn less
+        # than low_freq_factor times in the original length, not at all above high_freq_factor, in between by a mix
         factor, low, high, length = [config.rope_scaling[name] for name in LLAMA3]
         turns = length / (2 * math.pi / speed)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -116,9 +116,9 @@ class CausalSelfAttention(nn.Module):
         k = self.k_proj(x)  # (B, T, n_kv_head · d_head)
         v = self.v_proj(x)
 
-        # (IA)³: queries stay as they are. The base may be held in bfloat16, vectors are float32: the product is taken
-        # in the wider dtype and rounded once to the activation's. Before the rotation, which mixes channels: after it,
-        # l_k would be no scaling of W_k's rows.
+        # (IA)³: queries stay as they are. l_k and l_v: (width,), or (B, 1, width) in a batch of several tasks; float32
+        # even if the base is held in bfloat16: the product is taken in the wider dtype and rounded once to the
+        # activation's. Before the rotation, which mixes channels: l_k after it would as a rule not scale W_k's rows.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:
@@ -133,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            k, v, seen = cache.append(k, v)  # with the tokens before, scaled and turned when they were read
+            k, v, seen = cache.append(k, v)  # of all tokens so far, those before scaled and turned when read
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.o_proj(y)

@@ -39,7 +39,7 @@ def merge(model):
     merged = copy.deepcopy(model)
     fold(merged)
     check_finite(merged)
-    return merged.requires_grad_(True)
+    return merged.requires_grad_(True)  # an attached base is frozen, a plain model is not
 
 
 def fold(model):
@@ -124,7 +124,7 @@ class Report:
 
 @torch.no_grad()
 def verify(model, merged, idx, lengths=None):
-    """Compare model with merged on idx (B, T) long. Returns a Report.
+    """Compare model with merged, both in eval mode, on idx (B, T) long. Returns a Report.
 
     lengths: how many tokens of each row are text; what follows is padding and is not compared (None: all is text).
 
@@ -182,7 +182,7 @@ def run(argv):
     report = verify(model, merged, idx, lengths)
     prompt = val.prompt(64)
     greedy = [generate(m, prompt, 200, temperature=0) for m in (model, merged)]
-    common.save(merged, args.out)
+    common.save(merged, args.out)  # also where it is inexact, to be looked into
     print(f"{args.base} + {args.ia3} → {args.out}\n{report}")
     print(f"200 tokens of greedy text     {'identical' if torch.equal(*greedy) else 'different'}")
     if not report.is_exact():

@@ -63,8 +63,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 × (B, T, C)
 
-        # (IA)³: queries stay as they are. The base may be held in bfloat16, vectors are float32: the product is taken
-        # in the wider dtype and rounded once to the activation's.
+        # (IA)³: queries stay as they are. l_k and l_v: (C,), or (B, 1, C) in a batch of several tasks; float32 even if
+        # the base is held in bfloat16: the product is taken in the wider dtype and rounded once to the activation's.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:
@@ -78,7 +78,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            k, v, seen = cache.append(k, v)  # with the tokens before, scaled when they were read
+            k, v, seen = cache.append(k, v)  # of all tokens so far, those before scaled when they were read
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -172,7 +172,7 @@ class GPT(nn.Module):
         if not 1 <= T <= self.config.block_size - start:
             raise ValueError(f"a sequence of {start + T} tokens, and block_size is {self.config.block_size}")
         if self.ia3 is not None:
-            layers = self.ia3.per_layer(task_ids)  # n_layer × (l_k, l_v, l_ff)
+            layers = self.ia3.per_layer(task_ids)  # n_layer × (l_k, l_v, l_ff), as IA3.per_layer says
         else:
             layers = [(None, None, None)] * self.config.n_layer
         if task_ids is not None and (self.ia3 is None or len(task_ids) != idx.size(0)):

@@ -24,7 +24,8 @@ class Cache:
     """What a model has read so far, so that only new tokens are read: keys and values, allocated once.
 
     They are kept scaled, and in a Llama rotated: a cached key holds l_k already, a cached value l_v. So a cache belongs
-    to the vectors and task_ids, the very objects, that it was made with, and is refused for others.
+    to the vectors and task_ids, the very objects, that it was made with, and is refused for others. It is written in
+    place, so it is for torch.no_grad.
     """
 
     def __init__(self, model, batch_size, max_tokens, task_ids=None):
@@ -56,10 +57,12 @@ class LayerCache:
         """Add T tokens' k and v, (B, n_kv_head, T, d_head).
 
         Returns k and v of all tokens so far, and which of them each new one sees: (T, length) bool, None for all.
-        Raises ValueError for more tokens than the cache was made for.
+        Raises ValueError for other rows or more tokens than the cache was made for.
         """
         T = k.size(2)
         end = self.length + T
+        if k.size(0) != self.k.size(0):
+            raise ValueError(f"this cache was made for {self.k.size(0)} rows, not for {k.size(0)}")
         if end > self.k.size(2):
             raise ValueError(f"this cache was made for {self.k.size(2)} tokens, not for {end}")
         self.k[:, :, self.length : end] = k
@@ -135,7 +138,7 @@ def short_names(paths):
         names = [name[1:] for name in names]
     while agree(-1):
         names = [name[:-1] for name in names]
-    return ["/".join(name) for name in names]
+    return [str(Path(*name)) for name in names]
 
 
 def side_by_side(names, texts, width=38):
@@ -183,7 +186,7 @@ def run(argv):
         model.ia3 = tasks[0]
     elif tasks:
         model.ia3 = stack(tasks)
-        task_ids = torch.arange(len(tasks))  # a row a task
+        task_ids = torch.arange(len(tasks))  # one row per task
     texts = complete(model, prompts, args.tokens, args.temperature, args.top_k, args.seed, task_ids)
     print(texts[0] if len(texts) == 1 else side_by_side(short_names(args.ia3), texts))
     return 0

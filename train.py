@@ -32,7 +32,7 @@ from ia3 import IA3, SITES, attach, fingerprint
 from model import GPT, GPTConfig
 from sample import complete
 
-COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")  # of metrics.csv
+COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")  # of metrics.csv; lr is the next step's
 
 
 def flag(default, help, choices=None, bounds=None):
@@ -43,11 +43,12 @@ def flag(default, help, choices=None, bounds=None):
 class TrainConfig:
     """What train() does. Raises ValueError for values out of bounds.
 
-    Every field is a flag of the command line, too, where lr goes by the model, dtype by the device and out by the data.
+    Every field is a flag of the command line, too; there lr's default depends on the model, dtype's on the device and
+    out's on the data.
     """
 
     steps: int = flag(200, "optimizer steps", bounds=(1, 10**9))
-    lr: float = flag(0.1, "peak learning rate", bounds=(1e-12, 1000))  # for the small bundled base; else 3e-3
+    lr: float = flag(0.1, "peak learning rate", bounds=(1e-12, 1000))  # for the small bundled base; 3e-3 for others
     schedule: str = flag("cosine", "the decay to zero after the warmup", choices=("cosine", "linear"))
     warmup: float = flag(0.06, "share of the steps in which the learning rate rises", bounds=(0, 1))
     batch_size: int = flag(16, "windows or examples a step, over all parts and processes", bounds=(1, 10**5))
@@ -81,7 +82,7 @@ def learning_rate(step, config):
     """A linear rise over the warmup, then the schedule's decay to zero."""
     warmup = int(config.warmup * config.steps)
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return config.lr * (step + 1) / (warmup + 1)  # above 0 at step 0, all of lr at step warmup
     done = (step - warmup) / max(config.steps - warmup, 1)
     if config.schedule == "linear":
         return config.lr * (1 - done)
@@ -100,10 +101,10 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved; under
     torchrun every process must answer the same. With config.out, every evaluation writes last.pt and metrics.csv there.
 
-    Returns the history, a dict an evaluation, with train_loss the mean over the steps since the one before. The model
-    ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a gradient
-    that is not finite, and ValueError for nothing to train, for vectors on a base that is not frozen, for vectors in
-    less than float32, and for a run in config.out that cannot be resumed.
+    Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
+    The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
+    gradient that is not finite, and ValueError for nothing to train, for vectors on a base that is not frozen, for
+    vectors in less than float32, and for a run in config.out that cannot be resumed.
     """
     if loss_fn is None:
         loss_fn = lm_loss
@@ -111,7 +112,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     rank, world = ranks()
     device = model.lm_head.weight.device
 
-    # AdamW. Weight decay pulls to 0, and a vector starts at 1: it is for other matrices only
+    # AdamW. Weight decay pulls to 0, and a vector starts at 1: only other matrices are decayed
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
     others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]
@@ -120,8 +121,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
     # where an earlier run of this folder was stopped
     step = 0
-    history = []  # a dict an evaluation
-    losses = []  # of the steps since the last one
+    history = []  # one dict per evaluation
+    losses = []  # of the steps since the last evaluation
     settings = {}  # what a resumed run must have alike; empty without a folder, and then nothing is saved
     if config.out is not None:
         settings = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
@@ -136,7 +137,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        if due and step not in [row["step"] for row in history]:
+        if due and step not in [row["step"] for row in history]:  # a resumed run may have it already
             seconds = max(time.time() - started, 1e-9)
             tokens_per_second = n_tokens / seconds
             train_loss = sum(losses) / len(losses) if losses else math.nan
@@ -166,6 +167,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
         # forward and backward, one part of the batch in memory at a time
         model.train()
+        optimizer.zero_grad(set_to_none=True)
         dice = np.random.default_rng((config.seed, step, rank))
         torch.manual_seed(int(dice.integers(2**63)))  # for dropout
         loss = torch.zeros((), device=device)
@@ -192,13 +194,12 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         step += 1
 
 
 def check_vectors(model):
-    """Raise ValueError where nothing is trained, or beside vectors the base too, or vectors in less than float32."""
+    """Raise ValueError if nothing is trained, if a base is trained beside its vectors, or these in below float32."""
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in this model requires a gradient: ia3.attach gives it vectors to train")
     if model.ia3 is None:
@@ -334,11 +335,15 @@ def build(args):
             small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
             args.lr = 0.1 if small else 0.003  # the paper's; the small bundled base wants more
     if args.method == "full":
-        if args.ia3 is not None or args.sites:
+        if args.ia3 is not None or args.sites is not None:
             raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
         return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
-    sites = args.sites.split(",") if args.sites else SITES
-    vectors = IA3.load(args.ia3, model) if args.ia3 is not None else IA3(model.config, sites)
+    if args.ia3 is not None:
+        if args.sites is not None:
+            raise ValueError("--sites goes without --ia3: the file has its own")
+        vectors = IA3.load(args.ia3, model)
+    else:
+        vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
     model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
     attach(model, vectors)  # float32
     return model, data
@@ -352,7 +357,7 @@ def parse(argv):
     add("--data", default="folio", help="plays, folio, sonnets, kjv, or a folder of your own (default: %(default)s)")
     add("--method", default="ia3", choices=("ia3", "full"), help="the vectors, or every weight; scratch: always full")
     add("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
-    add("--sites", help="what gets a vector; with --ia3 the file says it (default: k,v,ff)")
+    add("--sites", help="what gets a vector (default: k,v,ff; with --ia3 the file's own)")
     add("--block-size", type=int, help="training window in tokens (default: the model's, at most 256; scratch: 128)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     add("--compile", action="store_true", help="torch.compile the model")
@@ -387,7 +392,9 @@ def prepare_folder(args):
     there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     if there and not (args.resume and "last.pt" in there):
         raise ValueError(f"{args.out} holds a run: --resume goes on from its last.pt; else remove it or name another")
-    inputs = [args.base, *datasets.find(args.data).values(), *([] if args.ia3 is None else [args.ia3])]
+    inputs = [args.base, *datasets.find(args.data).values()]
+    if args.ia3 is not None:
+        inputs.append(args.ia3)
     for name in names:
         common.check_output(f"{args.out}/{name}", inputs)
 

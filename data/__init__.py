@@ -6,7 +6,7 @@ A data folder holds one of, tried in this order:
     train.bin    val.bin     token ids as uint16, nanoGPT's format; memory-mapped, so they may be larger than memory
     train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
 
-A split is a Stream of tokens or a set of Examples, and both answer the same: len(split), how many windows it has,
+A split's data is a Stream of tokens or a set of Examples; both answer the same: len(split), how many windows it has,
 split.windows(ids) of them, split.batch(seed, step, batch_size), split.prompt(n) to go on from, and split.data_hash().
 """
 
@@ -21,7 +21,7 @@ import torch
 HERE = Path(__file__).parent
 
 
-# how many ids a tokenizer has; bytes: a byte's id is its value, and 256 ends a text
+# how many ids a tokenizer has; bytes: a byte's id is its value, and 256 is <|endoftext|>
 N_IDS = {"bytes": 257, "gpt2": 50257}
 BPE = ("pattern", "ranks", "special_tokens")  # what a byte-level BPE of a checkpoint's own consists of
 
@@ -198,7 +198,7 @@ class Examples:
 
 
 def evenly_spaced(split, n):
-    """The ids of n windows of split, evenly spaced from the first to the last; of all where it has fewer."""
+    """The numbers of n windows of split, evenly spaced from the first to the last; of all where it has fewer."""
     n = min(n, len(split))
     return torch.linspace(0, len(split) - 1, n, dtype=torch.float64).long().tolist()
 

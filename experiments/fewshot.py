@@ -13,9 +13,10 @@ This page is the protocol. It was committed before any test split was read.
 **Tasks.** Reported: movies, tweets, news (is a sentence negative or positive?), source (which of four sets is it
 from?), movies-ab (answers A and B) and movies-flipped (answers exchanged). Products is the development task: what is
 chosen is chosen on its val, its test is never read, and it stands in no reported row, except as a source of labels in
-transfer. The model may have read the movie sentences, and such questions, before: only source, A/B and flipped are
-free of that. Before this protocol, a pilot tried rates on movie sentences, which are in train here, and scored 200
-product sentences and 200 tweets zero-shot, choosing nothing by them.
+transfer. (Noted later: and in source, one of whose four sets it is; 200 sentences of its test are in source's.) The
+model may have read the movie sentences, and such questions, before: only source, A/B and flipped are free of that.
+Before this protocol, a pilot tried rates on movie sentences, which are in train here, and scored 200 product sentences
+and 200 tweets zero-shot, choosing nothing by them.
 
 **Scoring.** One rule for every row: a choice's log-likelihood after the prompt, divided by its number of tokens, and
 the best choice is the answer. A prompt, and what stands before it, is read once through the cache. Three templates.

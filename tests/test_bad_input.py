@@ -67,6 +67,8 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
         ("--ia3 base.pt", "no file of (IA)³ vectors"),
         ("--ia3 ia3.npz --method full", "--ia3 and --sites go with --method ia3"),
         ("--sites k --method full", "--ia3 and --sites go with --method ia3"),
+        ("--ia3 ia3.npz --sites k", "--sites goes without --ia3: the file has its own"),
+        ("--sites=", "sites must be"),
         ("--sites q", "sites must be a list of some of k, v, ff"),
         ("--sites k,,v", "sites must be"),
         ("--steps 0", "steps must be from 1 to 1000000000, not"),

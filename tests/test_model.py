@@ -155,6 +155,16 @@ def test_a_cache_takes_no_more_tokens_than_it_was_made_for(make_model):
 
 
 @torch.no_grad()
+def test_a_cache_takes_no_other_number_of_rows_and_stays_as_it_was(make_model):
+    model = make_model()
+    idx = make_idx(model)
+    cache = fill(Cache(model, 3, 16), model, idx[:, :4])
+    with pytest.raises(ValueError, match="this cache was made for 3 rows, not for 1"):
+        model(idx[:1, 4:5], cache=cache)
+    assert [layer.length for layer in cache.layers] == [4] * model.config.n_layer
+
+
+@torch.no_grad()
 def test_a_cache_is_refused_for_other_vectors_and_other_task_ids(make_model):
     model = make_model()
     a, b = make_ia3(model, seed=1), make_ia3(model, seed=2)

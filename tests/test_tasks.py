@@ -49,7 +49,8 @@ def test_a_row_of_a_mixed_batch_is_that_row_of_the_batch_under_its_task_bit_for_
     assert attached.l_k.shape == (4, 2, k_width) and attached.l_ff.shape == (4, 2, ff_width)
     assert not torch.equal(mixed[1], mixed[4])  # one task, two texts
     same = idx[:1].expand(4, -1)
-    model.ia3 = attached
+    model.ia3 = stack(task for task in tasks)  # of anything that can be run through
+    assert torch.equal(model.ia3.l_k, attached.l_k)
     rows = model(same, task_ids=torch.arange(4))[0]
     assert all(not torch.equal(rows[i], rows[j]) for i in range(4) for j in range(i))  # four tasks, one text
 

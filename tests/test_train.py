@@ -684,6 +684,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(text):
 
     with pytest.raises(FloatingPointError, match=r"gradient (inf|nan) at step 0"):
         train(model, text, config(), loss_fn)
+    train(model, text, config())  # and the next run of this model does not begin with it
 
 
 def interrupt_in_step(monkeypatch, step, times):
