@@ -61,10 +61,7 @@ def fold_gpt2(block, l_k, l_v, l_ff):
 
 
 def fold_llama(block, l_k, l_v, l_ff):
-    """A block of LLaMA: all rows of k_proj and v_proj, (n_kv_head·d_head, n_embd).
-
-    l_ff times the rows of up_proj would do as well as the columns of down_proj.
-    """
+    """A block of LLaMA: all rows of k_proj and v_proj, (n_kv_head·d_head, n_embd)."""
     fold_rows(block.self_attn.k_proj, slice(None), l_k)
     fold_rows(block.self_attn.v_proj, slice(None), l_v)
     fold_columns(block.mlp.down_proj, l_ff)

@@ -107,7 +107,7 @@ def test_a_base_in_bfloat16(dice, attn, monkeypatch, name):
     check(after.dtype == torch.bfloat16, words)
     if name == "l_v":
         right = torch.equal(after, product(l, before))
-    else:  # or on the queries, question 4(b)
+    else:  # or on the queries
         (q, k), (q_now, k_now) = seen
         right = torch.equal(k_now, product(l, k)) or torch.equal(q_now, product(l, q))
     words = "take the product in the wider dtype, float32, and round that, once: here the vector itself is rounded"
