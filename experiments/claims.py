@@ -2,8 +2,7 @@
 
     python -m experiments.claims > experiments/results/claims.md
 
-Figures come from what is committed in experiments/results, or are counted on the spot. Where a run has not been made,
-or compare's is an older command's, there stands 'not run'.
+Figures come from what is committed in experiments/results, or are counted on the spot.
 """
 
 import argparse
@@ -16,44 +15,39 @@ from experiments.rivals import METHODS
 from ia3 import IA3
 from tools.count import T0, find_model, row, row_of_t0
 
-DATA = "folio"
-NOT_RUN = "not run"
-
-
 # --- figures ---
 
 
-def read_comparison(folder):
-    """compare's statistics on folio at 1×, its runs, and its costs by method; empty where they are not there."""
-    try:
-        key = (DATA, compare.STEPS)
-        costs = {cells["method"]: cells for cells in lab.read_csv(folder / "costs.csv", compare.COSTS)}
-        return compare.statistics(folder)[key], compare.read_tests(folder)[key], costs
-    except (OSError, ValueError, KeyError):
-        return {}, {}, {}
-
-
-def time_of(costs, name, what):
-    """A median time over the base's."""
-    value = costs.get(name, {}).get(what)
-    return NOT_RUN if value is None else f"{value:.2f}"
-
-
-def gap_of(found, name):
-    """The share of full fine-tuning's gain, in percent, and its interval over the works."""
-    return f"{compare.of_works(found[name]['gap'], '.1f')} %" if name in found else NOT_RUN
+def figures_of_comparison(folder, data="folio"):
+    """{name: text} of compare's runs at 1× and, where they are measured, its costs."""
+    key = (data, compare.STEPS)
+    found = compare.statistics(folder)[key]
+    tests = compare.read_tests(folder)[key]
+    figures = {}
+    for name in found.keys() - {"base"}:
+        method = name.replace("-", "_")
+        figures[f"gap_{method}"] = f"{compare.of_works(found[name]['gap'], '.1f')} %"
+        figures[f"half_{method}"] = compare.half_gap(tests, name)
+    for cells in lab.read_csv(folder / "costs.csv", compare.COSTS):
+        method = cells["method"].replace("-", "_")
+        for what, column in (("forward", "unmerged"), ("merged", "merged"), ("mixed", "mixed")):
+            if cells[column] is not None:
+                figures[f"{what}_{method}"] = f"{cells[column]:.2f}"
+        if cells["method"] == "ia3":
+            ends = f"{cells['equal_low']:.3f} to {cells['equal_high']:.3f}"
+            figures["equal"] = f"{ends}, {'equivalent' if compare.is_equivalent(cells) else 'inconclusive'}"
+    return figures
 
 
 def small_heads(results):
-    """How many heads have scales of a mean below a half, and all heads' means, of each analysis that is there."""
+    """How many heads have scales of a mean below a half, and all heads' means, of both analyses."""
     found = []
     for name, where in (("heads", "folio"), ("heads-smollm2", "movie reviews, SmolLM2")):
         rows = lab.read_csv(results / "analysis" / name / "results.csv", analysis.HEADS)
-        if rows:
-            means = [row[mean] for row in rows for mean in ("l_k_mean", "l_v_mean")]
-            small = sum(min(row["l_k_mean"], row["l_v_mean"]) < 0.5 for row in rows)
-            found.append(f"{small} of {len(rows)} on {where} ({min(means):.2f} to {max(means):.2f})")
-    return ", ".join(found) or NOT_RUN
+        means = [row[mean] for row in rows for mean in ("l_k_mean", "l_v_mean")]
+        small = sum(min(row["l_k_mean"], row["l_v_mean"]) < 0.5 for row in rows)
+        found.append(f"{small} of {len(rows)} on {where} ({min(means):.2f} to {max(means):.2f})")
+    return ", ".join(found)
 
 
 def count_values(add, model):
@@ -68,8 +62,7 @@ def megabytes(values):
 
 def read_figures(results):
     """Return {name: text}. results: the folder of committed results."""
-    found, tests, costs = read_comparison(results / "compare")
-    figures = {}
+    figures = figures_of_comparison(results / "compare")
     counts = {name: count_values(METHODS[name].add, common.load(lab.BASE)) for name in METHODS}
     for name, n in counts.items():
         key = name.replace("-", "_")
@@ -77,16 +70,7 @@ def read_figures(results):
         figures[f"share_{key}"] = f"{n / counts['full']:.2%}"
         figures[f"bytes_{key}"] = megabytes(n)
         figures[f"optimizer_{key}"] = f"{12 * n / 1e6:.3g} MB"
-        figures[f"gap_{key}"] = gap_of(found, name)
-        figures[f"forward_{key}"] = time_of(costs, name, "unmerged")
-        figures[f"merged_{key}"] = time_of(costs, name, "merged")
-        figures[f"mixed_{key}"] = time_of(costs, name, "mixed")
-        figures[f"half_{key}"] = compare.half_gap(tests, name) if name in tests else NOT_RUN
     figures["heads"] = small_heads(results)
-    figures["equal"] = NOT_RUN
-    if "ia3" in costs:
-        ends = f"{costs['ia3']['equal_low']:.3f} to {costs['ia3']['equal_high']:.3f}"
-        figures["equal"] = f"{ends}, {'equivalent' if compare.is_equivalent(costs['ia3']) else 'inconclusive'}"
     for name in ("gpt2", "LLaMA-7B", "Llama-3-8B"):
         figures[f"of_{name}"] = row(name, find_model(name))[5]
     for name in T0:
@@ -101,10 +85,8 @@ def read_figures(results):
         figures[f"kept_{name}"] = f"{kept[title]['saved_bytes'] / kept['full fine-tuning']['saved_bytes']:.2f}"
     raced = lab.read_csv(results / "bench/results.csv", bench.RESULTS)
     steps = {cells["shape"]: f"{cells['over_plain']:.2f}" for cells in raced if cells["contestant"] == bench.OURS}
-    figures["steps"] = ", ".join(f"{time} ({shape})" for shape, time in steps.items()) or NOT_RUN
-    is_there = (results / "fewshot/table.md").exists()
-    figures["fewshot"] = "[measured](fewshot/table.md)" if is_there else f"[asked](../fewshot.py), {NOT_RUN}"
-    figures["gap_smollm2"] = gap_of(read_comparison(results / "compare-smollm2")[0], "ia3")
+    figures["steps"] = ", ".join(f"{time} ({shape})" for shape, time in steps.items())
+    figures["gap_smollm2"] = figures_of_comparison(results / "compare-smollm2")["gap_ia3"]
     return figures
 
 
@@ -174,8 +156,8 @@ CLAIMS = (  # the claim, the verdict, where to look
     ),
     (
         "rapid adaptation of large models to new domains with little data",
-        "with few labels: {fewshot}. Share of full fine-tuning's gain on 1623 spelling, 100 steps: {gap_ia3}; "
-        "on SmolLM2, two seeds, rates not chosen, {gap_smollm2}. Large models: not tried",
+        "with few labels: [measured](fewshot/table.md). Share of full fine-tuning's gain on 1623 spelling, 100 steps: "
+        "{gap_ia3}; on SmolLM2, two seeds, rates not chosen, {gap_smollm2}. Large models: not tried",
         "compare",
     ),
     (
@@ -261,7 +243,7 @@ def text(figures):
     methods = ["(IA)³", "LoRA", "adapters of 8", "a prompt of 16, a prefix of 8"]
     return "\n\n".join(
         [
-            "What articles say of (IA)³. *(`python -m experiments.claims`; what has not been run says so.)*",
+            "What articles say of (IA)³. *(`python -m experiments.claims`)*",
             lab.markdown(["", "they say", "verdict", "where to look"], claims),
             "Their comparison table, row by row: what they say, and what is found here, on the bundled base of 2.7 M "
             "parameters where no other is named. Its own shares and bytes are large since the base is small.",
