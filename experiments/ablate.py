@@ -170,9 +170,10 @@ def summarize(folder):
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
         theirs = np.stack([points[reference][seed]["works"] for seed in seeds])  # (seeds, works)
         records = []
-        for point in ("base", *along):
-            row = base if point == "base" else points[point][seeds[0]]
-            ours = np.stack([base["works"] if point == "base" else points[point][seed]["works"] for seed in seeds])
+        of_base = dict.fromkeys(seeds, base)  # it is not trained
+        for point, of_seed in [("base", of_base), *[(point, points[point]) for point in along]]:
+            row = of_seed[seeds[0]]
+            ours = np.stack([of_seed[seed]["works"] for seed in seeds])
             record = row | {"loss": ours.mean(), "difference": None, "by_work": None, "seeds": len(seeds)}
             record |= {"diverged": int((~np.isfinite(ours).all(1)).sum()), "reference": point == reference}
             if np.isfinite(ours).all() and np.isfinite(theirs).all():
@@ -220,7 +221,8 @@ def tables(folder):
             rows.append([*names, f"{record['values']:,}", loss, change, interval, by_work])
         fixed = [f"{AXES[axis]} {cell(axis, about['reference'])}" for axis in AXES if axis not in axes]
         n = records[0]["seeds"]
-        told = [f"{about['data']}/val ({', '.join(about['works'])}), {n} seed{'s' * (n > 1)}", *fixed]
+        seeds = "1 seed" if n == 1 else f"{n} seeds"
+        told = [f"{about['data']}/val ({', '.join(about['works'])}), {seeds}", *fixed]
         told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step")
         pieces += [lab.markdown(head, rows), f"{'; '.join(told)}."]
     return "\n\n".join(pieces)

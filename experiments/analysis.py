@@ -269,15 +269,16 @@ def size(args):
         return evaluate(model, data["val"], TrainConfig(batch_size=32), n_windows=args.items)
 
     negative = sum((p < 0).sum().item() for p in vectors.parameters())
-    losses = {"the base": (0, loss())}
+    base = loss()
     model.ia3 = vectors
+    kept = {}  # bytes and loss
     for words, (n_bytes, matrices) in small_versions(vectors).items():
         for name, p in vectors.matrices().items():
             p.data = matrices[name]
-        losses[words] = n_bytes, loss()
-    base, ours = losses["the base"][1], losses["float32"][1]
+        kept[words] = n_bytes, loss()
+    ours = kept["float32"][1]
     lines = []
-    for words, (n, nats) in losses.items():
+    for words, (n, nats) in ({"the base": (0, base)} | kept).items():
         lines.append([words, f"{n:,}", f"{nats:.4f}", f"{(base - nats) / (base - ours):.1%}"])
     sizes = lab.markdown(["kept", "bytes", "nats a token", "of the gain"], lines)
 
@@ -295,8 +296,7 @@ def size(args):
     lab.save_text(f"{sizes}\n\n{text}\n\n{table}", args.out / "table.md")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    kept = dict(list(losses.items())[1:])
-    left.plot([n for n, _ in kept.values()], [loss for _, loss in kept.values()], "o")
+    left.plot([n for n, _ in kept.values()], [nats for _, nats in kept.values()], "o")
     for words, place in kept.items():
         left.annotate(f" {words}", place, fontsize=7)
     left.axhline(base, color="gray", ls=":", label="the base")

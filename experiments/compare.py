@@ -281,8 +281,7 @@ def measure_costs(settings, data, repeats):
         for what, (middle, low, high) in found.items():
             row |= {what: middle, f"{what}_low": low, f"{what}_high": high}
         if "merged" in found:
-            ends = lab.equivalence(times[name, "merged"], times["base", "unmerged"])
-            row |= dict(zip(("equal_low", "equal_high"), ends, strict=True))
+            row["equal_low"], row["equal_high"] = lab.equivalence(times[name, "merged"], times["base", "unmerged"])
         row |= {"device": lab.device_name(device), "torch": torch.__version__, "date": f"{date.today()}"}
     return list(rows.values())
 
@@ -425,8 +424,9 @@ def tables(folder):
                     row["loss less (IA)³'s"] += ", no ranking"
             lines.append(list(row.values()))
         n = len(tests[data, steps]["ia3"])
-        title = f"**{data}**, {steps} steps of {about['batch_size']} windows, {n} seed{'s' * (n > 1)}, on "
-        pieces.append(f"{title}{', '.join(works)}:")
+        seeds = "1 seed" if n == 1 else f"{n} seeds"
+        title = f"**{data}**, {steps} steps of {about['batch_size']} windows, {seeds}, on {', '.join(works)}:"
+        pieces.append(title)
         pieces.append(lab.markdown(head, lines))
     pieces += rate_table(rows)
     costs = lab.read_csv(folder / "costs.csv", COSTS)
@@ -496,7 +496,7 @@ def cost_table(costs):
 
 def is_equivalent(row):
     """Whether a row of costs.csv shows the merged pass to be as fast as the base's, within MARGIN."""
-    return row["equal_low"] is not None and 1 - MARGIN <= row["equal_low"] <= row["equal_high"] <= 1 + MARGIN
+    return 1 - MARGIN <= row["equal_low"] <= row["equal_high"] <= 1 + MARGIN
 
 
 def panels(n):

@@ -191,6 +191,8 @@ def tried_on_products(folder, settings):
     missing = set()
     for row in jobs_of_formats(settings) + jobs_of_rates(settings):
         name, method = lab.run_name(row), row["method"]
+        if method == "zero":
+            continue  # it stands beside them: nothing to choose
         found = tried.setdefault(method, {})
         if name not in runs:
             missing.add(method)
@@ -210,11 +212,11 @@ def chosen_on_products(folder, settings):
     tried, missing = tried_on_products(folder, settings)
     if "icl" in missing:
         raise ValueError("in-context learning's runs on products are missing: --stage formats makes them")
-    chosen = {}
-    for method in tried.keys() - missing - {"zero"}:
-        chosen[method] = max(tried[method], key=lambda what: accuracy_of(tried[method][what]))
-    form, how = chosen.pop("icl")
-    return {"form": form, "calibrated": how} | {name: chosen[name] for name in sorted(chosen)}
+    best = {}
+    for method in sorted(tried.keys() - missing):
+        best[method] = max(tried[method], key=lambda what: accuracy_of(tried[method][what]))
+    form, how = best.pop("icl")
+    return {"form": form, "calibrated": how} | best
 
 
 def make(jobs, settings, folder, args):
@@ -280,10 +282,12 @@ def measure_costs(settings, chosen):
     split = pairs_to_learn(model.tokenizer, draw(pool, main_k(settings), 0))
     loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
     n_batches = math.ceil(len(split) / BATCH_SIZE)
-    flops = 0
-    for step in range(n_batches):
+
+    def backward(step):
         batch = datasets.to_device(split.batch(0, step, BATCH_SIZE), model.lm_head.weight.device)
-        flops += sum(lab.count_flops(lambda batch=batch: loss_fn(model, *batch).backward()))
+        loss_fn(model, *batch).backward()
+
+    flops = sum(sum(lab.count_flops(partial(backward, step))) for step in range(n_batches))
     training = settings["steps"] * flops // n_batches
     model.requires_grad_(False)
     rows = []
@@ -343,13 +347,20 @@ def row_name(row):
     """The row of the tables in which this run is a draw."""
     if row["steps"]:
         return name_of_trained(row["method"], row["k"], row["steps"], row["lr"])
-    name = f"{row['method']}, {row['form']}, K = {row['k']}"
-    return f"{name}, order {row['order']}" if row["order"] else name
+    return name_of_asked(row["method"], row["form"], row["k"], row["order"])
 
 
 def name_of_trained(method, k, steps, rate):
     """The row of what is trained so: row_name and the tables name it alike."""
     return f"{method}, plain, K = {k}, {steps} steps at {rate:g}"
+
+
+def name_of_asked(method, form, k, order=0, calibrated=False):
+    """The row of what is asked so, without training."""
+    name = f"{method}, {form}, K = {k}"
+    if order:
+        name += f", order {order}"
+    return f"{name}, calibrated" if calibrated else name
 
 
 def all_run(found, settings, chosen):
@@ -377,12 +388,16 @@ def paired(whole, pair, task):
 
 def names_at(k, settings, chosen):
     """The rows that are compared: (IA)³'s at 3e-3, and in-context learning's as products chose it."""
-    how = ", calibrated" if chosen["calibrated"] else ""
-    return name_of_trained("ia3", k, settings["steps"], RATE), f"icl, {chosen['form']}, K = {k}{how}"
+    in_context = name_of_asked("icl", chosen["form"], k, calibrated=chosen["calibrated"])
+    return name_of_trained("ia3", k, settings["steps"], RATE), in_context
 
 
-def difference(ours, theirs):
-    """The cells of a comparison, of the same draws: both accuracies, their difference, and its interval over draws."""
+def difference(ours, theirs, templates=slice(None)):
+    """The cells of a comparison, of the same draws: both accuracies, their difference, and its interval over draws.
+
+    templates: all, or a part.
+    """
+    ours, theirs = [[draw[templates] for draw in side] for side in (ours, theirs)]
     value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours, theirs)]
     cells = [f"{100 * accuracy_of(draws):.1f}" for draws in (ours, theirs)]
     return [*cells, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
@@ -409,7 +424,7 @@ def comparison(whole, settings, chosen, templates=slice(None)):
     for task in settings["tasks"]:
         sides = paired(whole, names_at(main_k(settings), settings, chosen), task)
         if sides:
-            lines.append([task, *difference(*[[draw[templates] for draw in side] for side in sides])])
+            lines.append([task, *difference(*sides, templates)])
         else:
             lines.append([task, "not all draws are run", "", "", ""])
     head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
@@ -425,7 +440,8 @@ def other_differences(whole, settings, chosen):
     papers, in_context = names_at(k, settings, chosen)
     best = name_of_trained("ia3", k, steps, chosen.get("ia3", RATE))
     probe = f"probe, plain, K = {k}"
-    zero = in_context.replace("icl", "zero").replace(f"K = {k}", "K = 0")
+    form, calibrated = chosen["form"], chosen["calibrated"]
+    zero = name_of_asked("zero", form, 0, calibrated=calibrated)
     pairs = [(papers, probe), (best, probe), (best, papers), (papers, f"biases, plain, K = {k}")]
     pairs += [(in_context, zero), (in_context, "zero, plain, K = 0")]
     for other in [n for n in settings["ks"] if n != k]:
@@ -433,7 +449,8 @@ def other_differences(whole, settings, chosen):
         pairs += [pair, (pair[0], f"probe, plain, K = {other}")]
     pairs += [(papers, name_of_trained(f"ia3-{losses}", k, steps, RATE)) for losses in SUBSETS]
     from_others = [name_of_trained("transfer", n, steps, RATE) for n in (0, k)]
-    pairs += [(from_others[0], in_context.replace("icl", "icl-other")), (from_others[1], papers)]
+    of_others = name_of_asked("icl-other", form, k, calibrated=calibrated)
+    pairs += [(from_others[0], of_others), (from_others[1], papers)]
     pairs.append((name_of_trained("ia3", k, 10 * steps, RATE), papers))
     lines = []
     for pair in dict.fromkeys(pairs):
@@ -442,7 +459,7 @@ def other_differences(whole, settings, chosen):
             if sides and pair[0] != pair[1]:
                 line = [*pair, task, f"{len(sides[0])}"]
                 for part in (slice(None), slice(1)):
-                    line += difference(*[[draw[part] for draw in side] for side in sides])[2:]
+                    line += difference(*sides, part)[2:]
                 lines.append(line)
     interval = "(95 %, draws and items)"
     head = ["row", "less row", "task", "draws", f"difference {interval}", "t, over draws"]
@@ -451,15 +468,15 @@ def other_differences(whole, settings, chosen):
 
 def by_order(whole, settings, chosen):
     """A table of how far the order of the examples moves a draw's accuracy in context. whole: of all_run()."""
-    _, first = names_at(main_k(settings), settings, chosen)
-    at_k = f"K = {main_k(settings)}"
-    names = [first, *[first.replace(at_k, f"{at_k}, order {order}") for order in (1, 2)]]
+    how = chosen["form"], main_k(settings)
+    names = [name_of_asked("icl", *how, order, chosen["calibrated"]) for order in (0, 1, 2)]
     lines = []
     for task in settings["tasks"]:
         rows = [whole.get(name, {}).get(task, []) for name in names]
         orders_of_draws = list(zip(*rows, strict=False))  # the first order has more draws than the others
         cells = [" / ".join(f"{100 * accuracy_of([draw]):.1f}" for draw in orders) for orders in orders_of_draws]
-        lines += [[task, *cells]] if cells else []
+        if cells:
+            lines.append([task, *cells])
     return lab.markdown(["task", *[f"draw {s}" for s in settings["seeds"][:3]]], lines)
 
 
@@ -487,7 +504,8 @@ def choices_on_products(tried):
             else:
                 name = f"at {what:g}"
             cells.append(f"{100 * accuracy_of(draws):.1f} {name}")
-        lines += [[method, "; ".join(cells)]] if method != "zero" and cells else []
+        if cells:
+            lines.append([method, "; ".join(cells)])
     return lab.markdown(["", "accuracy in %, means of the draws"], lines)
 
 
@@ -587,9 +605,9 @@ def draw_pictures(folder, settings, chosen):
                     if draws:
                         each[k] = [100 * accuracy_of([draw]) for draw in draws]
                 means = [np.mean(draws) for draws in each.values()]
-                bars = [
-                    [mean - min(draws), max(draws) - mean] for mean, draws in zip(means, each.values(), strict=True)
-                ]
+                lows = [min(draws) for draws in each.values()]
+                highs = [max(draws) for draws in each.values()]
+                bars = [np.subtract(means, lows), np.subtract(highs, means)]
                 x = list(each)
                 if name == "costs":
                     of_k = [costs[0 if label == "(IA)³" else k] for k in each]
@@ -598,7 +616,7 @@ def draw_pictures(folder, settings, chosen):
                         x = [row["flops"] + row["prefix_flops"] for row in of_k]
                     for k, flops, mean in zip(each, x, means, strict=True):
                         ax.annotate(f" {k}", (flops, mean), fontsize=7)
-                ax.errorbar(x, means, np.reshape(bars, (-1, 2)).T, fmt="o-", ms=4, capsize=2, label=label)
+                ax.errorbar(x, means, bars, fmt="o-", ms=4, capsize=2, label=label)
             zero = found.get("zero, plain, K = 0", {}).get(task)
             if zero:
                 ax.axhline(100 * accuracy_of(zero), color="gray", ls=":", label="zero-shot, uncalibrated")

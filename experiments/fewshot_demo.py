@@ -61,7 +61,9 @@ def run(argv):
         common.check_output(args.out / name, inputs=[args.base])
     model = common.load(args.base)
     val = read_task(args.data, "movies", "val")
-    rows = [row for label in (0, 1) for row in [row for row in val if row["label"] == label][:100]]
+    rows = []
+    for label in (0, 1):
+        rows += [row for row in val if row["label"] == label][:100]
     train_rows = read_task(args.data, "movies", "train")
     sixteen = draw(train_rows, 16, args.seed)
 

@@ -21,6 +21,7 @@ import torch
 
 import common
 from experiments import lab
+from experiments.bench import their_packages
 from ia3 import attach
 from llama import Llama, LlamaConfig
 from merge import merge
@@ -42,11 +43,7 @@ COLUMNS |= {"transformers": str, "date": str}
 
 def their_model(config):
     """transformers' model of the same shape, random weights. Raises ValueError where transformers is missing."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("no transformers here: pip install -r requirements-dev.txt") from None
-    transformers.logging.set_verbosity_error()  # of a small vocabulary, it misses GPT-2's last token
+    _, transformers = their_packages()
     if isinstance(config, GPTConfig):
         sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         theirs = transformers.GPT2Config(n_positions=config.block_size, **sizes)
@@ -69,11 +66,11 @@ def weight_bytes(model):
     return sum(p.nbytes for name, p in model.named_parameters() if name != "transformer.wpe.weight")
 
 
-def bandwidth(repeats=7):
+def bandwidth():
     """Bytes a second at which this machine reads memory: the median of sums over a tensor of 1 GiB."""
     big = torch.ones(2**28)
     big.sum()
-    return big.nbytes / statistics.median(lab.seconds(big.sum, big.device) for _ in range(repeats))
+    return big.nbytes / statistics.median(lab.seconds(big.sum, big.device) for _ in range(7))
 
 
 @torch.no_grad()
@@ -133,14 +130,12 @@ def run(argv):
     parser.add_argument("--out", type=Path, default=Path("out/generation"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small shape and two rounds, into OUT/quick")
     args = parser.parse_args(argv)
-    shapes, rounds, out = ["GPT-2 124M", "SmolLM2-135M"], args.rounds, args.out
-    if args.quick:
-        shapes, rounds, out = ["small"], 2, args.out / "quick"
+    shapes = ["small"] if args.quick else ["GPT-2 124M", "SmolLM2-135M"]
+    rounds = 2 if args.quick else args.rounds
+    out = args.out / "quick" if args.quick else args.out
     if not 2 <= rounds <= 1000:
         raise ValueError(f"rounds must be from 2 to 1000, not {rounds}")
-    their_model(SHAPES["small"])
-    import transformers
-
+    _, transformers = their_packages()
     shared = {"rounds": rounds, "hardware": lab.device_name(torch.device("cpu")), "torch": torch.__version__}
     shared |= {"transformers": transformers.__version__}
     lab.open_folder(out, shared)
@@ -149,7 +144,7 @@ def run(argv):
         for n_rows in (1, 8):
             if any((row["shape"], row["rows"]) == (shape, n_rows) for row in rows):
                 continue
-            print(f"{shape}, {n_rows} row{'s' * (n_rows > 1)}", flush=True)
+            print(f"{shape}, rows: {n_rows}", flush=True)
             bytes_per_second = bandwidth()
             for row in measure(shape, n_rows, rounds):
                 row |= {"bytes_per_second": bytes_per_second} | shared

@@ -93,7 +93,7 @@ def table(rows, args):
         counts = [f"{row[words]} of {row['sentences']}" for words in ("mixed", "merged", "merged in bfloat16")]
         lines.append([row["task"], f"{row['zero-shot']:.1%}", f"{row['its vectors']:.1%}", *counts])
     text = f"Three tasks of {args.k} labels each, learned jointly in {args.steps} steps; accuracy on sentences of val."
-    return [text, lab.markdown(head, lines)]
+    return f"{text}\n\n{lab.markdown(head, lines)}"
 
 
 def run(argv):
@@ -110,7 +110,7 @@ def run(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     rows = serve(args)
     lab.write_csv(args.out / "results.csv", rows)
-    lab.save_text("\n\n".join(table(rows, args)), args.out / "table.md")
+    lab.save_text(table(rows, args), args.out / "table.md")
     print((args.out / "table.md").read_text(encoding="utf-8"))
     return 0
 

@@ -239,8 +239,8 @@ def calibrated(beta, free):
     return np.log(softmax(beta)) - np.log(softmax(free).mean(1, keepdims=True))
 
 
-def fit(x, labels, offset, penalty=1.0):
-    """Softmax regression by L-BFGS: the W (N, d) and b (N,) of offset + W x + b, of least nats + penalty · |W|² / 2.
+def fit(x, labels, offset):
+    """Softmax regression by L-BFGS: the W (N, d) and b (N,) of offset + W x + b, of least nats + |W|² / 2.
 
     x (m, d), offset (m, N) float64. Without features (d = 0) that is one bias a label.
     """
@@ -250,7 +250,7 @@ def fit(x, labels, offset, penalty=1.0):
 
     def loss():
         optimizer.zero_grad()
-        value = F.cross_entropy(offset + x @ w.T + b, labels, reduction="sum") + penalty * w.square().sum() / 2
+        value = F.cross_entropy(offset + x @ w.T + b, labels, reduction="sum") + w.square().sum() / 2
         value.backward()
         return value
 

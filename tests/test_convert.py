@@ -12,11 +12,12 @@ import os
 import sys
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx, make_llama, make_llama_with_bpe
+from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
@@ -63,26 +64,28 @@ def change_json(path, **changes):
     Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
 
 
-def change_weights(**changes):
-    """Put tensors into hf/pytorch_model.bin, or take them out (None); __ stands for a dot."""
-    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+def change(tensors, prefix, changes):
+    """Put tensors in, or take them out (None); __ stands for a dot."""
     for name, t in changes.items():
-        name = "transformer." + name.replace("__", ".")
-        weights.pop(name, None)
-        if t is not None:
-            weights[name] = t
-    torch.save(weights, "hf/pytorch_model.bin")
-
-
-def change_safe(**changes):
-    """The same for the adapter's vectors, under the names that PEFT uses."""
-    tensors = load_safe(ADAPTER)
-    for name, t in changes.items():
-        name = "base_model.model.transformer." + name.replace("__", ".")
+        name = prefix + name.replace("__", ".")
         tensors.pop(name, None)
         if t is not None:
             tensors[name] = t
-    save_safe(tensors, ADAPTER, {"format": "pt"})
+    return tensors
+
+
+def change_weights(prefix="transformer.", **changes):
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    torch.save(change(weights, prefix, changes), "hf/pytorch_model.bin")
+
+
+def change_safe(prefix="transformer.", **changes):
+    """The adapter's vectors, under the names that PEFT uses."""
+    save_safe(change(load_safe(ADAPTER), f"base_model.model.{prefix}", changes), ADAPTER, {"format": "pt"})
+
+
+change_llama = partial(change_weights, "model.")
+change_adapter = partial(change_safe, "model.")
 
 
 def cut(path):
@@ -183,16 +186,6 @@ def test_without_the_safetensors_package(folder, capsys, monkeypatch):
     check(folder, capsys, "hf safe --out new.pt", "pip install safetensors")
     check(folder, capsys, "to-peft --base base.pt --ia3 ia3.npz --out new", "pip install safetensors")
     check(folder, capsys, "from-peft --base base.pt --adapter adapter --out new.npz", "pip install safetensors")
-
-
-def test_a_nanogpt_checkpoint_with_a_compiled_models_names_and_masks(folder):
-    checkpoint = torch.load("base.pt", weights_only=True)
-    weights = {f"_orig_mod.{name}": t for name, t in checkpoint["model"].items()}
-    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
-    checkpoint = {"model": weights, "model_args": checkpoint["model_args"], "iter_num": 5, "config": {"seed": 1}}
-    torch.save(checkpoint | {"best_val_loss": torch.tensor(1.5), "optimizer": {}}, "ckpt.pt")
-    model, idx = common.load("ckpt.pt"), make_idx(make_gpt())
-    assert torch.equal(model(idx)[0], make_gpt()(idx)[0])
 
 
 # --- what is refused ---
@@ -521,17 +514,6 @@ def test_both_spellings_of_the_rotary_parameters(llama):
         assert (config.rope_base, config.rope_scaling) == (base, expected)
 
 
-def change_llama(**changes):
-    """Put tensors into hf/pytorch_model.bin, or take them out (None); __ stands for a dot."""
-    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
-    for name, t in changes.items():
-        name = "model." + name.replace("__", ".")
-        weights.pop(name, None)
-        if t is not None:
-            weights[name] = t
-    torch.save(weights, "hf/pytorch_model.bin")
-
-
 def change_config(**changes):
     change_json("hf/config.json", **changes)
 
@@ -718,17 +700,6 @@ def test_a_tokenizer_whose_pattern_has_no_counterpart_stays(llama, capsys):
     assert convert.main("to-hf --base bytes.pt --out new".split()) == 0
     assert sorted(os.listdir("new")) == ["config.json", "pytorch_model.bin"]
     assert json.loads(Path("new/config.json").read_text())["eos_token_id"] == 256
-
-
-def change_adapter(**changes):
-    """Put vectors into the adapter, or take them out (None), under the names that PEFT uses."""
-    tensors = load_safe(ADAPTER)
-    for name, t in changes.items():
-        name = "base_model.model.model." + name.replace("__", ".")
-        tensors.pop(name, None)
-        if t is not None:
-            tensors[name] = t
-    save_safe(tensors, ADAPTER, {"format": "pt"})
 
 
 @pytest.mark.slow

@@ -218,7 +218,8 @@ def test_checkpoints_come_back_bit_for_bit_nanogpts_too(tmp_path, make_model, sh
     assert saved["tokenizer"] == "bytes"
     nano = {"model": {prefix + name: t for name, t in saved["model"].items()}, "model_args": saved["model_args"]}
     nano["model"][f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # nanoGPT's mask without flash
-    torch.save(nano | {"iter_num": 7}, tmp_path / "b.pt")  # nanoGPT's names no tokenizer
+    nano |= {"iter_num": 7, "best_val_loss": torch.tensor(1.5), "optimizer": {}, "config": {"seed": 1}}
+    torch.save(nano, tmp_path / "b.pt")  # nanoGPT's names no tokenizer
     for name in ("a.pt", "b.pt"):
         again = common.load(tmp_path / name)
         assert type(again) is type(model) and again.config == model.config and again.tokenizer.about == "bytes"

@@ -112,17 +112,3 @@ def test_side_by_side_prints_columns_under_their_names(folder, capsys):
 )
 def test_columns_have_short_names_that_tell_them_apart(paths, names):
     assert sample.short_names(paths) == names
-
-
-def test_sample_prints_three_tasks_side_by_side_and_refuses_another_bases(tiny_run, capsys):
-    folder, _ = tiny_run
-    (folder / "run").mkdir()
-    for seed, name in enumerate(("folio", "sonnets", "kjv")):
-        make_ia3(make_gpt(), seed).save(folder / f"run/{name}.npz")
-    make_ia3(make_gpt(seed=1)).save(folder / "run/other.npz")
-    flags = f"--base {folder}/base.pt --prompt A --tokens 5 --device cpu --ia3 {folder}/run/folio.npz".split()
-    assert sample.main([*flags, f"{folder}/run/sonnets.npz", f"{folder}/run/kjv.npz"]) == 0
-    assert capsys.readouterr().out.split("\n")[0].split() == ["folio", "sonnets", "kjv"]
-    assert sample.main([*flags, f"{folder}/run/other.npz"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "another base" in err

@@ -758,29 +758,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to_and_the_way_out_is_said(tin
 # Settings
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"schedule": "step"},
-        {"dtype": "float16"},
-        {"steps": 1.5},
-        {"steps": 10**30},
-        {"batch_size": 10**12},
-        {"grad_accum": 0},
-        {"eval_interval": 0},
-        {"eval_windows": 0},
-        {"seed": 2**64},
-        {"seed": -1},
-        {"seed": 0.5},
-        {"lr": 1e39},
-        {"lr": 0},
-        {"lr": math.nan},
-        {"warmup": -0.1},
-        {"weight_decay": math.inf},
-        {"grad_clip": 0},
-        {"grad_accum": 17},  # of a batch of 16
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"schedule": "step"}, {"steps": 1.5}, {"seed": 0.5}])  # others: test_bad_input.py
 def test_settings_that_no_run_has_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainConfig(**wrong)
