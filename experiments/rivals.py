@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import ia3
 from merge import merge
-from sample import generate
+from sample import Cache, generate
 
 
 def attach(model, add):
@@ -330,16 +330,12 @@ def add_prefix(model, n_prefix):
     advises (section 7.4). So step 0 is the base behind some text, not the base.
     """
     text = generate(model, torch.zeros(1, 1, dtype=torch.long), n_prefix)[:, 1:]  # (1, P)
-    written = []  # (P, 3C) a layer
-    c_attns = [block.attn.c_attn for block in model.transformer.h]
-    hooks = [c_attn.register_forward_hook(lambda _module, _x, y: written.append(y[0])) for c_attn in c_attns]
-    model(text)
-    for hook in hooks:
-        hook.remove()
+    cache = Cache(model, 1, n_prefix)
+    model.hidden(text, cache=cache)
     trained = []
-    for block, y in zip(model.transformer.h, written, strict=True):
-        _, keys, values = y.chunk(3, dim=-1)  # (P, C)
-        block.attn = PrefixAttention(block.attn, keys.clone(), values.clone())
+    for block, layer in zip(model.transformer.h, cache.layers, strict=True):
+        keys, values = [t[0].transpose(0, 1).flatten(1) for t in (layer.k, layer.v)]  # (P, C)
+        block.attn = PrefixAttention(block.attn, keys, values)
         trained += [block.attn.keys, block.attn.values]
     return trained
 
