@@ -308,6 +308,12 @@ def load_run(settings, trained, optimizer):
 # --- the command line ---
 
 
+def default_lr(model):
+    """The peak learning rate of vectors: the paper's, or what the small bundled base wants."""
+    small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
+    return 0.1 if small else 0.003
+
+
 def build(args):
     """Return the model and the data that the flags ask for; fills in what they leave to the model and the machine."""
     device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
@@ -329,11 +335,7 @@ def build(args):
         raise ValueError(f"block_size must be from 1 to the model's {model.config.block_size}, not {args.block_size}")
     data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
     if args.lr is None:
-        if args.method == "full":
-            args.lr = 0.001
-        else:
-            small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
-            args.lr = 0.1 if small else 0.003  # the paper's; the small bundled base wants more
+        args.lr = 0.001 if args.method == "full" else default_lr(model)
     if args.method == "full":
         if args.ia3 is not None or args.sites is not None:
             raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")

@@ -150,7 +150,7 @@ def effective_rank(before, after):
     """exp of the entropy of the singular values of what changed, the mean over the matrices that did; 0 for none."""
     ranks = []
     for name, weight in before.named_parameters():
-        if weight.dim() == 2 and "transformer.h." in name:
+        if weight.dim() == 2 and name.startswith(("transformer.h.", "model.layers.")):
             s = torch.linalg.svdvals((after.get_parameter(name) - weight).double())
             if s.sum() > 0:
                 p = s[s > 0] / s.sum()
@@ -321,6 +321,8 @@ def run(argv):
     parser.add_argument("--out", type=Path, help="folder (default: out/analysis/QUESTION)")
     parser.add_argument("--quick", action="store_true", help="capacity, size: few and short runs; into OUT/quick")
     args = parser.parse_args(argv)
+    if args.items < 2:
+        raise ValueError(f"items must be at least 2, not {args.items}")
     if args.out is None:
         args.out = Path("out/analysis") / args.question
     if args.quick:

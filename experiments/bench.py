@@ -229,14 +229,14 @@ def mixers(config, device, dtype):
         model.ia3 = vectors
         return model(idx, task_ids=task_ids)[0]
 
-    def in_turn(n, task_ids):
-        return [forward(tasks[i], idx[task_ids == i]) for i in range(n)]
+    def in_turn(parts):
+        return [forward(tasks[i], part) for i, part in enumerate(parts)]
 
     calls = {ONE_TASK: partial(forward, tasks[0], idx)}
     for n in (4, MIXED_ROWS):
         task_ids = (torch.arange(MIXED_ROWS) % n).to(device)
         calls[f"{n} tasks, mixed"] = partial(forward, stack(tasks[:n]), idx, task_ids)
-        calls[f"{n} tasks, one after another"] = partial(in_turn, n, task_ids)
+        calls[f"{n} tasks, one after another"] = partial(in_turn, [idx[task_ids == i] for i in range(n)])
     counts = dict.fromkeys(("values", "linear_flops", "attention_flops", "saved_bytes", "peak_bytes"))
     return {name: (call, counts) for name, call in calls.items()}
 

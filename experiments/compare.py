@@ -23,8 +23,8 @@ the seeds' means. Where either holds 0, no ranking is claimed. Resampled blocks 
 figure moves with the passages read: in the picture, the thin bar of a dot. A run that diverges counts as infinite.
 
 The gap is what full fine-tuning of as many steps gains over the base. Forgetting is how much the loss on --forget's
-test (plays, the base's own text) rises while the task is switched on; switched off, whatever leaves the base's tensors
-alone forgets nothing, by construction.
+test (plays, the base's own text; 256 windows of each work) rises while the task is switched on; switched off, whatever
+leaves the base's tensors alone forgets nothing, by construction.
 
 A Llama has (IA)³, LoRA r = 1 on all linear maps and full fine-tuning only, two seeds each, 100 steps of 8 windows of
 256 tokens, each at one rate that was not chosen here (LLAMA_RATES) and on 64 windows a work: a look whether the picture
@@ -36,6 +36,7 @@ the curve of its loss on val), costs.csv, table.md, and pictures: beside.png, ra
 """
 
 import argparse
+import copy
 import math
 import sys
 from datetime import date
@@ -58,7 +59,7 @@ SEEDS = range(1, 6)
 RATE_SEEDS = (0, 1)
 LONG = ("full", "lora4", "ia3")
 LONG_STEPS = 400
-LLAMA_RATES = {"full": 3e-5, "lora-all": 1e-3, "ia3": 3e-3}  # of (IA)³ the paper's; of the others, usual ones
+LLAMA_RATES = {"full": 3e-5, "lora-all": 1e-3, "ia3": 3e-3}  # of (IA)³ the paper's; of the others, few-shot's
 LLAMA_SEEDS = range(1, 3)
 QUICK_RATE = 3e-3
 BATCH_SIZE = 16
@@ -110,7 +111,8 @@ def config_of(settings, **values):
 def measure(settings, stage, data, method, lr, steps, seed):
     """One run: train, then look at val (stage 'lr') or at test and at forgetting (stage 'test').
 
-    Returns the losses in nats a byte, the mean of the works, infinite where training diverged, and a test's arrays.
+    Returns the losses in nats a byte, of a test the mean of the works, infinite where training diverged; and a test's
+    arrays.
     """
     model = load_model(settings, method, seed)
     values = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -231,7 +233,7 @@ def plan(settings, datas, methods, seeds, steps, workers, grid):
 # --- costs ---
 
 
-def measure_costs(settings, data, repeats):
+def measure_costs(settings, data, methods, repeats):
     """Return the rows of costs.csv: what is counted, and what is timed in turns."""
     device = torch.device(settings["device"])
     config = config_of(settings)
@@ -245,7 +247,8 @@ def measure_costs(settings, data, repeats):
         with torch.no_grad(), autocast(model, config):
             model(idx, task_ids=task_ids)
 
-    for name, method in METHODS.items():
+    for name in ["base", *methods]:
+        method = METHODS[name]
         before = lab.allocated(device)
         model = load_model(settings, name, 0)
         rows[name] = dict.fromkeys(COSTS) | {"method": name, "values": 0}
@@ -399,6 +402,7 @@ def tables(folder):
     forget = about["forget"]
     rows = lab.read_csv(folder / "results.csv", RUNS)
     runs = {(row["data"], row["method"]): row for row in rows if row["stage"] == "test"}
+    chosen = any(row["stage"] == "lr" for row in rows)  # else each has one rate, and nothing is ranked
     head = ["method", "values", "rate", "test loss", "gap closed, %", "loss less (IA)³'s", "the same, over seeds"]
     head += ["half the gap at step", f"{forget} forgotten"]
     pieces = []
@@ -420,7 +424,7 @@ def tables(folder):
                 row["loss less (IA)³'s"] = of_works(values["beside"], "+.4f")
                 if len(values["seeds"]) > 1 and np.isfinite(values["seeds"]).all():
                     row["the same, over seeds"] = lab.spread(*lab.student(values["seeds"]), "+.4f")
-                if not is_ranked(values):
+                if not (is_ranked(values) and chosen):
                     row["loss less (IA)³'s"] += ", no ranking"
             lines.append(list(row.values()))
         n = len(tests[data, steps]["ia3"])
@@ -622,6 +626,7 @@ def run(argv):
         about["data_hash"][name] = "".join(split.data_hash()[:16] for split in splits.values())
         about["works"][name] = list(lab.read_works(folder, "test", base))
     methods = [name for name in METHODS if name in LLAMA_RATES or (not is_llama and name != "base")]
+    methods = [name for name in methods if METHODS[name].add(copy.deepcopy(base))]  # BitFit wants biases
     given = dict(LLAMA_RATES) if is_llama else {}
     seeds = LLAMA_SEEDS if is_llama else SEEDS
     steps = STEPS
@@ -647,7 +652,7 @@ def run(argv):
         measure_jobs(jobs)
     if not is_llama and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
-        lab.write_csv(out / "costs.csv", measure_costs(settings, datas[0], 2 if args.quick else REPEATS))
+        lab.write_csv(out / "costs.csv", measure_costs(settings, datas[0], methods, 2 if args.quick else REPEATS))
     with np.errstate(invalid="ignore"):  # differences of losses that are infinite
         text = tables(out)
         lab.save_text(text, out / "table.md")

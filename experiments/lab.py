@@ -168,7 +168,7 @@ def stack_works(runs, kind=""):
 
 
 def start_worker():
-    torch.set_num_threads(1)  # a process a core is faster than a thread a core, and the same bits on any machine
+    torch.set_num_threads(1)  # one process per core is faster than one thread per core, and the bits are the same
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - train()'s progress, of several processes at once
 
 
@@ -235,7 +235,8 @@ def tokens_a_byte(split):
 def read_works(name, split, model):
     """Return {title: Stream} of a split, cut at the lines that are TITLES: a window belongs to one work only.
 
-    What has no such line, or is no text, is one work, called after its folder.
+    What has no such line, or is no text, is one work, called after its folder. Raises ValueError for more works than
+    intervals are made for, and for one without a window.
     """
     path = datasets.find(name, [split])[split]
     whole = load_data(name, model, [split])[split]  # the loader's own checks
@@ -252,6 +253,10 @@ def read_works(name, split, model):
     for title, lines in pieces.items():
         raw = b"".join(lines)
         works[title] = datasets.Stream(datasets.tokens_of(raw, model.tokenizer), whole.block_size, len(raw))
+        if len(works[title]) == 0:
+            raise ValueError(f"{path}: what stands under {title!r} is too short to predict anything")
+    if len(works) > len(T_975) + 1:
+        raise ValueError(f"{path} holds {len(works)} works, and intervals are made for at most {len(T_975) + 1}")
     return works
 
 

@@ -5,7 +5,8 @@
 
 FOLDER holds train.jsonl and val.jsonl, one {"prompt": text, "choices": [text, text, ...], "label": n} a line, n being
 the right choice, counted from 0. The model scores every choice by its log-likelihood after the prompt, divided by its
-length in tokens, and answers with the best. DIR gets ia3.npz, metrics.csv and last.pt, as from train.py.
+length in tokens, and answers with the best. (The authors' choices end in an end token, ours do not.) DIR gets ia3.npz,
+metrics.csv and last.pt, as from train.py.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import data as datasets
 from experiments import lab
 from ia3 import IA3, attach
 from sample import Cache
-from train import TrainConfig, train
+from train import TrainConfig, default_lr, train
 
 LOSSES = ("lm", "ul", "ln")
 
@@ -226,7 +227,7 @@ def run(argv):
     parser.add_argument("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")
     parser.add_argument("--k", type=int, help="train on so many examples, drawn from the seed (default: all)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.03, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.003, the paper's; 0.1 on a small GPT)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the examples and their order (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
@@ -235,14 +236,15 @@ def run(argv):
     if not args.out:
         raise ValueError("the name of the output is empty")
     device, _ = common.pick_device(args.device)
-    settings = {"steps": args.steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed}
-    config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
     loss_fn = make_loss(args.losses.split(","))
     if (Path(args.out) / "last.pt").exists() or (Path(args.out) / "ia3.npz").exists():
         raise ValueError(f"{args.out} holds a run: remove it or name another")
     model = common.load(args.base).to(device)
     if model.tokenizer is None:
         raise ValueError(f"{args.base} names no tokenizer")
+    lr = default_lr(model) if args.lr is None else args.lr
+    settings = {"steps": args.steps, "lr": lr, "batch_size": args.batch_size, "seed": args.seed}
+    config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
     splits = {}
     for name in ("train", "val"):
         splits[name] = load_choices(args.data / f"{name}.jsonl", model.tokenizer, model.config.block_size)

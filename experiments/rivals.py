@@ -52,7 +52,7 @@ def add_bitfit(model):
 
 
 def add_layernorm(model):
-    """LayerNorm tuning: gain and bias of every LayerNorm (Zhao et al. 2023, arXiv:2312.11420)."""
+    """LayerNorm tuning: gain and bias of every LayerNorm, as in t-few's configs/layernorm.json."""
     return [p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()]
 
 
@@ -207,7 +207,7 @@ class SoftPrompt(nn.Module):
     def __init__(self, embedding, n_prompt):
         super().__init__()
         self.embedding = embedding
-        ids = torch.randint(embedding.num_embeddings, (n_prompt,))  # they start as tokens that exist (section 3.2)
+        ids = torch.randint(embedding.num_embeddings, (n_prompt,))  # they start as any tokens (cf. section 3.2)
         self.prompt = nn.Parameter(embedding.weight[ids].detach().float())  # a copy, also of a base in bfloat16
 
     def forward(self, idx):
@@ -252,7 +252,10 @@ class DropPrompt(nn.Module):
 
 
 def add_prompt(model, n_prompt):
-    """Prompt tuning of a GPT. The vectors start as tokens that exist (Lester et al. 2021, section 3.2)."""
+    """Prompt tuning of a GPT. The vectors start as any of the vocabulary's, without positions.
+
+    Lester et al. 2021, section 3.2, draw from frequent tokens; of the bundled base's 257 most are in no text.
+    """
     wte = model.transformer.wte
     prompt = wte.weight[torch.randint(wte.num_embeddings, (n_prompt,))].detach().clone()
     model.transformer.h[0] = PromptBlock(model.transformer.h[0], prompt)
@@ -320,7 +323,8 @@ class PrefixAttention(nn.Module):
         k = k.view(B, -1, n_head, C // n_head).transpose(1, 2)  # (B, n_head, P + T, d_head)
         v = v.view(B, -1, n_head, C // n_head).transpose(1, 2)
         seen = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # P and the past
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        dropout = self.attn.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
         return self.attn.resid_dropout(self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -26,7 +26,7 @@ N_PROMPT = 16  # learned tokens of prompt tuning
 RIVALS = {  # how to add it, the rates to choose from
     "full": (rivals.add_full, (1e-5, 3e-5, 1e-4)),
     "lora4": (partial(rivals.add_lora_llama, r=4, names=("q_proj", "v_proj")), (3e-4, 1e-3, 3e-3)),
-    "lora1": (partial(rivals.add_lora_all, r=1), (3e-4, 1e-3, 3e-3)),  # compare's lora-all
+    "lora-all": (partial(rivals.add_lora_all, r=1), (3e-4, 1e-3, 3e-3)),
     "prompt": (partial(rivals.add_prompt_llama, n_prompt=N_PROMPT), (1e-2, 3e-2, 1e-1)),
 }
 LABELS = {"source": prepare.SOURCE, "movies-ab": prepare.LETTERS}  # the other tasks: SENTIMENT
@@ -359,9 +359,13 @@ def measure(settings, split, task, method, form, k, lr, steps, order, seed):
 # --- statistics ---
 
 
-def right(run, calibrate=False):
-    """Where a run's predictions are right: (templates, items) bool."""
-    beta = calibrated(run["beta"], run["free"]) if calibrate else run["beta"]
+def right(run, by=None):
+    """Where a run's predictions are right: (templates, items) bool.
+
+    by: what they are calibrated by: 'free', content-free sentences; 'beta', the questions themselves, without their
+    labels (batch calibration: Zhou et al. 2023, arXiv:2309.17249); None: nothing.
+    """
+    beta = run["beta"] if by is None else calibrated(run["beta"], run[by])
     return beta.argmax(-1) == run["labels"]
 
 

@@ -30,6 +30,11 @@ def test_the_effective_rank_of_known_changes():
     with torch.no_grad():  # a mean over matrices
         after.transformer.h[1].attn.c_proj.weight[0, 0] += 1
     assert analysis.effective_rank(before, after) == pytest.approx((2**1.5 + 1) / 2, rel=1e-5)
+    llama = make_llama()
+    after = copy.deepcopy(llama)
+    with torch.no_grad():
+        after.model.layers[0].mlp.up_proj.weight[range(3), range(3)] += 2.0
+    assert analysis.effective_rank(llama, after) == pytest.approx(3, rel=1e-5)
 
 
 def test_pairs_are_random_letters_and_no_prompt_stands_twice():
@@ -141,6 +146,8 @@ def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| int8 | 6,984 |" in text and "| 2 | 0.1 |" in text
     assert (tmp_path / "quick/size.png").stat().st_size > 1000
+    assert analysis.main(["size", "--quick", "--items=1", f"--out={tmp_path}"]) == 2
+    assert "items must be at least 2, not 1" in capsys.readouterr().err
     assert analysis.main(["size", "--quick", "--items=5", f"--out={tmp_path}"]) == 2
     assert "holds runs with items 4, not 5" in capsys.readouterr().err
     model = common.load(lab.BASE)

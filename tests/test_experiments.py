@@ -313,6 +313,11 @@ def test_a_loss_is_read_work_by_work(tmp_path):
     assert len(found["work"]) == sum(-(-len(work) // lab.BLOCK) for work in works.values())
     (tmp_path / "test.txt").write_text("Prologue\n" + "".join(pieces.values()))
     assert list(lab.read_works(tmp_path, "test", model)) == [tmp_path.name, *pieces]
+    many = "".join(f"{title}\n{'x' * 20}\n" for title in lab.TITLES)
+    for text, message in (("\n" + "".join(pieces.values()), "too short"), (many, "holds 14 works, and .* at most 10")):
+        (tmp_path / "test.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            lab.read_works(tmp_path, "test", model)
 
 
 def test_what_is_bundled_has_its_works():
@@ -442,6 +447,9 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     gap = {name: row["gap"].mean() for name, row in short.items()}
     assert max(gap["layernorm"], gap["lora1"], gap["prefix"]) < gap["ia3"]
     assert gap["ia3"] < gap["bitfit"] < gap["lora4"] < gap["lora-all"] < gap["adapters-only"] < gap["adapters"]
+    runs = compare.read_tests(lab.RESULTS / "compare")["folio", 100]
+    losses = {name: lab.stack_works(runs[name]).mean(1) for name in gap if name != "base"}  # (seeds,), from seed 1 on
+    assert sorted(losses, key=lambda name: losses[name][1:].mean()) == sorted(losses, key=lambda name: -gap[name])
     assert long["ia3"]["gap"].mean() < gap["ia3"] and long["lora4"]["gap"].mean() > gap["lora4"]
     for name in short.keys() - {"ia3"}:  # the three plays that no earlier comparison had read
         beside = short[name]["beside"]
@@ -639,12 +647,22 @@ def test_a_llama_has_three_methods_and_its_frozen_weights_in_bfloat16(texts, cap
         ("base", 0),
         *[(name, seed) for name in ("full", "ia3", "lora-all") for seed in (1, 2)],
     ]
-    assert "What they cost" not in capsys.readouterr().out and not (out / "costs.csv").exists()
+    printed = capsys.readouterr().out
+    assert "What they cost" not in printed and not (out / "costs.csv").exists()
+    assert printed.count(", no ranking |") == 3  # no rate was chosen here: the base, full, LoRA
     assert compare.main([*flags, "--counts"]) == 2
     settings = {"base": f"{texts}/llama.pt", "llama": True, "device": "cpu"}
     for name in compare.LLAMA_RATES:
         for p in compare.load_model(settings, name, 0).parameters():
             assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+
+
+def test_on_a_base_without_biases_bitfit_is_left_out(texts, capsys):
+    common.save(make_gpt(bias=False), texts / "base.pt")
+    flags = f"--base {texts}/base.pt --data {texts}/a --forget {texts}/b --device cpu --out {texts}/out --quick".split()
+    assert compare.main(flags) == 0
+    methods = {row["method"] for row in lab.read_csv(texts / "out/quick/results.csv", compare.RUNS)}
+    assert methods == METHODS.keys() - {"bitfit"} and "BitFit" not in capsys.readouterr().out
 
 
 def test_what_is_kept_for_backward_depends_on_the_place(capsys):

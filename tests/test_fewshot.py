@@ -520,20 +520,26 @@ def the_page():
 
 def test_what_the_page_says_of_the_rivals_is_the_tables():
     """At the paper's rate and at the one chosen. Who is ahead the table says: the page's words must follow from it."""
-    found = {}
-    intervals = []
+    found, first = {}, {}  # over all templates, on the first
     for cells in lines_of_the_table():
-        if len(cells) == 7 and cells[1] in shots.RIVALS:
-            rate, name, task, _, _, value, over_draws = cells
-            found[rate, name, task] = float(value.split()[0])
-            intervals.append([float(end) for end in over_draws.split(" to ")])
+        if len(cells) == 9 and cells[1] in shots.RIVALS:
+            rate, name, task, _, _, *parts = cells
+            for of_part, value, over_draws in ((found, *parts[:2]), (first, *parts[2:])):
+                value, low, high = [float(n) for n in re.findall(r"[+-][0-9.]+", value)]
+                t_low, t_high = [float(end) for end in over_draws.split(" to ")]
+                of_part[rate, name, task] = value, low <= 0 <= high, t_low <= 0 <= t_high
     assert len(found) == 2 * 4 * 2  # rates, rivals, tasks
-    assert ("over them every one of these intervals holds 0" in the_page()) == all(a < 0 < b for a, b in intervals)
+    assert ("over them every one of these intervals holds 0" in the_page()) == all(row[2] for row in found.values())
+    found = {key: row[0] for key, row in found.items()}
     at_papers, at_chosen = [
         [value for key, value in found.items() if key[0] == rate and key[1] != "prompt"] for rate in ("0.003", "0.01")
     ]
     assert f"(IA)³ is {-max(at_papers)} to {-min(at_papers)} points behind full fine-tuning" in the_page()
     assert f"it is between {-min(at_chosen)} behind and {max(at_chosen)} ahead" in the_page()
+    papers = {key[1:]: row for key, row in first.items() if key[0] == "0.003" and key[1] != "prompt"}
+    ends = [f(row[0] for row in papers.values()) for f in (min, max)]
+    assert f"(IA)³ at 3e-3 is {-ends[0]} behind to {ends[1]} ahead" in the_page()
+    assert {key: row[0] for key, row in papers.items() if not any(row[1:])} == {("lora4", "movies"): 2.9}
 
 
 def primary(of_all_templates):
@@ -562,6 +568,15 @@ def test_what_the_page_says_of_the_primary_comparison_is_the_tables():
     assert {task: row[1:] for task, row in found.items() if any(row[1:])} == {"movies-ab": (True, True)}
     assert single_tokens["movies"] == (5.1, False, True)
     assert "(IA)³'s lead on movies is 5.1 points, and with 32 labels as with 16" in the_page()
+    flipped = next(cells for cells in lines_of_the_table() if cells[0] == "movies-flipped" and len(cells) == 5)
+    assert f"in-context learning is at chance, {flipped[2]} %." in the_page()
+    at_best = [differences()["ia3, 0.01", "icl, calibrated", task][:3] for task in fewshot.TASKS]
+    values = [row[0] for row in at_best]
+    assert f"it is {min(values)} to {max(values)} ahead, by both intervals on all six" in the_page()
+    over_zero = [differences()["ia3, 0.003", "zero, plain, K = 0", task] for task in fewshot.TASKS]
+    ends = [f(row[part] for row in over_zero) for part in (0, 3) for f in (min, max)]
+    assert f"(IA)³ gains {ends[0]} to {ends[1]} points, with single tokens {ends[2]} to {ends[3]}, by" in the_page()
+    assert not any(any(row[1:3]) for row in at_best) and not any(any(row[1:3] + row[4:]) for row in over_zero)
 
 
 def test_what_the_page_says_of_in_context_learning_is_the_tables():
@@ -569,7 +584,7 @@ def test_what_the_page_says_of_in_context_learning_is_the_tables():
     icl, zero = "icl, calibrated", "zero, plain, K = 0"
     gains = {task: found[icl, f"{zero}, calibrated", task] for task in fewshot.TASKS}
     values = [gain[0] for gain in gains.values()]
-    assert f"32 of them gain {min(values)} to {max(values)} points" in the_page()
+    assert f"32 examples gain {min(values)} to {max(values)} points over none" in the_page()
     assert [task for task, gain in gains.items() if gain[1] and gain[2]] == ["movies", "news", "source"]
     over_plain = {task: found[icl, zero, task] for task in fewshot.TASKS}
     values = [row[0] for row in over_plain.values()]
@@ -578,7 +593,9 @@ def test_what_the_page_says_of_in_context_learning_is_the_tables():
     assert clear == ["tweets", "source", "movies-ab"] and "on tweets, source and A/B only." in the_page()
     raw, calibrated = [by_template()[f"icl, plain, K = 32{how}"] for how in ("", ", calibrated")]
     first, *phrases = calibrated["movies"]
-    assert f"on movies it has {first} % with single tokens, {' and '.join(phrases)} with phrases" in the_page()
+    by_batch = by_template()["icl, plain, K = 32, batch-calibrated"]["movies"]
+    both = [f"{a}, {b} and {c} %" for a, b, c in ([first, *phrases], by_batch)]
+    assert f"on movies {both[0]} by template, and {both[1]} by the questions' calibration" in the_page()
 
     below = [found[icl, zero, task] for task in ("tweets", "news")]
     assert all(row[5] for row in below)
@@ -586,9 +603,30 @@ def test_what_the_page_says_of_in_context_learning_is_the_tables():
     assert f"on tweets and news is {-below[0][3]} and {-below[1][3]} points below plain zero-shot's" in the_page()
     assert f"{harm[0]:.1f} and {harm[1]:.1f} of them by calibration; over draws the intervals of both" in the_page()
     assert sum(float(calibrated[task][0]) > float(raw[task][0]) for task in fewshot.TASKS) == 4
-    gains = [gains[task][3:] for task in ("movies", "source")]
-    assert f"gain {gains[0][0]} points on movies and {gains[1][0]} on source, by both intervals." in the_page()
-    assert not any(gains[0][1:] + gains[1][1:])
+    movies, source = [(gains[task][3:], over_plain[task][3:]) for task in ("movies", "source")]
+    zero_shot = [float(by_template()[row]["movies"][0]) for row in (zero, f"{zero}, calibrated")]
+    assert (
+        f"gain {movies[0][0]} points on movies, where calibration takes {zero_shot[0] - zero_shot[1]:.1f}" in the_page()
+    )
+    assert f"over plain zero-shot they gain {movies[1][0]}, and the interval over draws holds 0" in the_page()
+    assert f"On source they gain {source[0][0]}, and {source[1][0]} over plain zero-shot, by both" in the_page()
+    assert not any(movies[0][1:] + source[0][1:] + source[1][1:]) and movies[1][2]
+
+
+def test_what_the_page_says_of_batch_calibration_is_the_tables():
+    found = differences()
+    rows = {cells[0]: cells[1:] for cells in lines_of_the_table() if cells[-1].endswith("), 5")}  # accuracies
+    *means, last = [cell.split()[0] for cell in rows["icl, plain, K = 32, batch-calibrated"]]
+    assert f"it has {', '.join(means)} and {last} %, in the table's order" in the_page()
+    ahead = {task: found["ia3, 0.003", "icl, batch-calibrated", task] for task in fewshot.TASKS}
+    letters = ahead.pop("movies-ab")
+    values = [row[0] for row in ahead.values()]
+    assert f"(IA)³ is then {min(values)} to {max(values)} points ahead on movies, tweets, news, source" in the_page()
+    assert not any(any(row[1:3]) for row in [*ahead.values(), letters])
+    assert f"**With A and B it is {-letters[0]} behind**, by both, and at 1e-2 level." in the_page()
+    at_best = found["ia3, 0.01", "icl, batch-calibrated", "movies-ab"]
+    assert at_best[1:3] == (True, True) and not any(letters[4:] + at_best[4:])
+    assert f"they are {-letters[3]} ahead of (IA)³, by both, and {-at_best[3]} at 1e-2" in the_page()
 
 
 def test_what_the_page_says_of_the_floors_is_the_tables():
@@ -623,20 +661,23 @@ def test_what_the_page_says_of_the_floors_is_the_tables():
 
 def test_what_the_page_says_of_other_k_is_the_tables():
     found = differences()
-    tasks = ("movies", "tweets", "news")
+    tasks = fewshot.TASKS[:4]
     with_4 = [found["ia3, plain, K = 4, 0.003", "icl, plain, K = 4, calibrated", task] for task in tasks]
     more = [f"plain, K = {k}" for k in (16, 64)]
     with_more = [found[f"ia3, {k}, 0.003", f"icl, {k}, calibrated", task] for k in more for task in tasks]
-    gains = [[row[0] for row in rows] for rows in (with_4, with_more)]
-    assert f"its mean is {min(gains[0])} to {max(gains[0])} points ahead" in the_page()
-    assert f"With 16 and with 64 it is {min(gains[1])} to {max(gains[1])} ahead, and none does" in the_page()
-    assert all(row[1:3] == (True, True) for row in with_4) and all(row[1:3] == (False, False) for row in with_more)
+    *gains, of_source = [row[0] for row in with_4]
+    assert f"its mean is {min(gains)} to {max(gains)} points ahead" in the_page()
+    assert f"On source it is {of_source} ahead, by both" in the_page()
+    gains = [row[0] for row in with_more]
+    assert f"With 16 and with 64 it is {min(gains)} to {max(gains)} ahead on these four, and no" in the_page()
+    assert [row[1:3] for row in with_4] == [(True, True)] * 3 + [(False, False)]
+    assert all(row[1:3] == (False, False) for row in with_more)
 
     single_tokens = [row[3:] for row in with_4 + with_more]
     assert f"with 4 it is clear on news, by {single_tokens[2][0]}, though" in the_page()
     otherwise = [row[1:] != holds[1:3] for row, holds in zip(single_tokens, with_4 + with_more, strict=True)]
-    assert [i for i, other in enumerate(otherwise) if other] == [2, 3, 6]  # news with 4, movies with 16 and with 64
-    assert [row[1:] for row in single_tokens if row[2]] == [(True, True)] * 2 + [(False, True)] * 2
+    assert [i for i, other in enumerate(otherwise) if other] == [2, 3, 4, 8]  # news, source with 4; movies with 16, 64
+    assert [row[1:] for row in single_tokens if row[2]] == [(True, True)] * 3 + [(False, True)] * 2
 
     ours, theirs = [
         by_template()[row]["news"][0] for row in ("ia3, plain, K = 4, 100 steps at 0.003", "zero, plain, K = 0")
@@ -646,12 +687,16 @@ def test_what_the_page_says_of_other_k_is_the_tables():
     means = {}  # {row: accuracy of each of the three tasks}
     for cells in lines_of_the_table():
         if len(cells) > 3 and re.fullmatch(r"[0-9.]+ \(.*\), 5", cells[1]):
-            means[cells[0]] = [float(cell.split()[0]) for cell in cells[1:4]]
-    for form, rises in (("ia3, {}, 100 steps at 0.003", True), ("probe, {}", True), ("icl, {}, calibrated", False)):
+            means[cells[0]] = [float(cell.split()[0]) for cell in cells[1:5]]
+    for form in ("ia3, {}, 100 steps at 0.003", "probe, {}"):
         of_k = [means[form.format(f"plain, K = {k}")] for k in fewshot.KS]
         for of_task in zip(*of_k, strict=True):
-            assert (list(of_task) == sorted(set(of_task))) == rises
-    assert means["icl, plain, K = 64, calibrated"][1] < means["icl, plain, K = 4, calibrated"][1]
+            assert list(of_task) == sorted(set(of_task))
+    most, fewest = [f"icl, plain, K = {k}, calibrated" for k in (64, 4)]
+    movies, tweets, news, source = [found[most, fewest, task][:3] for task in tasks]
+    assert f"in-context learning's gains {movies[0]} on movies, by both" in the_page() and not any(movies[1:])
+    assert f"on news (+{news[0]}), tweets ({tweets[0]}) and source ({source[0]}) both hold 0" in the_page()
+    assert all(news[1:] + tweets[1:] + source[1:])
 
 
 def test_what_the_page_says_of_transfer_is_the_tables():
@@ -659,13 +704,23 @@ def test_what_the_page_says_of_transfer_is_the_tables():
     tasks = ("movies", "tweets", "news")
     without = [found["transfer, plain, K = 0, 0.003", "icl-other, calibrated", task] for task in tasks]
     values = [row[0] for row in without]
-    assert f"(IA)³'s mean is {values[0]}, {values[1]} and {values[2]} points above that of 32 examples" in the_page()
+    assert f"(IA)³'s mean is {values[0]}, {values[1]} and {values[2]} points above that of 32 of these" in the_page()
     added = [found["transfer, 0.003", "ia3, 0.003", task] for task in tasks]
     values = [row[0] for row in added]
     assert f"Trained further, on 32 labels of the target's, it is {min(values)} to {max(values)} above" in the_page()
     assert [row[2] for row in without] == [True, False, True] and [row[2] for row in added] == [True, True, False]
+    beside_best = [found["transfer, 0.003", "ia3, 0.01", task][:3] for task in tasks]
+    values = [row[0] for row in beside_best]
+    assert f"transfer is {-min(values)} behind to {max(values)} ahead of that, and every interval" in the_page()
+    assert all(all(row[1:]) for row in beside_best)
     single_tokens = [row[3] for row in added]
     assert f"adds to 32 labels lies between {min(single_tokens)} and {max(single_tokens)}." in the_page()
+
+
+def test_what_the_page_says_of_1000_steps_is_the_tables():
+    value, *holds = differences()["ia3, 1000 steps at 0.003", "ia3, 0.003", "movies"][:3]
+    assert f"(IA)³'s mean is {value} points above that of 100 steps, and both intervals hold 0" in the_page()
+    assert holds == [True, True]
 
 
 def test_what_the_page_says_of_costs_is_what_was_measured():
@@ -687,6 +742,6 @@ def test_what_the_page_says_of_the_losses_is_the_tables():
     lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
     assert f"with L_LM alone (IA)³'s mean is {lm[0]} points lower than with all three" in the_page()
     assert f"with L_LN alone it is {-ln[0]} higher" in the_page()
-    assert f"L_LM alone lacks {lm[3]} points and L_LN alone {ln[3]}, of which the second's" in the_page()
-    assert lm[5] and not ln[5]
+    assert f"L_LM alone lacks {lm[3]} points and L_LN alone {ln[3]}, neither by both intervals" in the_page()
+    assert any(lm[4:]) and any(ln[4:])
     assert all(found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"][2] for losses in fewshot.SUBSETS)
