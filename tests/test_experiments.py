@@ -228,6 +228,15 @@ def test_a_fresh_prefix_is_the_text_whose_keys_and_values_it_holds():
     assert (model(idx)[0] - expected).abs().max() <= 1e-11
 
 
+def test_a_prefixs_attention_has_the_bases_dropout():
+    model = make_gpt(dropout=0.5)
+    rivals.attach(model, METHODS["prefix"].add)
+    attn = model.transformer.h[0].attn
+    attn.attn.resid_dropout.p = 0  # so that the attention's is left
+    x = torch.randn(1, 8, model.config.n_embd)
+    assert torch.equal(attn.eval()(x), attn(x)) and not torch.equal(attn.train()(x), attn(x))
+
+
 def test_a_prompt_is_a_text_before_the_text():
     """Without positions, the base that has read the prompt's tokens and the base with the prompt predict the same."""
     base = make_gpt(block_size=32).double()
@@ -1063,6 +1072,23 @@ def test_a_training_step_is_forward_backward_adamw(batch):
         optimizer.zero_grad()
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     assert not torch.equal(one.ia3.l_k, make_method("ia3", block_size=TOKENS, vocab_size=V).ia3.l_k)
+
+
+def test_what_the_pages_say_of_the_committed_bench_is_its_results():
+    rows = lab.read_csv(lab.RESULTS / "bench/results.csv", bench.RESULTS)
+    of = {(row["shape"], row["contestant"]): row for row in rows}
+    page, readme, paper = [
+        (ROOT / name).read_text() for name in ("experiments/README.md", "README.md", "docs/paper.md")
+    ]
+    shapes = [shape for shape, contestant in of if contestant == bench.OURS]
+    kept = [of[shape, bench.OURS]["saved_bytes"] / of[shape, "PEFT (IA)³, gelu_new"]["saved_bytes"] for shape in shapes]
+    assert f"keeps {min(kept):.2f} to {max(kept):.2f} of what that" in page
+    flops = [of["base", name] for name in (bench.OURS, bench.FULL)]
+    ours, full = [row["linear_flops"] + row["attention_flops"] for row in flops]
+    assert f"slightly more: {ours / full:.3f} in [bench]" in paper
+    step = of["124M", bench.OURS]["over_plain"]
+    n_rows, n_tokens, _ = bench.WORK["cpu"]["124M"]
+    assert f"{step:.2f} at 124 M with {n_rows * n_tokens} tokens" in readme
 
 
 def test_ratios_point_where_the_table_says(tiny, monkeypatch):
