@@ -407,9 +407,11 @@ def run(argv):
     prepare_folder(args)
     if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError("--compile wants a C++ compiler: g++, or the one that CXX names")
-    if "RANK" in os.environ:  # torchrun's
-        dist.init_process_group()
     model, data = build(args)
+    if "RANK" in os.environ:  # torchrun's
+        device = model.lm_head.weight.device
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
     rank, world = ranks()
     if rank == 0:

@@ -1,6 +1,6 @@
 """How fast and how heavy: a training step, a forward pass, a mixed batch, beside PEFT's on the same shapes.
 
-    python -m experiments.bench                         # the three shapes for a CPU, all five on a GPU; into out/bench
+    python -m experiments.bench                         # four shapes on a CPU, all six on a GPU; into out/bench
     python -m experiments.bench --shape base --repeats 9
     python -m experiments.bench --quick                 # three rounds of the smallest shape, to see that it works
 
@@ -8,6 +8,7 @@ A training step is forward, backward, AdamW. Its contestants: full fine-tuning a
 GPT, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its default
 GELU (gelu_new, written out in elementary operations) and once with the fused one that we use (gelu_pytorch_tanh).
 transformers runs without dropout, without a key-value cache and with PyTorch's fused attention, as this GPT does.
+SmolLM2's shape is a Llama's: there PEFT's stand around transformers' Llama, LoRA on q_proj and v_proj.
 A forward pass is the base's, the base's with vectors, and the merged model's. Ours run eagerly and compiled. A mixed
 batch is 16 short rows of 8 tokens: under one task, of several tasks at once (ia3.stack), and each task's rows by
 themselves, one after another. A CPU computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and
@@ -42,23 +43,38 @@ import torch
 import common
 from experiments import lab
 from ia3 import IA3, attach, stack
+from llama import Llama, LlamaConfig
 from merge import merge
 from model import GPT, GPTConfig
+from tools import hf_llama
 from train import TrainConfig, autocast, lm_loss
 
-SHAPES = {  # n_layer, n_head, n_embd, vocab_size
-    "base": (6, 6, 192, 257),
-    "6x384": (6, 6, 384, 257),
-    "124M": (12, 12, 768, 50257),
-    "350M": (24, 16, 1024, 50257),
-    "1.5B": (48, 25, 1600, 50257),
+SHAPES = {  # name: (block_size) -> config
+    "base": partial(GPTConfig, vocab_size=257, n_layer=6, n_head=6, n_embd=192),
+    "6x384": partial(GPTConfig, vocab_size=257, n_layer=6, n_head=6, n_embd=384),
+    "124M": partial(GPTConfig, vocab_size=50257, n_layer=12, n_head=12, n_embd=768),
+    "SmolLM2": partial(
+        LlamaConfig,
+        vocab_size=49152,
+        n_layer=30,
+        n_head=9,
+        n_kv_head=3,
+        n_embd=576,
+        n_hidden=1536,
+        rope_base=1e5,
+        norm_eps=1e-5,
+        tied=True,
+    ),
+    "350M": partial(GPTConfig, vocab_size=50257, n_layer=24, n_head=16, n_embd=1024),
+    "1.5B": partial(GPTConfig, vocab_size=50257, n_layer=48, n_head=25, n_embd=1600),
 }
 WORK = {  # rows and tokens a step, and rounds
-    "cpu": {"base": (16, 128, 25), "6x384": (8, 256, 13), "124M": (2, 256, 15)},
+    "cpu": {"base": (16, 128, 25), "6x384": (8, 256, 13), "124M": (2, 256, 15), "SmolLM2": (2, 256, 15)},
     "cuda": {
         "base": (16, 128, 51),
         "6x384": (8, 256, 51),
         "124M": (8, 1024, 31),
+        "SmolLM2": (8, 1024, 31),
         "350M": (8, 1024, 21),
         "1.5B": (4, 1024, 11),
     },
@@ -75,6 +91,7 @@ TRAINING = (
     "PEFT LoRA, gelu_pytorch_tanh",
     "PEFT LoRA, gelu_new",
 )
+TRAINING_LLAMA = (FULL, OURS, AROUND_OURS, "PEFT (IA)³", "PEFT LoRA")
 INFERENCE = (BASE, UNMERGED, MERGED)
 ONE_TASK = "one task"
 MIXED_ROWS = 16
@@ -100,6 +117,19 @@ def their_packages():
     return peft, transformers
 
 
+def our_model(config):
+    """A GPT or a Llama, random weights."""
+    return GPT(config) if isinstance(config, GPTConfig) else Llama(config)
+
+
+def their_llama(config, **more):
+    """transformers' Llama of the same shape, random weights. more: of its configuration."""
+    _, transformers = their_packages()
+    with torch.device("meta"):
+        about, _ = hf_llama.describe(Llama(config))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**about | more))
+
+
 def their_gpt2(config, activation):
     """transformers' GPT-2 of the same shape, random weights."""
     _, transformers = their_packages()
@@ -120,28 +150,38 @@ def their_loss(model, x, y):
 
 
 def build(name, config, device, dtype):
-    """Return a contestant of TRAINING: its model, random weights and vectors of ones, and its loss(model, x, y).
+    """Return a contestant of TRAINING, or TRAINING_LLAMA: its model, random weights and vectors of ones, and its
+    loss(model, x, y).
 
     A frozen base is stored in dtype; vectors, LoRA's matrices and what is trained in full are float32.
     """
+    if isinstance(config, GPTConfig):
+        scaled, hidden, by_lora = ["attn.c_attn", "mlp.c_proj"], ["mlp.c_proj"], ["attn.c_attn"]
+    else:
+        scaled, hidden, by_lora = ["k_proj", "v_proj", "down_proj"], ["down_proj"], ["q_proj", "v_proj"]
     with torch.device(device):
         if name == FULL:
-            return GPT(config), lm_loss
+            return our_model(config), lm_loss
         if name == OURS:
-            model = GPT(config).to(dtype)
+            model = our_model(config).to(dtype)
             attach(model)
             return model, lm_loss
         peft, _ = their_packages()
-        targets = {"target_modules": ["attn.c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}
+        targets = {"target_modules": scaled, "feedforward_modules": hidden}
         if name == AROUND_OURS:
-            return peft.get_peft_model(GPT(config).to(dtype), peft.IA3Config(**targets)), lm_loss
-        method, activation = name.split(", ")
-        conv1d = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}  # transformers' GPT-2 keeps weights as (in, out)
-        if method == "PEFT (IA)³":
-            adapter = peft.IA3Config(**targets | conv1d)
+            return peft.get_peft_model(our_model(config).to(dtype), peft.IA3Config(**targets)), lm_loss
+        method, _, activation = name.partition(", ")
+        if activation:
+            theirs = their_gpt2(config, activation)
         else:
-            adapter = peft.LoraConfig(r=4, target_modules=["attn.c_attn"], **conv1d)
-        return peft.get_peft_model(their_gpt2(config, activation).to(dtype), adapter).train(), their_loss
+            theirs = their_llama(config, use_cache=False, attn_implementation="sdpa")
+        # transformers' GPT-2 keeps weights as (in, out)
+        kind = {"task_type": "CAUSAL_LM", "fan_in_fan_out": isinstance(config, GPTConfig)}
+        if method == "PEFT (IA)³":
+            adapter = peft.IA3Config(**targets | kind)
+        else:
+            adapter = peft.LoraConfig(r=4, target_modules=by_lora, **kind)
+        return peft.get_peft_model(theirs.to(dtype), adapter).train(), their_loss
 
 
 def make_batch(config, rows, device):
@@ -160,7 +200,7 @@ def variants(name, model, compiled):
 
 
 def trainer(name, config, batch, dtype, compiled):
-    """Return {contestant: (a training step, its counts)}: one of TRAINING, if it is ours also compiled."""
+    """Return {contestant: (a training step, its counts)}: build's, if it is ours also compiled."""
     device = batch[0].device
     before = lab.allocated(device)
     model, loss_fn = build(name, config, device, dtype)
@@ -186,7 +226,7 @@ def reader(name, config, batch, dtype, compiled):
     idx = batch[0]
     before = lab.allocated(idx.device)
     with torch.device(idx.device):
-        model = GPT(config).to(dtype).eval()
+        model = our_model(config).to(dtype).eval()
         if name != BASE:
             for l in attach(model).parameters():
                 torch.nn.init.normal_(l, mean=1.0, std=0.3)
@@ -215,7 +255,7 @@ def mixers(config, device, dtype):
     Nothing is counted: the linear maps are the same for all.
     """
     with torch.device(device):
-        model = GPT(config).to(dtype).eval()
+        model = our_model(config).to(dtype).eval()
     idx = make_batch(config, MIXED_ROWS, device)[0][:, :MIXED_TOKENS]
     tasks = []
     for _ in range(MIXED_ROWS):
@@ -243,11 +283,11 @@ def mixers(config, device, dtype):
 
 def measure(shape, rounds, device, dtype, compiled):
     """Return the rows of a shape, dicts: training's contestants, then inference's, then a mixed batch's."""
-    n_layer, n_head, n_embd, vocab_size = SHAPES[shape]
     n_rows, tokens, _ = WORK[device.type][shape]
-    config = GPTConfig(tokens, vocab_size, n_layer, n_head, n_embd)
+    config = SHAPES[shape](tokens)
     batch = make_batch(config, n_rows, device)
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size, "repeats": rounds}
+    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes["repeats"] = rounds
     found = []
     for what in ("training", "inference", "mixed"):
         torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
@@ -256,7 +296,7 @@ def measure(shape, rounds, device, dtype, compiled):
         contestants = {}
         print(f"{shape}, {what}: {rounds} rounds", flush=True)
         if what == "training":
-            for name in TRAINING:
+            for name in TRAINING if isinstance(config, GPTConfig) else TRAINING_LLAMA:
                 contestants |= trainer(name, config, batch, dtype, compiled)
         elif what == "inference":
             for name in INFERENCE:

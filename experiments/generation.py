@@ -20,17 +20,15 @@ from pathlib import Path
 import torch
 
 import common
-from experiments import lab
-from experiments.bench import their_packages
+from experiments import bench, lab
 from ia3 import attach
-from llama import Llama, LlamaConfig
 from merge import merge
-from model import GPT, GPTConfig
+from model import GPTConfig
 from sample import generate
 
 SHAPES = {
-    "GPT-2 124M": GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768),
-    "SmolLM2-135M": LlamaConfig(8192, 49152, 30, 9, 3, 576, 1536, 1e5, 1e-5, True),
+    "GPT-2 124M": bench.SHAPES["124M"](1024),
+    "SmolLM2-135M": bench.SHAPES["SmolLM2"](8192),
     "small": GPTConfig(block_size=1024, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
 }
 READ, WRITTEN = 32, 256
@@ -43,22 +41,12 @@ COLUMNS |= {"transformers": str, "date": str}
 
 def their_model(config):
     """transformers' model of the same shape, random weights. Raises ValueError where transformers is missing."""
-    _, transformers = their_packages()
+    _, transformers = bench.their_packages()
     if isinstance(config, GPTConfig):
         sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
         theirs = transformers.GPT2Config(n_positions=config.block_size, **sizes)
         return transformers.GPT2LMHeadModel(theirs).eval()
-    theirs = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.n_embd,
-        intermediate_size=config.n_hidden,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.n_kv_head,
-        max_position_embeddings=config.block_size,
-        tie_word_embeddings=config.tied,
-    )
-    return transformers.LlamaForCausalLM(theirs).eval()
+    return bench.their_llama(config).eval()
 
 
 def weight_bytes(model):
@@ -77,7 +65,7 @@ def bandwidth():
 def measure(shape, n_rows, rounds):
     """Return the rows of a shape: dicts without the columns that all shapes share."""
     config = SHAPES[shape]
-    model = (GPT if isinstance(config, GPTConfig) else Llama)(config).eval()
+    model = bench.our_model(config).eval()
     for l in attach(model).parameters():
         torch.nn.init.normal_(l, mean=1.0, std=0.3)
     merged = merge(model)
@@ -135,7 +123,7 @@ def run(argv):
     out = args.out / "quick" if args.quick else args.out
     if not 2 <= rounds <= 1000:
         raise ValueError(f"rounds must be from 2 to 1000, not {rounds}")
-    _, transformers = their_packages()
+    _, transformers = bench.their_packages()
     shared = {"rounds": rounds, "hardware": lab.device_name(torch.device("cpu")), "torch": torch.__version__}
     shared |= {"transformers": transformers.__version__}
     lab.open_folder(out, shared)

@@ -500,7 +500,7 @@ def count_saved(forward, model):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # t itself knows the graph, which would keep itself alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()  # alive until all is counted, so that no storage is freed and its place taken by another

@@ -45,6 +45,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def products_in_float32():
+    """A test that ran a script on a GPU left TF32 on: common.pick_device."""
+    torch.set_float32_matmul_precision("highest")
+
+
 def make_gpt(seed=0, **sizes):
     """A small GPT whose every weight is random, biases and LayerNorms included, so that none can hide a mistake."""
     config = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16} | sizes

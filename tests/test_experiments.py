@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from data import Stream
 from experiments import ablate, bench, claims, compare, exactness, generation, held_out, lab, rivals
 from experiments.rivals import METHODS, Adapter
 from ia3 import attach
+from llama import LlamaConfig
 from model import GPTConfig
 from sample import generate
 from train import TrainConfig, evaluate, train
@@ -927,11 +929,12 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(texts, handler):
 CPU = torch.device("cpu")
 L, H, C, V, TOKENS = 3, 2, 16, 61, 8
 CONFIG = GPTConfig(TOKENS, V, L, H, C)
+LLAMA_CONFIG = LlamaConfig(TOKENS, V, L, 4, 2, C, 40, 1e5, 1e-5, tied=True)
 PEFTS_IA3 = [name for name in bench.TRAINING if name.startswith("PEFT (IA)³")]
 
 
 def make(name, dtype=torch.float32, base=None, config=CONFIG):
-    """A contestant's model and loss; its frozen or trained base holds the weights of base, a GPT of ours, if given."""
+    """A contestant's model and loss; its frozen or trained base holds the weights of base, one of ours, if given."""
     model, loss_fn = bench.build(name, config, CPU, torch.float32)
     if base is not None:
         weights = base.state_dict()
@@ -959,7 +962,7 @@ def batch():
 @pytest.fixture
 def tiny(monkeypatch):
     """A shape called tiny, and what a run of it takes on either device."""
-    monkeypatch.setitem(bench.SHAPES, "tiny", (L, H, C, V))
+    monkeypatch.setitem(bench.SHAPES, "tiny", lambda block_size: CONFIG)
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(bench.WORK[device], "tiny", (3, TOKENS, 2))
 
@@ -978,6 +981,17 @@ def test_every_contestant_starts_from_the_same_loss_and_trains_what_it_should(na
     if "LoRA" in name:
         count = L * 4 * (C + 3 * C)  # r times what c_attn reads and writes
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+@pytest.mark.parametrize("name", bench.TRAINING_LLAMA)
+def test_every_contestant_of_a_llamas_shape_too(name, batch):
+    base = bench.our_model(LLAMA_CONFIG).double()
+    model, loss_fn = make(name, torch.float64, base, LLAMA_CONFIG)
+    # transformers takes the RMSNorms, the angles and its loss in float32
+    assert abs(loss_fn(model, *batch).item() - base(*batch)[1].item()) <= (8 * 5 * 2**-24 if "PEFT" in name else 0)
+    count = {bench.FULL: sum(p.numel() for p in base.parameters()), "PEFT LoRA": L * 4 * (C + C + C + C // 2)}
+    vectors = L * (C // 2 + C // 2 + 40)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count.get(name, vectors)
 
 
 @pytest.mark.parametrize("name", PEFTS_IA3)
@@ -1059,6 +1073,19 @@ def test_saved_for_backward_by_a_layer(name, batch):
     assert total[1] - total[0] == 4 * (3 * TOKENS * (SAVED[name] * C + small) + vectors)
 
 
+def test_counting_what_is_saved_keeps_none_of_it():
+    x = torch.ones(3, requires_grad=True)
+    made = []
+
+    def forward():
+        y = x.exp()  # its backward wants y itself
+        made.append(weakref.ref(y))
+        return y.sum()
+
+    assert lab.count_saved(forward, nn.Module()) == 12
+    assert made[0]() is None
+
+
 def test_a_training_step_is_forward_backward_adamw(batch):
     """Three steps of lab's against the same by hand: bit for bit."""
     config = TrainConfig()
@@ -1106,6 +1133,12 @@ def test_ratios_point_where_the_table_says(tiny, monkeypatch):
     assert [rows[bench.MERGED][key] for key in ("over_plain", "ours_over")] == [4, 1.25]
     assert rows["16 tasks, mixed"]["over_plain"] == 2
     assert rows[bench.FULL]["tokens_per_second"] == 3 * TOKENS / 8
+
+
+def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", lambda block_size: LLAMA_CONFIG)
+    rows = bench.measure("tiny", 2, CPU, torch.float32, False)
+    assert [row["contestant"] for row in rows[:8]] == [*bench.TRAINING_LLAMA, *bench.INFERENCE] and len(rows) == 13
 
 
 def test_what_is_raced_is_what_its_name_says(batch):
