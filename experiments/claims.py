@@ -83,9 +83,11 @@ def read_figures(results):
     kept = compare.count_places(lab.BASE, "folio")
     for title, name in (("(IA)³ on k, v, ff", "all"), ("(IA)³ on k, v", "kv"), ("(IA)³ on ff", "ff")):
         figures[f"kept_{name}"] = f"{kept[title]['saved_bytes'] / kept['full fine-tuning']['saved_bytes']:.2f}"
-    raced = lab.read_csv(results / "bench/results.csv", bench.RESULTS)
-    steps = {cells["shape"]: f"{cells['over_plain']:.2f}" for cells in raced if cells["contestant"] == bench.OURS}
-    figures["steps"] = ", ".join(f"{time} ({shape})" for shape, time in steps.items())
+    for ending in ("", "-h200"):
+        raced = lab.read_csv(results / f"bench{ending}/results.csv", bench.RESULTS)
+        for figure, name in (("steps", bench.OURS), ("unmerged", bench.UNMERGED)):
+            times = [f"{row['over_plain']:.2f} ({row['shape']})" for row in raced if row["contestant"] == name]
+            figures[figure + ending] = ", ".join(times)
     figures["gap_smollm2"] = figures_of_comparison(results / "compare-smollm2")["gap_ia3"]
     return figures
 
@@ -133,7 +135,8 @@ CLAIMS = (  # the claim, the verdict, where to look
         "fast training: few parameters, rapid convergence",
         "not more rapid than full fine-tuning: the step where it has half of what that gains on folio is {half_ia3}, "
         "full fine-tuning's {half_full}, of evaluations every five. A step does take less, over full fine-tuning's "
-        "time: {steps}. Of the FLOPs it saves a third; it is spared AdamW's pass over all weights, too: see 124M",
+        "time: {steps}; on an H200 {steps-h200}. Of the FLOPs it saves a third; it is spared AdamW's pass over all "
+        "weights, too: see 124M",
         "[bench](bench/table.md), compare",
     ),
     (
@@ -145,7 +148,8 @@ CLAIMS = (  # the claim, the verdict, where to look
     (
         "against adapters: element-wise, no added depth, no serial bottleneck",
         "holds. A forward pass over the base's time, with adapters: {forward_adapters_only}; with vectors: "
-        "{forward_ia3} (one row on 2.7 M; less with more, see bench); merged: {merged_ia3}",
+        "{forward_ia3} (one row on 2.7 M; less with more, see bench; on an H200, in bfloat16, {unmerged-h200}); "
+        "merged: {merged_ia3}",
         "compare's costs, [bench](bench/table.md)",
     ),
     (

@@ -930,6 +930,7 @@ CPU = torch.device("cpu")
 L, H, C, V, TOKENS = 3, 2, 16, 61, 8
 CONFIG = GPTConfig(TOKENS, V, L, H, C)
 LLAMA_CONFIG = LlamaConfig(TOKENS, V, L, 4, 2, C, 40, 1e5, 1e-5, tied=True)
+TWO = (bench.OURS, bench.FULL)
 PEFTS_IA3 = [name for name in bench.TRAINING if name.startswith("PEFT (IA)³")]
 
 
@@ -1116,6 +1117,61 @@ def test_what_the_pages_say_of_the_committed_bench_is_its_results():
     step = of["124M", bench.OURS]["over_plain"]
     n_rows, n_tokens, _ = bench.WORK["cpu"]["124M"]
     assert f"{step:.2f} at 124 M with {n_rows * n_tokens} tokens" in readme
+
+
+def test_what_the_pages_say_of_the_gpus_bench_is_its_results():
+    part = (ROOT / "experiments/README.md").read_text().partition("**On a GPU**")[2].partition("\n## ")[0]
+    said = " ".join(part.split())
+    of = {}
+    for name in ("bench-h200", "bench-h200-compiled"):
+        rows = lab.read_csv(lab.RESULTS / f"{name}/results.csv", bench.RESULTS)
+        of[name] = {(row["shape"], row["contestant"]): row for row in rows}
+        assert {row["hardware"] for row in rows} == {"NVIDIA H200"}
+        assert (lab.RESULTS / f"{name}/table.md").read_text() == bench.tables(lab.RESULTS / name) + "\n"
+    eager, compiled = of.values()
+    shapes = ("124M", "SmolLM2", "350M")
+
+    def time(shape, contestant):
+        return f"{eager[shape, contestant]['over_plain']:.2f}"
+
+    def ours_over(shape, contestant):
+        return f"{eager[shape, contestant]['ours_over']:.2f}"
+
+    def gib(shape, contestant):
+        return f"{eager[shape, contestant]['peak_bytes'] / 2**30:.1f}"
+
+    steps = [f"{time(shape, bench.OURS)} ({shape})" for shape in shapes]
+    assert f"less there: {steps[0]}, {steps[1]} and {steps[2]} of full" in said
+    assert f"{time('124M', bench.OURS)} at 124 M" in (ROOT / "README.md").read_text()
+    flops = []
+    for shape in shapes:
+        ours, full = [eager[shape, name]["linear_flops"] + eager[shape, name]["attention_flops"] for name in TWO]
+        flops.append(ours / full)
+    assert f"FLOPs is {min(flops):.2f} to {max(flops):.2f}" in said
+    both = [compiled["124M", f"{name}, compiled"]["over_plain"] for name in TWO]
+    assert f"step takes {both[0]:.2f} and full fine-tuning's {both[1]:.2f} of" in said
+    assert both[0] / both[1] == pytest.approx(flops[0], abs=0.02)  # "the floor is reached"
+    for contestant, form in ((bench.UNMERGED, "takes {} to {} times the base's"), (bench.MERGED, "base's, {} to {}.")):
+        found = sorted(time(shape, contestant) for shape in shapes)
+        assert form.format(found[0], found[-1]) in said
+    both = [compiled["124M", f"{name}, compiled"]["over_plain"] for name in (bench.UNMERGED, bench.BASE)]
+    assert f"at 124M, {both[0]:.2f} where the base has {both[1]:.2f}" in said
+    lora, peft = "PEFT LoRA, gelu_pytorch_tanh", "PEFT (IA)³, gelu_pytorch_tanh"
+    assert f"(IA)³, which takes {ours_over('350M', lora)} of it" in said
+    at_350m, at_124m = [[gib(shape, name) for name in (lora, *TWO)] for shape in ("350M", "124M")]
+    assert "most {} GiB, where (IA)³ takes {} and full fine-tuning {}. At".format(*at_350m) in said
+    assert "At 124M these are {}, {} and {}.".format(*at_124m) in said
+    assert f"ours over it {ours_over('124M', peft)} and {ours_over('350M', peft)}" in said
+    new = [ours_over(shape, "PEFT (IA)³, gelu_new") for shape in ("124M", "350M")]
+    assert f"comes, {new[0]} and {new[1]}. Around" in said
+    assert f"Llama {ours_over('SmolLM2', 'PEFT (IA)³')}, but" in said
+    assert f"step takes {time('SmolLM2', 'PEFT LoRA')} of our full" in said
+    mixed, in_turn = [
+        sorted(eager[shape, f"16 tasks, {how}"]["over_plain"] for shape in shapes)
+        for how in ("mixed", "one after another")
+    ]
+    assert f"take {mixed[0]:.2f} to {mixed[-1]:.2f} of one task's time" in said
+    assert f"after another {in_turn[0]:.1f} to {in_turn[-1]:.1f}." in said
 
 
 def test_ratios_point_where_the_table_says(tiny, monkeypatch):
