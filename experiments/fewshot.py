@@ -456,6 +456,8 @@ def other_differences(whole, settings, chosen):
         pairs += [pair, (pair[0], f"probe, plain, K = {other}")]
     fewest, *_, most = [names_at(n, settings, chosen)[1] for n in settings["ks"]]
     pairs.append((most, fewest))
+    others = [name_of_asked("icl", form, k, order, calibrated) for order in (1, 2)]
+    pairs += [(in_context, other) for other in others] + [(papers, other) for other in others]
     pairs += [(papers, name_of_trained(f"ia3-{losses}", k, steps, RATE)) for losses in SUBSETS]
     from_others = [name_of_trained("transfer", n, steps, RATE) for n in (0, k)]
     of_others = name_of_asked("icl-other", form, k, calibrated=calibrated)

@@ -629,6 +629,41 @@ def test_what_the_page_says_of_batch_calibration_is_the_tables():
     assert f"they are {-letters[3]} ahead of (IA)³, by both, and {-at_best[3]} at 1e-2" in the_page()
 
 
+def test_what_the_page_says_of_the_order_of_examples_is_the_tables():
+    """Every accuracy in the table of orders: a line a task, a cell a draw, with the three orders in it."""
+    found = {}
+    for task, *cells in lines_of_the_table():
+        if task in fewshot.TASKS and len(cells) == 3 and all(cell.count(" / ") == 2 for cell in cells):
+            found[task] = np.array([cell.split(" / ") for cell in cells], dtype=float)  # (draws, orders)
+    assert list(found) == list(fewshot.TASKS)
+    ranges = np.concatenate([np.ptp(accuracies, 1) for accuracies in found.values()])
+    said = f"by {ranges.min():.1f} to {ranges.max():.1f} points, {np.median(ranges):.1f} in the median"
+    assert f"moves a draw's accuracy {said} (three draws, three orders of each)" in the_page()
+    assert [task for task, accuracies in found.items() if accuracies.mean(0).argmax() != 0] == ["news"]
+    others = [f"icl, order {order}, calibrated" for order in (1, 2)]
+    clear = {}
+    for task in fewshot.TASKS:
+        for other in others:
+            value, *holds = differences()["icl, calibrated", other, task][:3]
+            if not any(holds):
+                clear[task] = value
+    assert clear == {"source": 6.7, "movies-ab": 7.6}
+    assert "over one of the others on source, by 6.7, and on A/B, by 7.6." in the_page()
+    ahead = {task: [differences()["ia3, 0.003", other, task] for other in others] for task in fewshot.TASKS}
+    values = [row[0] for rows in ahead.values() for row in rows]
+    assert f"(IA)³'s mean is {min(values)} to {max(values)} points ahead on all six tasks" in the_page()
+    unsure = {task: sum(row[2] for row in rows) for task, rows in ahead.items()}  # over draws
+    assert {task: n for task, n in unsure.items() if n} == {"tweets": 2, "news": 2, "movies-ab": 1, "movies-flipped": 1}
+
+
+def test_what_the_page_says_of_the_runs_is_the_results():
+    rows = lab.read_csv(lab.RESULTS / "fewshot/results.csv", fewshot.RUNS)
+    assert f"| {sum(row['seconds'] for row in rows) / 3600:.0f} hours of one core; in parts |" in the_page()
+    about = next(cells[0] for cells in lines_of_the_table() if cells[0].startswith("Chosen on products: "))
+    made, wanted = re.search(r"(\d+) of (\d+) runs are made", about).groups()
+    assert ("All runs of the protocol are made" in the_page()) == (made == wanted)
+
+
 def test_what_the_page_says_of_the_floors_is_the_tables():
     """Logistic regression and a bias a label, at the paper's rate and at the one chosen."""
     found = differences()
