@@ -80,7 +80,7 @@ WORK = {  # rows and tokens a step, and rounds
     },
 }
 FULL, OURS = "full fine-tuning", "(IA)³"
-AROUND_OURS = "PEFT (IA)³ around this GPT"
+AROUND_OURS = "PEFT (IA)³ around our model"
 BASE, UNMERGED, MERGED = "base", "base with vectors", "merged"
 TRAINING = (
     FULL,

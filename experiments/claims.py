@@ -39,6 +39,11 @@ def figures_of_comparison(folder, data="folio"):
     return figures
 
 
+def times_over_plain(rows, name):
+    """A contestant's time over what has no vectors, shape by shape. rows: bench's."""
+    return ", ".join(f"{row['over_plain']:.2f} ({row['shape']})" for row in rows if row["contestant"] == name)
+
+
 def small_heads(results):
     """How many heads have scales of a mean below a half, and all heads' means, of both analyses."""
     found = []
@@ -83,11 +88,13 @@ def read_figures(results):
     kept = compare.count_places(lab.BASE, "folio")
     for title, name in (("(IA)³ on k, v, ff", "all"), ("(IA)³ on k, v", "kv"), ("(IA)³ on ff", "ff")):
         figures[f"kept_{name}"] = f"{kept[title]['saved_bytes'] / kept['full fine-tuning']['saved_bytes']:.2f}"
-    for ending in ("", "-h200"):
-        raced = lab.read_csv(results / f"bench{ending}/results.csv", bench.RESULTS)
-        for figure, name in (("steps", bench.OURS), ("unmerged", bench.UNMERGED)):
-            times = [f"{row['over_plain']:.2f} ({row['shape']})" for row in raced if row["contestant"] == name]
-            figures[figure + ending] = ", ".join(times)
+    cpu, gpu = [lab.read_csv(results / f"{name}/results.csv", bench.RESULTS) for name in ("bench", "bench-h200")]
+    figures["steps"] = times_over_plain(cpu, bench.OURS)
+    figures["steps_gpu"] = times_over_plain(gpu, bench.OURS)
+    figures["unmerged_gpu"] = times_over_plain(gpu, bench.UNMERGED)
+    peaks = {(row["shape"], row["contestant"]): row["peak_bytes"] for row in gpu}
+    shares = [f"{peaks[key] / peaks[key[0], bench.FULL]:.2f} ({key[0]})" for key in peaks if key[1] == bench.OURS]
+    figures["peaks"] = ", ".join(shares)
     figures["gap_smollm2"] = figures_of_comparison(results / "compare-smollm2")["gap_ia3"]
     return figures
 
@@ -122,7 +129,7 @@ CLAIMS = (  # the claim, the verdict, where to look
         "only the vectors and their optimizer state need training memory",
         "does not hold: gradients and AdamW's averages do shrink, to {optimizer_ia3} from {optimizer_full}; the "
         "weights stay, and of the activations {kept_all} of what full fine-tuning keeps, {kept_ff} with ff alone, "
-        "{kept_kv} with k, v",
+        "{kept_kv} with k, v. Measured on an H200, all in all: {peaks} of full fine-tuning's peak",
         "`python -m experiments.compare --counts`",
     ),
     (
@@ -135,7 +142,7 @@ CLAIMS = (  # the claim, the verdict, where to look
         "fast training: few parameters, rapid convergence",
         "not more rapid than full fine-tuning: the step where it has half of what that gains on folio is {half_ia3}, "
         "full fine-tuning's {half_full}, of evaluations every five. A step does take less, over full fine-tuning's "
-        "time: {steps}; on an H200 {steps-h200}. Of the FLOPs it saves a third; it is spared AdamW's pass over all "
+        "time: {steps}; on an H200 {steps_gpu}. Of the FLOPs it saves a third; it is spared AdamW's pass over all "
         "weights, too: see 124M",
         "[bench](bench/table.md), compare",
     ),
@@ -148,7 +155,7 @@ CLAIMS = (  # the claim, the verdict, where to look
     (
         "against adapters: element-wise, no added depth, no serial bottleneck",
         "holds. A forward pass over the base's time, with adapters: {forward_adapters_only}; with vectors: "
-        "{forward_ia3} (one row on 2.7 M; less with more, see bench; on an H200, in bfloat16, {unmerged-h200}); "
+        "{forward_ia3} (one row on 2.7 M; less with more, see bench; on an H200, in bfloat16, {unmerged_gpu}); "
         "merged: {merged_ia3}",
         "compare's costs, [bench](bench/table.md)",
     ),

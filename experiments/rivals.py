@@ -358,6 +358,7 @@ METHODS = {
     "bitfit": Method("BitFit", add_bitfit, copy.deepcopy, "gathered biases"),
     "layernorm": Method("LayerNorm tuning", add_layernorm, copy.deepcopy, "gathered vectors"),
     "lora1": Method("LoRA r = 1 on k, v", partial(add_lora, r=1, maps="kv"), merge_lora, "gathered matrices"),
+    "lora-qkv": Method("LoRA r = 1 on q, k, v", partial(add_lora, r=1, maps="qkv"), merge_lora, "gathered matrices"),
     "lora4": Method("LoRA r = 4 on q, v", partial(add_lora, r=4, maps="qv"), merge_lora, "gathered matrices"),
     "lora-all": Method("LoRA r = 1 on all maps", partial(add_lora_all, r=1), merge_lora_all, "gathered matrices"),
     "adapters": Method("adapters of 8, and LayerNorms", partial(add_adapters, width=8), None, "gathered matrices"),
