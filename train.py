@@ -254,6 +254,7 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
             loss = loss_fn(model, *datasets.to_device(batch, model.lm_head.weight.device))
         total += torch.tensor([loss.item() * n_targets, n_targets], dtype=torch.float64)
     if world > 1:
+        total = total.to(model.lm_head.weight.device)  # NCCL sums on GPUs only
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 

@@ -4,9 +4,9 @@
     python -m experiments.bench --shape base --repeats 9
     python -m experiments.bench --quick                 # three rounds of the smallest shape, to see that it works
 
-A training step is forward, backward, AdamW. Its contestants: full fine-tuning and (IA)³ here; PEFT's (IA)³ around this
-GPT, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its default
-GELU (gelu_new, written out in elementary operations) and once with the fused one that we use (gelu_pytorch_tanh).
+A training step is forward, backward, AdamW. Its contestants: full fine-tuning and (IA)³ here; PEFT's (IA)³ around our
+model, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its
+default GELU (gelu_new, written out in elementary operations) and once with the fused one, ours (gelu_pytorch_tanh).
 transformers runs without dropout, without a key-value cache and with PyTorch's fused attention, as this GPT does.
 SmolLM2's shape is a Llama's: there PEFT's stand around transformers' Llama, LoRA on q_proj and v_proj.
 A forward pass is the base's, the base's with vectors, and the merged model's. Ours run eagerly and compiled. A mixed
@@ -130,19 +130,11 @@ def their_llama(config, **more):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**about | more))
 
 
-def their_gpt2(config, activation):
-    """transformers' GPT-2 of the same shape, random weights."""
+def their_gpt2(config, **more):
+    """transformers' GPT-2 of the same shape, random weights. more: of its configuration."""
     _, transformers = their_packages()
     sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    theirs = transformers.GPT2Config(
-        n_positions=config.block_size,
-        activation_function=activation,
-        use_cache=False,
-        attn_implementation="sdpa",
-        **sizes | no_dropout,
-    )
-    return transformers.GPT2LMHeadModel(theirs)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=config.block_size, **sizes | more))
 
 
 def their_loss(model, x, y):
@@ -171,12 +163,14 @@ def build(name, config, device, dtype):
         if name == AROUND_OURS:
             return peft.get_peft_model(our_model(config).to(dtype), peft.IA3Config(**targets)), lm_loss
         method, _, activation = name.partition(", ")
+        kind = {"task_type": "CAUSAL_LM"}
+        settings = {"use_cache": False, "attn_implementation": "sdpa"}
         if activation:
-            theirs = their_gpt2(config, activation)
+            kind["fan_in_fan_out"] = True  # transformers' GPT-2 keeps weights as (in, out)
+            settings |= {"activation_function": activation, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            theirs = their_gpt2(config, **settings)
         else:
-            theirs = their_llama(config, use_cache=False, attn_implementation="sdpa")
-        # transformers' GPT-2 keeps weights as (in, out)
-        kind = {"task_type": "CAUSAL_LM", "fan_in_fan_out": isinstance(config, GPTConfig)}
+            theirs = their_llama(config, **settings)
         if method == "PEFT (IA)³":
             adapter = peft.IA3Config(**targets | kind)
         else:

@@ -40,7 +40,7 @@ def figures_of_comparison(folder, data="folio"):
 
 
 def times_over_plain(rows, name):
-    """A contestant's time over what has no vectors, shape by shape. rows: bench's."""
+    """A contestant's time over that of the first of its contest, shape by shape. rows: bench's."""
     return ", ".join(f"{row['over_plain']:.2f} ({row['shape']})" for row in rows if row["contestant"] == name)
 
 
@@ -92,9 +92,9 @@ def read_figures(results):
     figures["steps"] = times_over_plain(cpu, bench.OURS)
     figures["steps_gpu"] = times_over_plain(gpu, bench.OURS)
     figures["unmerged_gpu"] = times_over_plain(gpu, bench.UNMERGED)
-    peaks = {(row["shape"], row["contestant"]): row["peak_bytes"] for row in gpu}
-    shares = [f"{peaks[key] / peaks[key[0], bench.FULL]:.2f} ({key[0]})" for key in peaks if key[1] == bench.OURS]
-    figures["peaks"] = ", ".join(shares)
+    full = {row["shape"]: row["peak_bytes"] for row in gpu if row["contestant"] == bench.FULL}
+    ours = [row for row in gpu if row["contestant"] == bench.OURS]
+    figures["peaks"] = ", ".join(f"{row['peak_bytes'] / full[row['shape']]:.2f} ({row['shape']})" for row in ours)
     figures["gap_smollm2"] = figures_of_comparison(results / "compare-smollm2")["gap_ia3"]
     return figures
 
@@ -129,8 +129,9 @@ CLAIMS = (  # the claim, the verdict, where to look
         "only the vectors and their optimizer state need training memory",
         "does not hold: gradients and AdamW's averages do shrink, to {optimizer_ia3} from {optimizer_full}; the "
         "weights stay, and of the activations {kept_all} of what full fine-tuning keeps, {kept_ff} with ff alone, "
-        "{kept_kv} with k, v. Measured on an H200, all in all: {peaks} of full fine-tuning's peak",
-        "`python -m experiments.compare --counts`",
+        "{kept_kv} with k, v. Measured on an H200, all in all, the base in bfloat16 where full fine-tuning's weights "
+        "are float32: {peaks} of full fine-tuning's peak",
+        "`python -m experiments.compare --counts`, [H200](bench-h200/table.md)",
     ),
     (
         "no added inference latency: the vectors fold into the weights",
@@ -142,9 +143,9 @@ CLAIMS = (  # the claim, the verdict, where to look
         "fast training: few parameters, rapid convergence",
         "not more rapid than full fine-tuning: the step where it has half of what that gains on folio is {half_ia3}, "
         "full fine-tuning's {half_full}, of evaluations every five. A step does take less, over full fine-tuning's "
-        "time: {steps}; on an H200 {steps_gpu}. Of the FLOPs it saves a third; it is spared AdamW's pass over all "
-        "weights, too: see 124M",
-        "[bench](bench/table.md), compare",
+        "time: {steps}; on an H200, with 8,192 tokens a step, {steps_gpu}. Of the FLOPs it saves a third; it is "
+        "spared AdamW's pass over all weights, too, which tells where tokens are few: 124M has 512 on the CPU",
+        "[bench](bench/table.md), [H200](bench-h200/table.md), compare",
     ),
     (
         "against LoRA: rescales activations, where LoRA adds a low-rank change of weights; often fewer parameters",
@@ -155,9 +156,9 @@ CLAIMS = (  # the claim, the verdict, where to look
     (
         "against adapters: element-wise, no added depth, no serial bottleneck",
         "holds. A forward pass over the base's time, with adapters: {forward_adapters_only}; with vectors: "
-        "{forward_ia3} (one row on 2.7 M; less with more, see bench; on an H200, in bfloat16, {unmerged_gpu}); "
-        "merged: {merged_ia3}",
-        "compare's costs, [bench](bench/table.md)",
+        "{forward_ia3} (one row on 2.7 M; less with more on a CPU, see bench; on an H200, in bfloat16, "
+        "{unmerged_gpu}); merged: {merged_ia3}",
+        "compare's costs, [bench](bench/table.md), [H200](bench-h200/table.md)",
     ),
     (
         "many tasks on one frozen base, a set of vectors each",

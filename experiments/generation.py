@@ -41,12 +41,8 @@ COLUMNS |= {"transformers": str, "date": str}
 
 def their_model(config):
     """transformers' model of the same shape, random weights. Raises ValueError where transformers is missing."""
-    _, transformers = bench.their_packages()
-    if isinstance(config, GPTConfig):
-        sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        theirs = transformers.GPT2Config(n_positions=config.block_size, **sizes)
-        return transformers.GPT2LMHeadModel(theirs).eval()
-    return bench.their_llama(config).eval()
+    build = bench.their_gpt2 if isinstance(config, GPTConfig) else bench.their_llama
+    return build(config).eval()
 
 
 def weight_bytes(model):

@@ -184,6 +184,15 @@ def test_evaluation_reads_every_target_once_or_evenly_spaced_windows(text):
     assert evaluate(model, text["val"], config(), n_windows=3) == pytest.approx(model(x, y)[1].item(), rel=1e-5)
 
 
+def test_what_processes_add_up_lies_where_the_model_does(text, device, monkeypatch):
+    """NCCL adds up on GPUs only; that two of them do train is not tested for want of two."""
+    seen = []
+    monkeypatch.setattr("train.ranks", lambda: (0, 2))
+    monkeypatch.setattr("train.dist.all_reduce", lambda total: seen.append(total.device.type))
+    evaluate(make_gpt().to(device), text["val"], config())
+    assert seen == [device]
+
+
 @pytest.fixture
 def examples(tmp_path):
     """Completions of very unequal length."""
