@@ -231,7 +231,8 @@ ROWS = (  # what, then by method: what articles say, and what is found here
     (
         "gain, of full fine-tuning's (folio, 100 steps)",
         "{gap_ia3}",
-        "{gap_lora1} (r = 1 on k, v), {gap_lora4} (r = 4 on q, v), {gap_lora_all} (r = 1 on all)",
+        "{gap_lora1} (r = 1 on k, v), {gap_lora_qkv} (r = 1 on q, k, v: as many values as (IA)³), "
+        "{gap_lora4} (r = 4 on q, v), {gap_lora_all} (r = 1 on all)",
         "{gap_adapters_only}; with LayerNorms {gap_adapters}",
         "{gap_prompt} (prompt), {gap_prefix} (prefix)",
     ),

@@ -458,7 +458,11 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     short, long = found["folio", 100], found["folio", 400]
     assert all(compare.is_ranked(short[name]) for name in short if name != "ia3")
     gap = {name: row["gap"].mean() for name, row in short.items()}
-    assert max(gap["layernorm"], gap["lora1"], gap["prefix"]) < gap["ia3"]
+    assert max(gap["layernorm"], gap["lora1"], gap["lora-qkv"], gap["prefix"]) < gap["ia3"]
+    rows = lab.read_csv(lab.RESULTS / "compare/results.csv", compare.RUNS)
+    assert {row["values"] for row in rows if row["method"] in ("ia3", "lora-qkv")} == {6912}
+    value, low, _ = lab.student(short["lora-qkv"]["beside"])
+    assert f"{value:.4f} nats behind" in page and 0 < low < 0.001  # "only just"
     assert gap["ia3"] < gap["bitfit"] < gap["lora4"] < gap["lora-all"] < gap["adapters-only"] < gap["adapters"]
     runs = compare.read_tests(lab.RESULTS / "compare")["folio", 100]
     losses = {name: lab.stack_works(runs[name]).mean(1) for name in gap if name != "base"}  # (seeds,), from seed 1 on
@@ -480,12 +484,12 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     assert gap_there["lora-all"] < gap_there["adapters-only"] < gap_there["adapters"]
     first, second = bible["lora1"]["beside"]  # level: each is ahead on one book
     assert min(first, second) < 0 < max(first, second) and max(bible["prefix"]["beside"]) < 0
+    assert max(bible["lora-qkv"]["beside"]) < 0  # ahead on both books
 
     larger = compare.statistics(lab.RESULTS / "compare-smollm2")["folio", 100]
     assert 0 > max(larger["lora-all"]["beside"]) > max(larger["full"]["beside"])
     assert all(max(row["forgotten"]) < 0 for name, row in larger.items() if name != "base")
 
-    rows = lab.read_csv(lab.RESULTS / "compare/results.csv", compare.RUNS)
     of_folio, of_kjv = [compare.mean_losses(rows, data) for data in ("folio", "kjv")]
 
     def worse(losses, name, lr):
@@ -500,7 +504,7 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
         and worse(of_folio, "ia3", 0.3)[0] == 1
         and worse(of_folio, "ia3", 0.01) == (-5, "0.140")
     )
-    for name, lr in {"lora1": 0.18, "lora4": 0.1, "bitfit": 0.3}.items():
+    for name, lr in {"lora1": 0.18, "lora-qkv": 0.18, "lora4": 0.1, "bitfit": 0.3}.items():
         assert worse(of_folio, name, lr)[0] in (2, 3) and of_folio[name][lr] > 2.1  # the base's is 2.077 (ablation)
     costs = {row["method"]: row for row in lab.read_csv(lab.RESULTS / "compare/costs.csv", compare.COSTS)}
     assert all(compare.is_equivalent(row) for row in costs.values() if row["merged"] is not None)
@@ -510,7 +514,8 @@ def test_the_pages_words_on_compare_follow_from_its_tables():
     assert f"and {min(passes)} to {max(passes)} with LoRA" in " ".join(page.split())
 
     (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "five plays" in line]
-    names = {"(IA)³": "ia3", "BitFit": "bitfit", "LoRA r = 4 on q, v": "lora4", "r = 1 on all maps": "lora-all"}
+    names = {"(IA)³": "ia3", "BitFit": "bitfit", "LoRA r = 1 on q, k, v (as many values)": "lora-qkv"}
+    names |= {"r = 4 on q, v": "lora4", "r = 1 on all maps": "lora-all"}
     assert all(f"{title} {gap[name]:.1f} %" in row for title, name in names.items())
 
 
