@@ -980,11 +980,17 @@ def numbers_of_the_answers():
     found |= {f"reads 64 models, {64 * 4 * n_all / 1e9:.0f} GB", f"{64 * 4 * n_trained / 1e6:.0f} MB of vectors"}
     found |= {f"{64 * 4 * 12 * lora / 1e6:.0f} MB", "12n²", "4r/(12n)"}
 
+    gpu = (ROOT / "experiments/results/bench-h200/table.md").read_text(encoding="utf-8").splitlines()
+    more = [float(line.split("|")[2].split()[0]) - 1 for line in gpu if line.startswith("| base with vectors |")]
+    found |= {f"{100 * min(more):.0f} to {100 * max(more):.0f} % on a GPU"}
+
     # question 10
     found |= {f"{count['data/base.pt'][1]:,} on the bundled base"}
-    for name, shown in {"LoRA r = 1 on k, v": "", "(IA)³": "(IA)³ ", "LoRA r = 4 on q, v": ""}.items():
-        gap = cells("compare", name)[3].split()[0]
-        found |= {f"{shown}{gap} %"}
+    for name in ("LoRA r = 1 on k, v", "LoRA r = 1 on q, k, v", "(IA)³", "LoRA r = 4 on q, v"):
+        shown = {"(IA)³": "(IA)³ ", "LoRA r = 1 on q, k, v": "this LoRA closes "}.get(name, "")
+        found |= {f"{shown}{cells('compare', name)[3].split()[0]} %"}
+    behind = float(cells("compare", "LoRA r = 1 on q, k, v")[4].split()[0])
+    found |= {f"it is {behind:.4f} nats behind"}
     lines = (ROOT / "experiments/results/compare/table.md").read_text(encoding="utf-8").split("What they cost")[1]
     costs = {line.split("|")[1].strip(): line.split("|") for line in lines.splitlines() if line.startswith("|")}
     found |= {f"{costs[name][2].strip()} numbers" for name in ("LoRA r = 1 on k, v", "LoRA r = 4 on q, v")}
