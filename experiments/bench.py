@@ -24,12 +24,14 @@ over that of all FLOPs: at 1.00 time would go with FLOPs alone. Compiled ones ar
 Saved for backward: every storage that autograd keeps in a forward pass, weights left out, in float32 numbers of a token
 and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers.
 
-Writes results.csv, a row a contestant, and table.md, made of it. A shape that is already there is not measured again.
+Writes results.csv, a row a contestant, and table.md, made of it. A contest of a shape that is already there is not run
+again.
 """
 
 import argparse
 import datetime
 import gc
+import itertools
 import os
 import shutil
 import statistics
@@ -94,6 +96,7 @@ TRAINING = (
 TRAINING_LLAMA = (FULL, OURS, AROUND_OURS, "PEFT (IA)³", "PEFT LoRA")
 INFERENCE = (BASE, UNMERGED, MERGED)
 ONE_TASK = "one task"
+CONTESTS = ("training", "inference", "mixed")
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
 FLOORS = ("FLOPs: linear maps", "and attention", "clock over floor")  # columns
@@ -275,41 +278,39 @@ def mixers(config, device, dtype):
     return {name: (call, counts) for name, call in calls.items()}
 
 
-def measure(shape, rounds, device, dtype, compiled):
-    """Return the rows of a shape, dicts: training's contestants, then inference's, then a mixed batch's."""
+def measure(shape, what, rounds, device, dtype, compiled):
+    """Return the rows of one of a shape's CONTESTS, dicts."""
     n_rows, tokens, _ = WORK[device.type][shape]
     config = SHAPES[shape](tokens)
     batch = make_batch(config, n_rows, device)
     sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    sizes["repeats"] = rounds
+    sizes |= {"rows": n_rows, "tokens": tokens, "repeats": rounds}
+    torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
+    ours = {"training": OURS, "inference": UNMERGED, "mixed": ONE_TASK}[what]
+    contestants = {}
+    print(f"{shape}, {what}: {rounds} rounds", flush=True)
+    if what == "training":
+        for name in TRAINING if isinstance(config, GPTConfig) else TRAINING_LLAMA:
+            contestants |= trainer(name, config, batch, dtype, compiled)
+    elif what == "inference":
+        for name in INFERENCE:
+            contestants |= reader(name, config, batch, dtype, compiled)
+    else:
+        contestants = mixers(config, device, dtype)
+        sizes |= {"rows": MIXED_ROWS, "tokens": min(tokens, MIXED_TOKENS)}
+    times = lab.interleave({name: call for name, (call, _) in contestants.items()}, rounds, device)
+    plain = next(iter(contestants))
     found = []
-    for what in ("training", "inference", "mixed"):
-        torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
-        work = {"rows": n_rows, "tokens": tokens}
-        ours = {"training": OURS, "inference": UNMERGED, "mixed": ONE_TASK}[what]
-        contestants = {}
-        print(f"{shape}, {what}: {rounds} rounds", flush=True)
-        if what == "training":
-            for name in TRAINING if isinstance(config, GPTConfig) else TRAINING_LLAMA:
-                contestants |= trainer(name, config, batch, dtype, compiled)
-        elif what == "inference":
-            for name in INFERENCE:
-                contestants |= reader(name, config, batch, dtype, compiled)
-        else:
-            contestants = mixers(config, device, dtype)
-            work = {"rows": MIXED_ROWS, "tokens": min(tokens, MIXED_TOKENS)}
-        times = lab.interleave({name: call for name, (call, _) in contestants.items()}, rounds, device)
-        plain = next(iter(contestants))
-        for name, (_, counts) in contestants.items():
-            row = {"shape": shape, "what": what, "contestant": name} | counts
-            for column, one, other in (("over_plain", name, plain), ("ours_over", ours, name)):
-                middle, low, high = lab.ratio(times[one], times[other])
-                row |= {column: middle, f"{column}_low": low, f"{column}_high": high}
-            row["seconds"] = statistics.median(times[name])
-            row["tokens_per_second"] = work["rows"] * work["tokens"] / row["seconds"]
-            found.append(row | sizes | work)
-        del contestants
-        gc.collect()  # the models, before the next ones are made: PEFT's hold themselves in circles
+    for name, (_, counts) in contestants.items():
+        row = {"shape": shape, "what": what, "contestant": name} | counts
+        for column, one, other in (("over_plain", name, plain), ("ours_over", ours, name)):
+            middle, low, high = lab.ratio(times[one], times[other])
+            row |= {column: middle, f"{column}_low": low, f"{column}_high": high}
+        row["seconds"] = statistics.median(times[name])
+        row["tokens_per_second"] = sizes["rows"] * sizes["tokens"] / row["seconds"]
+        found.append(row | sizes)
+    del contestants
+    gc.collect()  # the models, before the next ones are made: PEFT's hold themselves in circles
     return found
 
 
@@ -359,7 +360,7 @@ def tables(folder):
     pieces = [
         f"{first['hardware']}, {first['dtype']}, {versions}, {dates}; medians (quartiles) of {rounds} rounds' ratios"
     ]
-    for what in ("training", "inference", "mixed"):
+    for what in CONTESTS:
         contest = [row for row in rows if row["what"] == what]
         if contest:
             pieces.append(table(contest))
@@ -394,17 +395,18 @@ def run(argv):
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     path = args.out / "results.csv"
-    for shape in shapes:
+    for shape, what in itertools.product(shapes, CONTESTS):
         rows = lab.read_csv(path, RESULTS)
-        if any(row["shape"] == shape for row in rows):
+        if any((row["shape"], row["what"]) == (shape, what) for row in rows):
             continue
         today = {"date": datetime.date.today().isoformat()}
         rounds = args.repeats or work[shape][2]
-        found = measure(shape, rounds, device, getattr(torch, dtype), not args.no_compile)
+        found = measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile)
         for row in found:
             row |= about | today
             rows.append({name: row[name] for name in RESULTS})
-        lab.write_csv(path, sorted(rows, key=lambda row: list(SHAPES).index(row["shape"])))
+        rows.sort(key=lambda row: (list(SHAPES).index(row["shape"]), CONTESTS.index(row["what"])))
+        lab.write_csv(path, rows)
     text = tables(args.out)
     lab.save_text(text, args.out / "table.md")
     print(text)
@@ -412,7 +414,9 @@ def run(argv):
 
 
 def main(argv=None):
-    return common.exit_status("bench.py", run, argv, "stopped; the same command goes on with the shape that it was at")
+    return common.exit_status(
+        "bench.py", run, argv, "stopped; the same command goes on with the contest that it was at"
+    )
 
 
 if __name__ == "__main__":

@@ -1219,7 +1219,8 @@ def test_ratios_point_where_the_table_says(tiny, monkeypatch):
         return {name: [took.get(name, 4.0)] * 3 for name in calls}
 
     monkeypatch.setattr(lab, "interleave", times)
-    rows = {row["contestant"]: row for row in bench.measure("tiny", 3, CPU, torch.float32, False)}
+    found = [bench.measure("tiny", what, 3, CPU, torch.float32, False) for what in bench.CONTESTS]
+    rows = {row["contestant"]: row for rows in found for row in rows}
     assert rows.keys() > {*bench.TRAINING, *bench.INFERENCE}
     assert [rows[bench.OURS][key] for key in ("over_plain", "ours_over")] == [0.25, 1]
     assert [rows[bench.AROUND_OURS][key] for key in ("over_plain", "ours_over")] == [0.5, 0.5]
@@ -1230,8 +1231,9 @@ def test_ratios_point_where_the_table_says(tiny, monkeypatch):
 
 def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "tiny", lambda block_size: LLAMA_CONFIG)
-    rows = bench.measure("tiny", 2, CPU, torch.float32, False)
-    assert [row["contestant"] for row in rows[:8]] == [*bench.TRAINING_LLAMA, *bench.INFERENCE] and len(rows) == 13
+    found = [bench.measure("tiny", what, 2, CPU, torch.float32, False) for what in bench.CONTESTS]
+    names = [row["contestant"] for rows in found for row in rows]
+    assert names[:8] == [*bench.TRAINING_LLAMA, *bench.INFERENCE] and len(names) == 13
 
 
 def test_what_is_raced_is_what_its_name_says(batch):
@@ -1269,6 +1271,12 @@ def test_a_bench_its_tables_and_the_same_run_again(device, tiny, tmp_path, capsy
     assert bench.main(command(tmp_path, device=device)) == 0  # nothing is measured again
     assert (tmp_path / "results.csv").read_bytes() == before
     assert capsys.readouterr().out == text + "\n"
+    lab.write_csv(tmp_path / "results.csv", [row for row in rows if row["what"] != "training"])  # it was stopped there
+    assert bench.main(command(tmp_path, device=device)) == 0
+    assert capsys.readouterr().out.count(": 2 rounds\n") == 1
+    again = lab.read_csv(tmp_path / "results.csv", bench.RESULTS)
+    assert [row["contestant"] for row in again] == [row["contestant"] for row in rows]
+    assert again[len(bench.TRAINING) :] == rows[len(bench.TRAINING) :] and again[1] != rows[1]
     assert bench.main(command(tmp_path, "--repeats", "3", device=device)) == 2
     assert "holds runs with repeats 2, not 3" in capsys.readouterr().err
 
