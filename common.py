@@ -25,7 +25,7 @@ def load(path, dtype=torch.float32):
     """Read a checkpoint file, ours or nanoGPT's. Returns a GPT or a Llama, on the CPU, in eval mode.
 
     dtype: what it is held in; None: as it is in the file. Raises OSError where there is no such file and ValueError
-    where it holds no such model. Everything foreign becomes such a file by tools/convert.py.
+    where it holds no such model. tools/convert.py makes such a file of everything else.
     """
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
@@ -185,7 +185,7 @@ def pick_device(name="auto", dtype="auto"):
     if device.type == "meta":
         raise ValueError("device 'meta' holds no numbers")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # torchrun's processes meet on their own
+        torch.cuda.set_device(device)  # what torchrun's processes exchange goes over it
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if dtype == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -53,7 +53,7 @@ class IA3(nn.Module):
         return dict(self.named_parameters())
 
     def count(self):
-        """The number of values: on GPT-2 with all sites 6·n_layer·n_embd a task (section 3.3 on its shapes)."""
+        """The number of entries: d_k + d_v + d_ff a layer (section 3.3): on GPT-2 6·n_layer·n_embd."""
         return sum(p.numel() for p in self.parameters())
 
     def is_stacked(self):
@@ -63,8 +63,8 @@ class IA3(nn.Module):
         """Return each layer's (l_k, l_v, l_ff), each (width,), or (B, 1, width) gathered by task_ids, or None.
 
         task_ids: (B,) long, wanted where the vectors are stacked and only there. Raises ValueError where it does not
-        fit. The ids themselves are read only on a CPU: on a GPU that would make every forward pass wait, and an id
-        out of range ends in CUDA's own assertion. So the caller runs check_task_ids before moving them there.
+        fit. On a GPU the ids are not looked at, since that would make every forward pass wait, and one out of range
+        ends in CUDA's own assertion: whoever calls the model itself runs check_task_ids once, as generate does.
         """
         if self.is_stacked() != (task_ids is not None):
             raise ValueError("stacked vectors want task_ids, one a row, and vectors of one task want none")
@@ -117,7 +117,7 @@ class IA3(nn.Module):
                 vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
                 wanted = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
                 arrays = {}
-                if shapes == wanted:  # else none is read, and it is told below
+                if shapes == wanted:  # else none is read, and the error follows below
                     arrays = {name: file[name].astype(np.float32, casting="same_kind") for name in wanted}
             except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
                 raise ValueError(f"{path} is truncated, or no file of (IA)³ vectors ({type(e).__name__})") from None
@@ -198,12 +198,12 @@ def unstack(stacked):
 
 
 def fingerprint(model):
-    """SHA-256, in hexadecimal, of what makes the base the function that it is; the vectors are not in it.
+    """SHA-256, in hexadecimal, of the base as a function: class, config and weights, without the vectors.
 
-    By it vectors are refused on another base, and merged into their own once only. It is taken of the config without
-    dropout and block_size (n_head, say, changes the function and no shape), and of every weight's name, shape and
-    values, a tied head once. Values are rounded to bfloat16, so that a base may be held in float32 or in bfloat16; what
-    this lets pass is a base whose every weight differs by less than that rounding.
+    IA3.load, attach and merge refuse vectors of another base; merging changes the weights, so that the same vectors are
+    not merged twice. Hashed are the config without dropout and block_size (n_head, say, changes the function and no
+    shape), and every weight's name, shape and values, a tied head once. Values are rounded to bfloat16, so that a base
+    has one fingerprint in float32 and bfloat16; a base that differs by less than that rounding passes.
     """
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config]).encode())

@@ -3,13 +3,13 @@
 (IA)³ (Liu et al. 2022, arXiv:2205.05638, section 3.3) rescales the same three activations; R is the rotation:
 
     attention   softmax(R(Q) R(l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)                    CausalSelfAttention.forward
-    MLP         W_down (l_ff ⊙ silu(W_gate x) ⊙ W_up x)                            MLP.forward
+    MLP         W_down (l_ff ⊙ silu(W_gate x) ⊙ W_up x)                          MLP.forward
 
 The vectors are a value that this file only reads: Llama.ia3 is None (the plain base) or an ia3.IA3.
 
-What differs from GPT-2 (Touvron et al. 2023, arXiv:2302.13971), with transformers' names: positions are turned into the
-queries and keys of every layer, not added to the embedding; several heads of queries share one of keys and values;
-RMSNorm, which subtracts no mean; a gated MLP; and as a rule no biases. No dropout. The head may be a matrix of its own.
+What differs from GPT-2 (Touvron et al. 2023, arXiv:2302.13971), with transformers' names: the queries and keys of every
+layer are rotated by their positions, and none is added to the embedding; several heads of queries share one of keys and
+values; RMSNorm, which subtracts no mean; a gated MLP; as a rule no biases; no dropout. The head may be its own matrix.
 """
 
 import math
@@ -118,7 +118,7 @@ class CausalSelfAttention(nn.Module):
 
         # (IA)³: queries stay as they are. l_k and l_v: (width,), or (B, 1, width) in a batch of several tasks; float32
         # even if the base is held in bfloat16: the product is taken in the wider dtype and rounded once to the
-        # activation's. Before the rotation, which mixes channels: l_k after it would as a rule not scale W_k's rows.
+        # activation's. Before the rotation, which mixes channels: behind it l_k could as a rule not be folded into W_k.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:
@@ -133,7 +133,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            k, v, seen = cache.append(k, v)  # of all tokens so far, those before scaled and turned when read
+            k, v, seen = cache.append(k, v)  # k and v of all tokens so far, the earlier ones scaled and turned
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.o_proj(y)

@@ -7,7 +7,7 @@
     W_2 ← W_2 diag(l_ff)   b_2 stays             columns of the MLP's c_proj
 
 (Liu et al. 2022, section 3.3: no cost at inference.) That is GPT-2; in a Llama the three are k_proj, v_proj, down_proj.
-What comes out is a plain model of the same class: the base's keys, shapes and FLOPs.
+What comes out is a plain model of the same class, with the base's names of weights, shapes and FLOPs.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def fold_llama(block, l_k, l_v, l_ff):
 
 
 def fold_rows(linear, rows, l):
-    """l ⊙ (W x + b) = (diag(l) W) x + l ⊙ b, for the rows of W that make what l scales. l: (len(rows),) or None."""
+    """l ⊙ (W x + b) = (diag(l) W) x + l ⊙ b, for the rows of W that make what l scales. l: an entry a row, or None."""
     if l is not None:
         scale(linear.weight[rows], l.unsqueeze(1))  # (rows, columns) by (rows, 1): one number per row
         if linear.bias is not None:
@@ -98,13 +98,13 @@ class Report:
     """How exact a merge was. Distances to the float64 truth are root mean squares over all logits."""
 
     max_difference: float  # max |Δlogit|, merged against unmerged, in the model's own dtype
-    float64_difference: float  # the same for both in float64
+    float64_difference: float  # max |Δlogit| of a float64 copy of unmerged, before and after it is folded
     unmerged_distance: float  # of the unmerged model to the truth: itself, run in float64
     merged_distance: float  # of the merged model to the same truth
     argmax_agreement: float  # share of positions at which both predict the same token
 
     def is_exact(self):
-        """Whether merged is as near to the truth as unmerged, and within 1e-11 of unmerged where both are float64.
+        """Whether merged is as near to the truth as unmerged, and folding changes a float64 copy by at most 1e-11.
 
         Both round, at other places, so their distances are two draws of the same noise: merged's was at most 1.35 times
         unmerged's, on the narrowest model tried. A factor of 1.5 leaves room for that, and little for a mistake.
@@ -126,15 +126,15 @@ def verify(model, merged, idx, lengths=None):
     lengths: how many tokens of each row are text; what follows is padding and is not compared (None: all is text).
 
     Rounding makes any two ways to compute a logit differ. So the question is not whether merged equals unmerged, but
-    whether it is any further from what both approximate: the unmerged weights and vectors, run in float64. Memory: one
-    model in float64, and the float64 logits of idx.
+    whether it is any further from what both approximate: the unmerged weights and vectors, run in float64. That float64
+    copy is then folded itself, which shows a mistake of fold. Memory: the copy, and the float64 logits of idx.
     """
     if lengths is None:
         lengths = [idx.size(1)] * idx.size(0)
     rows = [row[:, :n] for row, n in zip(idx.split(1), lengths, strict=True)]  # (1, n) each
     wide = copy.deepcopy(model).double()
     truths = [wide(row)[0] for row in rows]  # (1, n, vocab_size) each
-    fold(wide)  # merged, too, from here on
+    fold(wide)  # the float64 copy is folded from here on
     figures = []  # five of every token
     for row, truth in zip(rows, truths, strict=True):
         a = model(row)[0].double()
@@ -163,8 +163,8 @@ def run(argv):
     parser.add_argument("--data", default="folio", help="whose val the merge is verified on (default: %(default)s)")
     parser.add_argument("--block-size", type=int, help="of val's windows, in tokens (default: the base's, at most 256)")
     args = parser.parse_args(argv)
-    texts = datasets.find(args.data, ["val"])
-    common.check_output(args.out, inputs=[args.base, args.ia3, *texts.values()])
+    files = datasets.find(args.data, ["val"])
+    common.check_output(args.out, inputs=[args.base, args.ia3, *files.values()])
     model = common.load(args.base)  # float32 on the CPU, wherever the vectors were trained
     model.ia3 = IA3.load(args.ia3, model)
     window = min(model.config.block_size, 256) if args.block_size is None else args.block_size

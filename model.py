@@ -1,15 +1,15 @@
-"""GPT-2 with (IA)³ in plain sight: one file, one class per concept, in the order data meets them.
+"""GPT-2 with (IA)³ in plain sight: one file, one class per concept, the parts before what they are parts of.
 
 (IA)³ (Liu et al. 2022, arXiv:2205.05638, section 3.3) rescales three activations of every block by learned vectors:
 
     attention   softmax(Q (l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)       CausalSelfAttention.forward
-    MLP         W_2 (l_ff ⊙ γ(W_1 x + b_1)) + b_2                MLP.forward
+    MLP         W_2 (l_ff ⊙ γ(W_1 x + b_1)) + b_2               MLP.forward
 
 The vectors are a value that this file only reads: GPT.ia3 is None (the plain base) or an ia3.IA3, whose parameters are
 the model's then, by the names ia3.l_k, ia3.l_v and ia3.l_ff.
 
 The rest is GPT-2 exactly (Radford et al. 2019), with nanoGPT's names: learned positions, LayerNorm before each
-sublayer, GELU in its tanh form, and one matrix for the embedding and the head.
+sublayer, GELU in its tanh form as γ, and one matrix for the embedding and the head.
 """
 
 import math
@@ -78,7 +78,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            k, v, seen = cache.append(k, v)  # of all tokens so far, those before scaled when they were read
+            k, v, seen = cache.append(k, v)  # k and v of all tokens so far, the earlier ones scaled already
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -172,7 +172,7 @@ class GPT(nn.Module):
         if not 1 <= T <= self.config.block_size - start:
             raise ValueError(f"a sequence of {start + T} tokens, and block_size is {self.config.block_size}")
         if self.ia3 is not None:
-            layers = self.ia3.per_layer(task_ids)  # n_layer × (l_k, l_v, l_ff), as IA3.per_layer says
+            layers = self.ia3.per_layer(task_ids)  # n_layer × (l_k, l_v, l_ff)
         else:
             layers = [(None, None, None)] * self.config.n_layer
         if task_ids is not None and (self.ia3 is None or len(task_ids) != idx.size(0)):

@@ -6,8 +6,8 @@
     python train.py --base scratch --data plays --steps 5000   # a new base
     torchrun --nproc-per-node 8 train.py ...                   # any of these on eight GPUs
 
-train() optimizes whatever requires a gradient and knows no method; build() makes what the flags ask for. Batches and
-dropout are functions of (seed, step), so a resumed run sees what an uninterrupted one would have.
+train() optimizes whatever requires a gradient; build() makes what the flags ask for. Batches and dropout are functions
+of the seed, the step and the process, so a resumed run sees what an uninterrupted one would have.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     step = 0
     history = []  # one dict per evaluation
     losses = []  # of the steps since the last evaluation
-    settings = {}  # what a resumed run must have alike; empty without a folder, and then nothing is saved
+    settings = {}  # of a run that is saved: all but out and resume must be the same when it is resumed
     if config.out is not None:
         settings = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
         if config.resume and os.path.exists(f"{config.out}/last.pt"):
@@ -368,7 +368,7 @@ def parse(argv):
     add("--n-head", type=int, help="scratch: heads (default: 6)")
     add("--n-embd", type=int, help="scratch: width (default: 192)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="scratch: what a token is (default: bytes)")
-    told = {
+    told = {  # the defaults that depend on the model and the machine
         "lr": "0.003 for vectors, 0.1 on a GPT below 10 million weights; 0.001 for all weights",
         "dtype": "bfloat16 where CUDA has it, else float32",
         "out": "out/ and the data's name",
