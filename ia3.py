@@ -53,7 +53,7 @@ class IA3(nn.Module):
         return dict(self.named_parameters())
 
     def count(self):
-        """The number of entries: d_k + d_v + d_ff a layer (section 3.3): on GPT-2 6·n_layer·n_embd."""
+        """The number of entries, n_layer · (d_k + d_v + d_ff) (section 3.3): on GPT-2 6·n_layer·n_embd."""
         return sum(p.numel() for p in self.parameters())
 
     def is_stacked(self):
