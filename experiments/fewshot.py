@@ -463,7 +463,8 @@ def other_differences(whole, settings, chosen):
     from_others = [name_of_trained("transfer", n, steps, RATE) for n in (0, k)]
     of_others = name_of_asked("icl-other", form, k, calibrated=calibrated)
     pairs += [(from_others[0], of_others), (from_others[1], papers), (from_others[1], best)]
-    pairs.append((name_of_trained("ia3", k, 10 * steps, RATE), papers))
+    long = name_of_trained("ia3", k, 10 * steps, RATE)
+    pairs += [(long, other) for other in (papers, best, in_context, by_batch, probe)]
     lines = []
     for pair in dict.fromkeys(pairs):
         for task in settings["tasks"]:

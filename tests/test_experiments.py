@@ -433,7 +433,7 @@ def test_the_committed_claims_are_what_the_command_prints(capsys):
 def test_two_processors_agree_as_far_as_the_page_says():
     """All that is counted is the same, and the time of our step over a rival's differs by up to 0.1."""
     here, there = (lab.read_csv(lab.RESULTS / name / "results.csv", bench.RESULTS) for name in ("bench", "bench-epyc"))
-    here = [row for row in here if row["shape"] != "SmolLM2"]  # was not measured there
+    here = [row for row in here if row["shape"] != "SmolLM2" and row["what"] != "mixed"]  # not measured there
     apart = 0
     for a, b in zip(here, there, strict=True):
         for key in ("shape", "contestant", "values", "linear_flops", "attention_flops", "saved_bytes"):
@@ -1142,8 +1142,12 @@ def test_what_the_pages_say_of_the_committed_bench_is_its_results():
     for shape in ("124M", "SmolLM2"):  # the clock is below the floor
         flops = [of[shape, name]["linear_flops"] + of[shape, name]["attention_flops"] for name in TWO]
         assert of[shape, bench.OURS]["over_plain"] < flops[0] / flops[1]
-    mixed, in_turn = [smollm2[f"16 tasks, {how}"]["over_plain"] for how in ("mixed", "one after another")]
-    assert f"take {mixed:.2f} of one task's time, one after another {in_turn:.1f};" in said
+    mixed, in_turn = [
+        sorted(row["over_plain"] for row in rows if row["contestant"] == f"16 tasks, {how}")
+        for how in ("mixed", "one after another")
+    ]
+    assert f"take {mixed[0]:.2f} to {mixed[-1]:.2f} of one task's time" in said
+    assert f"one after another {in_turn[0]:.1f} to {in_turn[-1]:.1f} (the EPYC's" in said
 
 
 def test_what_the_pages_say_of_the_gpus_bench_is_its_results():
