@@ -25,7 +25,7 @@ def load(path, dtype=torch.float32):
     """Read a checkpoint file, ours or nanoGPT's. Returns a GPT or a Llama, on the CPU, in eval mode.
 
     dtype: what it is held in; None: as it is in the file. Raises OSError where there is no such file and ValueError
-    where it holds no such model. tools/convert.py makes such a file of everything else.
+    where it holds no such model. tools/convert.py makes such a file of foreign ones.
     """
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():

@@ -53,7 +53,7 @@ class IA3(nn.Module):
         return dict(self.named_parameters())
 
     def count(self):
-        """The number of entries, n_layer · (d_k + d_v + d_ff) (section 3.3): on GPT-2 6·n_layer·n_embd."""
+        """The number of entries: a task of all sites has n_layer · (d_k + d_v + d_ff) (section 3.3)."""
         return sum(p.numel() for p in self.parameters())
 
     def is_stacked(self):
@@ -203,7 +203,7 @@ def fingerprint(model):
     IA3.load, attach and merge refuse vectors of another base; merging changes the weights, so that the same vectors are
     not merged twice. Hashed are the config without dropout and block_size (n_head, say, changes the function and no
     shape), and every weight's name, shape and values, a tied head once. Values are rounded to bfloat16, so that a base
-    has one fingerprint in float32 and bfloat16; a base that differs by less than that rounding passes.
+    has one fingerprint in float32 and bfloat16; another base whose weights round to the same passes.
     """
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config]).encode())

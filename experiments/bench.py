@@ -309,8 +309,6 @@ def measure(shape, what, rounds, device, dtype, compiled):
         row["seconds"] = statistics.median(times[name])
         row["tokens_per_second"] = sizes["rows"] * sizes["tokens"] / row["seconds"]
         found.append(row | sizes)
-    del contestants
-    gc.collect()  # the models, before the next ones are made: PEFT's hold themselves in circles
     return found
 
 
@@ -402,14 +400,14 @@ def run(argv):
         today = {"date": datetime.date.today().isoformat()}
         rounds = args.repeats or work[shape][2]
         found = measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile)
+        gc.collect()  # its models: PEFT's hold themselves in circles
         for row in found:
             row |= about | today
             rows.append({name: row[name] for name in RESULTS})
         rows.sort(key=lambda row: (list(SHAPES).index(row["shape"]), CONTESTS.index(row["what"])))
         lab.write_csv(path, rows)
-    text = tables(args.out)
-    lab.save_text(text, args.out / "table.md")
-    print(text)
+        lab.save_text(tables(args.out), args.out / "table.md")
+    print(tables(args.out))
     return 0
 
 

@@ -776,11 +776,12 @@ def test_what_the_page_says_of_1000_steps_is_the_tables():
     value, *holds = differences()[row, "ia3, 0.003", "movies"][:3]
     assert f"(IA)³'s mean is {value} points above that of 100 steps, and both intervals hold 0" in the_page()
     assert holds == [True, True]
-    others = ("ia3, 0.003", "icl, calibrated", "icl, batch-calibrated", "ia3, 0.01")
-    papers, in_context, by_batch, best = [differences()[row, other, "movies-ab"][:3] for other in others]
+    others = ("ia3, 0.003", "icl, calibrated", "icl, batch-calibrated", "ia3, 0.01", "probe")
+    papers, in_context, by_batch, best, probe = [differences()[row, other, "movies-ab"][:3] for other in others]
     assert f"it is {papers[0]} above, both intervals hold 0, and so" in the_page()
     assert f"ahead of in-context learning there, {in_context[0]}. Behind" in the_page()
-    assert f"it stays, by {-by_batch[0]} (over draws clear of 0), and" in the_page()
+    assert f"it stays, by {-by_batch[0]} (over draws clear of 0), and behind logistic" in the_page()
+    assert f"regression by {-probe[0]} (over draws and items clear of 0);" in the_page() and probe[1:] == (False, True)
     assert f"have the higher mean, by {-best[0]}, where both intervals hold 0." in the_page()
     assert papers[1:] == in_context[1:] == best[1:] == (True, True) and by_batch[1:] == (True, False)
 

@@ -185,7 +185,7 @@ def test_evaluation_reads_every_target_once_or_evenly_spaced_windows(text):
 
 
 def test_what_processes_add_up_lies_where_the_model_does(text, device, monkeypatch):
-    """NCCL adds up on GPUs only; that two of them do train is not tested for want of two."""
+    """NCCL adds up on GPUs only, so this can fail only where there is one. Two were never at hand."""
     seen = []
     monkeypatch.setattr("train.ranks", lambda: (0, 2))
     monkeypatch.setattr("train.dist.all_reduce", lambda total: seen.append(total.device.type))
