@@ -406,8 +406,9 @@ def run(argv):
             rows.append({name: row[name] for name in RESULTS})
         rows.sort(key=lambda row: (list(SHAPES).index(row["shape"]), CONTESTS.index(row["what"])))
         lab.write_csv(path, rows)
-        lab.save_text(tables(args.out), args.out / "table.md")
-    print(tables(args.out))
+    text = tables(args.out)
+    lab.save_text(text, args.out / "table.md")
+    print(text)
     return 0
 
 

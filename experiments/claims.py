@@ -94,6 +94,10 @@ def read_figures(results):
     figures["unmerged_gpu"] = times_over_plain(gpu, bench.UNMERGED)
     full = {row["shape"]: row["peak_bytes"] for row in gpu if row["contestant"] == bench.FULL}
     ours = [row for row in gpu if row["contestant"] == bench.OURS]
+    (tokens,) = {row["rows"] * row["tokens"] for row in ours}
+    figures["tokens_gpu"] = f"{tokens:,}"
+    (largest,) = [row for row in cpu if (row["shape"], row["contestant"]) == ("124M", bench.OURS)]
+    figures["tokens_cpu"] = str(largest["rows"] * largest["tokens"])
     figures["peaks"] = ", ".join(f"{row['peak_bytes'] / full[row['shape']]:.2f} ({row['shape']})" for row in ours)
     figures["gap_smollm2"] = figures_of_comparison(results / "compare-smollm2")["gap_ia3"]
     return figures
@@ -143,8 +147,8 @@ CLAIMS = (  # the claim, the verdict, where to look
         "fast training: few parameters, rapid convergence",
         "not more rapid than full fine-tuning: the step where it has half of what that gains on folio is {half_ia3}, "
         "full fine-tuning's {half_full}, of evaluations every five. A step does take less, over full fine-tuning's "
-        "time: {steps}; on an H200, with 8,192 tokens a step, {steps_gpu}. Of the FLOPs it saves a third; it is "
-        "spared AdamW's pass over all weights, too, which tells where tokens are few: 124M has 512 on the CPU",
+        "time: {steps}; on an H200, with {tokens_gpu} tokens a step, {steps_gpu}. Of the FLOPs it saves a third; it is "
+        "spared AdamW's pass over all weights, too, which tells where tokens are few: 124M has {tokens_cpu} on the CPU",
         "[bench](bench/table.md), [H200](bench-h200/table.md), compare",
     ),
     (
