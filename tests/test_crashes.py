@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt
 
 import common
 import train
+from conftest import make_gpt
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_llama
 
 import common
 import data
+from conftest import make_gpt, make_llama
 from data import Tokenizer, prepare
 
 DATA = Path(data.__file__).parent

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import blocks, make_gpt, make_ia3, make_llama
 
 import common
 import ia3
+from conftest import blocks, make_gpt, make_ia3, make_llama
 from ia3 import IA3, SITES, attach, fingerprint
 
 ROOT = Path(__file__).parents[1]

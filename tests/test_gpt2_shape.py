@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_ia3
 
 import data as datasets
+from conftest import make_ia3
 from ia3 import attach, fingerprint
 from merge import merge, verify
 from model import GPT, GPTConfig

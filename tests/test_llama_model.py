@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from conftest import LLAMA3, blocks, make_ia3, make_idx, make_llama
 from torch import nn
 
+from conftest import LLAMA3, blocks, make_ia3, make_idx, make_llama
 from ia3 import fingerprint
 from llama import Llama, LlamaConfig, rotary_table, rotate
 from merge import fold_rows, merge

@@ -10,12 +10,12 @@ import statistics
 
 import pytest
 import torch
-from conftest import LLAMA3, blocks, make_gpt, make_ia3, make_idx, make_llama
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data as datasets
 import ia3
+from conftest import LLAMA3, blocks, make_gpt, make_ia3, make_idx, make_llama
 from data import Tokenizer
 from merge import Report, main, merge, verify
 from model import GPT

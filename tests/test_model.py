@@ -3,9 +3,9 @@ needs no oracle. What only a Llama has is in test_llama_model.py."""
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx
 from torch.nn import functional as F
 
+from conftest import make_gpt, make_ia3, make_idx
 from ia3 import attach, stack
 from model import GPT, GPTConfig
 from sample import Cache, generate

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, write_run
 
 import common
 import sample
+from conftest import make_gpt, make_ia3, write_run
 from data import Tokenizer
 from ia3 import IA3, attach, stack
 

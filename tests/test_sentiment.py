@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -14,7 +13,6 @@ import pytest
 
 import data
 from data import prepare
-from experiments import ranking
 
 DATA = Path(prepare.__file__).parent
 TASKS = ("movies", "products", "news", "tweets", "source", "movies-ab", "movies-flipped")
@@ -208,13 +206,8 @@ def test_the_four_folders_hold_the_same_examples_in_the_same_order(made):
         assert templates == {1, 2, 3}
 
 
-def test_ranking_and_train_read_them(made):
+def test_train_reads_them(made):
     for task in TASKS:
-        for split in SPLITS:
-            n = len(read(made, task, "choices-1", split))
-            for number in (1, 2, 3):
-                path = made / task / f"choices-{number}/{split}.jsonl"
-                assert len(ranking.load_choices(path, BYTES, 512)) == n
         loaded = data.load(made / task / "completions", BYTES, 257, 512, SPLITS)
         assert [len(loaded[split]) for split in SPLITS] == [len(read(made, task, "completions", s)) for s in SPLITS]
 
@@ -284,8 +277,6 @@ def test_the_real_archive(tmp_path, capfd):
     prepare.prepare_sentiment(archive, tmp_path / "real")
     page = (DATA / "README.md").read_text(encoding="utf-8")
     assert f"$ python data/prepare.py sentiment\n{capfd.readouterr().out}```" in page
-    [example] = re.findall('^    ({"id": .*})$', (DATA.parent / "docs/training.md").read_text(encoding="utf-8"), re.M)
-    assert json.loads(example) in read(tmp_path / "real", "products", "completions", "train")
     for task in TASKS:
         rows = by_split(tmp_path / "real", task)
         n_classes = 4 if task == "source" else 2

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import blocks, make_ia3, make_idx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from conftest import blocks, make_ia3, make_idx
 from ia3 import IA3, attach, fingerprint, stack, unstack
 from sample import generate
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load_vectors, make_gpt, make_llama, read_metrics, same, write_run
 
 import common
 import data as datasets
 import merge
 import sample
+from conftest import load_vectors, make_gpt, make_llama, read_metrics, same, write_run
 from ia3 import IA3, attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig

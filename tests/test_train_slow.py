@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_vectors, make_gpt, make_ia3, make_idx, read_metrics
 
 import common
+from conftest import load_vectors, make_gpt, make_ia3, make_idx, read_metrics
 from train import main
 
 pytestmark = pytest.mark.slow

@@ -9,19 +9,11 @@ that is a token as it is. That is the same where, and only where, the merges say
 import json
 from itertools import pairwise
 
-from data import Tokenizer
+from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from tools.files import read_json, write_json
 
-# How a text is cut into pieces, which are then merged each by itself: GPT-2's way, words with the space before them;
-# SmolLM2's, digits singly, spaces before a digit apart from it, and the rest as in GPT-2; and Llama 3's
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-# the same in tokenizer.json: a list of pre_tokenizers, one after the other. Every other way is refused: whether another
-# pattern cuts a text the same way in three regular expression engines is not known before it is tried
+# data's patterns in tokenizer.json: a list of pre_tokenizers, one after the other. Every other way is refused: whether
+# another pattern cuts a text the same way in three regular expression engines is not known before it is tried
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PRE_TOKENIZERS = {
     GPT2: [BYTE_LEVEL],

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import common
-from data import Tokenizer
+from data import SMOLLM2, Tokenizer
 from llama import Llama, LlamaConfig
 from tools import bpe
 
@@ -112,4 +112,4 @@ def read_tokenizer(about):
     kinds = about["tokenizer.ggml.token_type"]
     special = {token: i for token, i in vocabulary.items() if kinds[i] != 1}  # 1: an ordinary token
     merges = [merge.split(" ") for merge in about["tokenizer.ggml.merges"]]
-    return bpe.byte_level(bpe.SMOLLM2, vocabulary, merges, special)
+    return bpe.byte_level(SMOLLM2, vocabulary, merges, special)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx
 from gpt2 import SIZES, as_ours, make_batch, make_both, make_theirs
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 import common
+from conftest import make_gpt, make_ia3, make_idx
 from ia3 import IA3
 from merge import merge
 from sample import generate

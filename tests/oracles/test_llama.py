@@ -11,13 +11,13 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import make_ia3
 from peft import IA3Config, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import common
+from conftest import make_ia3
 from ia3 import IA3, attach
 from llama import Llama, LlamaConfig
 from merge import merge

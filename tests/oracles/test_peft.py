@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_ia3
 from gpt2 import SIZES, as_ours, make_batch, make_both, make_theirs
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 
 import common
+from conftest import make_ia3
 from ia3 import IA3, attach
 from merge import merge
 from tools import convert

@@ -1,6 +1,7 @@
 """count(): the number of values."""
 
 import pytest
+
 from conftest import SUBSETS, check, make_gpt, make_vectors
 
 

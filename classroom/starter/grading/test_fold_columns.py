@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import changed, check, close, draw, draw_short, make_gpt, make_vectors, product, refused, snapshot
 
 import merge
+from conftest import changed, check, close, draw, draw_short, make_gpt, make_vectors, product, refused, snapshot
 from model import GPT
 
 

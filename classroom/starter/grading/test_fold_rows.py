@@ -7,8 +7,8 @@ import copy
 
 import pytest
 import torch
-from conftest import check, close, draw, draw_short, make_gpt, product
 
+from conftest import check, close, draw, draw_short, make_gpt, product
 from merge import fold_rows
 
 

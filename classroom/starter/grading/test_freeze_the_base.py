@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import accepted, changed, check, make_gpt, make_vectors, refused, snapshot
 
+from conftest import accepted, changed, check, make_gpt, make_vectors, refused, snapshot
 from ia3 import IA3, attach, fingerprint
 
 

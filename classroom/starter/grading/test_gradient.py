@@ -1,8 +1,9 @@
 """The gradient of l against finite differences, and finite differences against functions whose slope is known."""
 
 import torch
-from conftest import against, check, draw
 from gradient import central_difference, gradient_of_l
+
+from conftest import against, check, draw
 
 
 def attention_loss(dice, B, T, C):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from conftest import check, close, draw, draw_short, make_gpt, product
 
 

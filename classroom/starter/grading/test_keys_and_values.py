@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import check, close, draw, draw_short, make_gpt, product
 from torch.nn import functional as F
+
+from conftest import check, close, draw, draw_short, make_gpt, product
 
 
 def paper(attn, x, l_q, l_k, l_v):

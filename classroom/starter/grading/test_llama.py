@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import check, close, draw, draw_short, product
 from torch.nn import functional as F
 
 import llama
 import merge
+from conftest import check, close, draw, draw_short, product
 
 
 def make_config(dice, **sizes):

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
+
 from conftest import check, make_known
 
 

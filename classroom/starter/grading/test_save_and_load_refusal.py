@@ -3,8 +3,8 @@
 import os
 
 import numpy as np
-from conftest import about, check, make_gpt, make_known, make_vectors, refused, write
 
+from conftest import about, check, make_gpt, make_known, make_vectors, refused, write
 from ia3 import IA3
 
 

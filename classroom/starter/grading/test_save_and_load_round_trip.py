@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import SUBSETS, about, accepted, check, make_known, write
 
+from conftest import SUBSETS, about, accepted, check, make_known, write
 from ia3 import IA3
 
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import torch
-from conftest import accepted, check, make_gpt, make_vectors, refused
 
+from conftest import accepted, check, make_gpt, make_vectors, refused
 from ia3 import IA3, stack
 
 NAMES = ("l_k", "l_v", "l_ff")

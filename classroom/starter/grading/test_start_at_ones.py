@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import SUBSETS, against, check, make_gpt
 
+from conftest import SUBSETS, against, check, make_gpt
 from ia3 import IA3
 
 

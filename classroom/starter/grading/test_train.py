@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import against, changed, check, snapshot
 
 import common
 import data
 import train
+from conftest import against, changed, check, snapshot
 from ia3 import attach
 
 BASE = Path(__file__).parent.parent / "data/base.pt"

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_idx, make_llama
 from torch import nn
 
 import common
+from conftest import make_gpt, make_ia3, make_idx, make_llama
 from data import Stream
 from experiments import ablate, bench, claims, compare, exactness, generation, held_out, lab, rivals
 from experiments.rivals import METHODS, Adapter
@@ -31,9 +31,7 @@ from model import GPTConfig
 from sample import generate
 from train import TrainConfig, evaluate, train
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAINED = [name for name in METHODS if name != "base"]
 
 

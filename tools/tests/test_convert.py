@@ -1,6 +1,7 @@
 """tools/convert.py: what it reads, writes and refuses; published weights, from a small local server; and the count.
 
-That the numbers are GPT-2's, LLaMA's and PEFT's, and the ids the tokenizers library's, is shown in tests/oracles/.
+That the numbers are GPT-2's, LLaMA's and PEFT's is shown in tests/oracles/, that the ids are the tokenizers library's
+in test_tokenizer.py.
 """
 
 import contextlib
@@ -17,16 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
 import common
-from data import Tokenizer
+from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
+from data import GPT2, Tokenizer
 from ia3 import IA3
 from merge import merge
 from tools import bpe, convert, files
-from tools.bpe import GPT2
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -200,7 +200,6 @@ NAN = torch.full((16, 16), torch.nan)
 W = torch.ones(16, 16)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
 @pytest.mark.parametrize(
     "spoil, message",
@@ -253,7 +252,6 @@ def test_folders_that_are_not_gpt2s(folder, capsys, spoil, message):
     assert not os.path.exists("code-was-run")
 
 
-@pytest.mark.slow
 def test_safetensors_with_lying_headers(folder, capsys):
     weights = torch.load("hf/pytorch_model.bin", weights_only=True)
     save_safe({name: t.contiguous() for name, t in weights.items()}, "whole.safetensors")
@@ -273,14 +271,12 @@ def test_safetensors_with_lying_headers(folder, capsys):
         check(folder, capsys, "hf hf --out new.pt", "hf/model.safetensors is damaged")
 
 
-@pytest.mark.slow
 def test_an_untied_head_is_refused(folder, capsys):
     weights = torch.load("hf/pytorch_model.bin", weights_only=True)
     torch.save(weights | {"lm_head.weight": weights["transformer.wte.weight"] + 1}, "hf/pytorch_model.bin")
     check(folder, capsys, "hf hf --out new.pt", "head is tied")
 
 
-@pytest.mark.slow
 def test_only_our_checkpoints_are_bases(folder, capsys):
     for flags in ("count hf", "count hf/pytorch_model.bin", "to-hf --base hf/pytorch_model.bin --out new"):
         check(folder, capsys, flags, "hf")
@@ -295,7 +291,6 @@ def test_only_our_checkpoints_are_bases(folder, capsys):
     check(folder, capsys, "count other.pt", "wpe.weight is (1000000, 1000000), where (16, 16) is wanted")
 
 
-@pytest.mark.slow
 def test_a_command_that_is_none(capsys):
     for flags in ([], ["to-onnx"], ["hf", "hf"], ["to-peft", "--base"]):
         with pytest.raises(SystemExit) as e:
@@ -303,7 +298,6 @@ def test_a_command_that_is_none(capsys):
         assert e.value.code == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -329,7 +323,6 @@ def test_adapters_that_do_not_fit(folder, capsys, spoil, message):
     check(folder, capsys, "from-peft --base base.pt --adapter adapter --out new.npz", message)
 
 
-@pytest.mark.slow
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(folder, capsys):
     for sizes in ({"seed": 1}, {"n_head": 4}, {"n_layer": 3}):
         common.save(make_gpt(**sizes), "other.pt")
@@ -361,7 +354,6 @@ def test_no_output_replaces_what_the_command_reads(folder, capsys, flags):
     check(folder, capsys, flags, "which this command reads")
 
 
-@pytest.mark.slow
 def test_outputs_that_cannot_be(folder, capsys):
     check(folder, capsys, "from-peft --base base.pt --adapter adapter --out hf", "hf is there and is no regular file")
     check(folder, capsys, "to-hf --base base.pt --out base.pt", "base.pt")
@@ -526,7 +518,6 @@ def change_head():
 NORM = "model.layers.0.input_layernorm.weight"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -632,7 +623,6 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\d+|\D+"}, "behavior": "Isolate
 PLAIN_TOKEN = {"id": 0, "content": "<end>", "special": False}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -702,7 +692,6 @@ def test_a_tokenizer_whose_pattern_has_no_counterpart_stays(llama, capsys):
     assert json.loads(Path("new/config.json").read_text())["eos_token_id"] == 256
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -750,7 +739,6 @@ def test_no_output_replaces_a_part_of_a_llama(llama, capsys, flags):
     check(llama, capsys, flags, "which this command reads")
 
 
-@pytest.mark.slow
 def test_sizes_of_a_llamas_checkpoint_that_are_none(llama, capsys):
     for name, value in (("rope_base", 10**400), ("attention_bias", b"yes"), ("tied", 1)):
         checkpoint = torch.load("base.pt", weights_only=True)
@@ -820,7 +808,6 @@ def cached(hub):
     return sorted(path.name for path in hub.cache.glob("*"))
 
 
-@pytest.mark.slow
 def test_published_weights_are_fetched_once(hub, capsys):
     hub.redirect = "/cdn"  # as the hub does, with the SHA-256 on the way
     for _ in range(2):
@@ -833,7 +820,6 @@ def test_published_weights_are_fetched_once(hub, capsys):
     assert is_same(model, make_gpt(vocab_size=50257)) and model.tokenizer.about == "gpt2"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("redirect", [None, "/cdn"])
 def test_another_sha256_than_announced_is_refused(hub, tmp_path, capsys, redirect):
     hub.redirect, hub.sha256 = redirect, "0" * 64
@@ -843,7 +829,6 @@ def test_another_sha256_than_announced_is_refused(hub, tmp_path, capsys, redirec
     assert convert.main(["gpt2"]) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_a_connection_cut_half_way_leaves_nothing_and_the_next_run_fetches_again(hub, capsys, share):
     convert.fetch_published("gpt2")
@@ -860,7 +845,6 @@ def test_a_connection_cut_half_way_leaves_nothing_and_the_next_run_fetches_again
     assert convert.main(["gpt2"]) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("address", ["file://{published}", "ftp://127.0.0.1:9"])
 def test_only_http_is_fetched_and_redirects_go_nowhere_else(hub, tmp_path, capsys, monkeypatch, address):
     published = tmp_path / "openai-community/gpt2/resolve/main"  # so that file: would find what it names
@@ -875,7 +859,6 @@ def test_only_http_is_fetched_and_redirects_go_nowhere_else(hub, tmp_path, capsy
     check(tmp_path, capsys, "gpt2", f"only http and https are fetched, not {address}")
 
 
-@pytest.mark.slow
 def test_memory_that_is_short_costs_no_cached_file(hub, tmp_path, capsys, monkeypatch):
     convert.fetch_published("gpt2")
     for short in (
@@ -890,7 +873,6 @@ def test_memory_that_is_short_costs_no_cached_file(hub, tmp_path, capsys, monkey
         check(tmp_path, capsys, "gpt2", "pytorch_model.bin does not fit into memory, or is damaged")
 
 
-@pytest.mark.slow
 def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
     convert.fetch_published("gpt2")
     whole = hub.files["pytorch_model.bin"]
@@ -900,7 +882,6 @@ def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
         assert str(hub.cache / "pytorch_model.bin") in line
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_fetching_leaves_nothing(hub, capsys, monkeypatch):
     def press(response, amount):
         raise KeyboardInterrupt
@@ -910,13 +891,11 @@ def test_ctrl_c_while_fetching_leaves_nothing(hub, capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines()[1:] == ["convert.py: stopped"] and not cached(hub)
 
 
-@pytest.mark.slow
 def test_the_output_is_not_the_cached_file(hub, tmp_path, capsys):
     check(tmp_path, capsys, f"gpt2 --out {hub.cache}/pytorch_model.bin", "which this command reads")
     assert not hub.asked
 
 
-@pytest.mark.slow
 def test_no_network_says_what_was_tried_and_what_would_do(hub, tmp_path, capsys, monkeypatch):
     hub.status = 503
     check(tmp_path, capsys, "gpt2", "HTTP Error 503")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PATTERNS = ("README.md", "docs/*.md", "data/README.md", "experiments/README.md", "classroom/*.md")
 PAGES = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -76,7 +76,6 @@ def test_an_excerpt_is_what_stands_in_the_file_that_its_first_line_names():
         assert any(f"\n{text}\n" in read(name) for text in (indented, deeper)), f"not in {name}: {lines}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/tasks.md", "docs/paper.md", "docs/peft.md", "docs/llama.md"])
 def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
     """A page is one session. A block of text after one of Python is what that prints; without one it may print."""
@@ -98,7 +97,6 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page, tmp_path,
     assert n_run >= 1
 
 
-@pytest.mark.slow
 def test_the_count_on_the_page_is_what_the_command_prints(monkeypatch, capsys):
     from tools import convert
 

@@ -5,14 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import make_gpt
 
 import common
 import train
+from conftest import make_gpt
 from data import Tokenizer
 from experiments import ranking
-
-pytestmark = pytest.mark.slow
 
 ROWS = [
     {"prompt": "Q: ", "choices": ["yes", "no, \0ever", "\0o"], "label": 1},  # token 0 is a token like any other

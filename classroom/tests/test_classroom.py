@@ -18,16 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_gpt
 from torch.nn import functional as F
 
 from classroom import make
+from conftest import make_gpt
 from experiments import ablate, rivals
 from ia3 import IA3
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = [exercise.name for exercise in make.EXERCISES]
 SHEET = make.score_sheet(make.EXERCISES)  # a row an exercise, or a part of one
 
@@ -77,7 +75,7 @@ def solve(starter, tmp_path):
 
 @pytest.fixture(scope="module")
 def worker():
-    command = [sys.executable, str(ROOT / "tests/classroom_worker.py")]
+    command = [sys.executable, str(ROOT / "classroom/tests/classroom_worker.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_llama
 
 import common
+from conftest import make_gpt, make_ia3, make_llama
 from experiments import analysis, claims, lab
 from ia3 import IA3, attach
 
@@ -140,7 +140,6 @@ def test_heads_wants_vectors_of_keys_and_of_values(tmp_path, capsys):
     assert "task.npz scales no keys, or no values" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
     assert analysis.main(["size", "--quick", "--items=4", f"--out={tmp_path}"]) == 0
     text = capsys.readouterr().out
@@ -155,7 +154,6 @@ def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
     assert f"{negative:,} of its 6,912 scales are negative" in text
 
 
-@pytest.mark.slow
 def test_capacity_in_small_stopped_and_gone_on_with(tmp_path, capsys):
     argv = ["capacity", "--quick", f"--out={tmp_path}"]
     assert analysis.main(argv) == 0

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from conftest import make_gpt, make_ia3
-
 from tools import architecture, plot
-
-pytestmark = pytest.mark.slow
 
 HEADER = "step,train_loss,val_loss,lr,tokens_per_second\n"
 METRICS = HEADER + "0,nan,5.5,0.1,0\n2,5.2,5.0,0.1,900\n4,4.9,4.8,0.1,900\n"

@@ -9,15 +9,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_llama
 
 import common
+from conftest import make_gpt, make_ia3, make_llama
 from data import prepare
 from experiments import fewshot, fewshot_demo, lab, ranking, serving, shots
 from ia3 import IA3
 from sample import Cache
-
-pytestmark = pytest.mark.slow
 
 SERVED = dict.fromkeys(("task", "sentences"), str) | dict.fromkeys(("zero-shot", "its vectors"), float)
 SERVED |= dict.fromkeys(("mixed", "merged", "merged in bfloat16"), int)  # serving's columns

@@ -12,9 +12,9 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from data import Tokenizer
+from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from tools import bpe
-from tools.bpe import GPT2, LLAMA3, SMOLLM2, as_bytes
+from tools.bpe import as_bytes
 
 TRAIN = Path(__file__).parents[2] / "data/folio/train.txt"
 TEXTS = [

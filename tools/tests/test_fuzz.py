@@ -17,17 +17,16 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
 import common
 import sample
 import train
+from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
 from experiments import ranking
 from tools import convert, plot
 
-pytestmark = pytest.mark.slow
 DAMAGES = 160  # copies of each file, half of them damaged in their bytes, half in their meaning
 PICTURES = 20  # the same of what is drawn: a picture takes a second
 
