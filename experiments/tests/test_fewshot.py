@@ -465,6 +465,19 @@ def test_the_table_of_what_products_chose_among_by_hand():
     assert lines == ["| icl | 0.0 plain; 50.0 plain, calibrated |", "| ia3 | 100.0 at 0.01; 50.0 at 0.03 |"]
 
 
+def test_what_is_in_the_table_of_choices_was_chosen():
+    chosen, best = {}, {}
+    for cells in lines_of_the_table():
+        if cells[0].startswith("Chosen on products: "):
+            chosen = json.loads(cells[0].removeprefix("Chosen on products: ").split("}")[0] + "}")
+        elif len(cells) == 2 and "; " in cells[1]:
+            options = [option.split(" ", 1) for option in cells[1].split("; ")]
+            best[cells[0]] = max(options, key=lambda option: float(option[0]))[1]
+    form, calibrated = chosen.pop("form"), chosen.pop("calibrated")
+    assert best.pop("icl") == (f"{form}, calibrated" if calibrated else form)
+    assert best == {name: f"at {rate:g}" for name, rate in chosen.items()}
+
+
 def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
     folder = lab.RESULTS / "fewshot"
     settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
@@ -476,3 +489,320 @@ def test_the_committed_table_of_serving_is_its_results():
     folder = lab.RESULTS / "serving"
     made = serving.table(lab.read_csv(folder / "results.csv", SERVED), argparse.Namespace(k=32, steps=300))
     assert (folder / "table.md").read_text(encoding="utf-8") == made + "\n"
+
+
+def lines_of_the_table():
+    """The committed table's lines, each a list of its cells."""
+    text = (lab.RESULTS / "fewshot/table.md").read_text(encoding="utf-8")
+    return [line.strip("| ").split(" | ") for line in text.splitlines()]
+
+
+def differences():
+    """{(row, less row, task): (value, whether 0 is in the interval over items, over draws; the same, one template)}."""
+    found = {}
+    for line in lines_of_the_table():
+        cells = [re.sub(r" 100 steps at", "", cell) for cell in line]
+        if len(cells) == 8 and cells[2] in fewshot.TASKS:
+            numbers = [[float(n) for n in re.findall(r"[+-][0-9.]+", cell)] for cell in cells[4:]]
+            parts = []
+            for (value, low, high), (t_low, t_high) in (numbers[:2], numbers[2:]):
+                parts += [value, low <= 0 <= high, t_low <= 0 <= t_high]
+            row, less, task = [cell.replace(", plain, K = 32", "") for cell in cells[:3]]
+            found[row, less, task] = tuple(parts)
+    return found
+
+
+def the_page():
+    return " ".join((lab.ROOT / "experiments/README.md").read_text(encoding="utf-8").split())
+
+
+def test_what_the_page_says_of_the_rivals_is_the_tables():
+    """At the paper's rate and at the one chosen. Who is ahead the table says: the page's words must follow from it."""
+    found, first = {}, {}  # over all templates, on the first
+    for cells in lines_of_the_table():
+        if len(cells) == 9 and cells[1] in shots.RIVALS:
+            rate, name, task, _, _, *parts = cells
+            for of_part, value, over_draws in ((found, *parts[:2]), (first, *parts[2:])):
+                value, low, high = [float(n) for n in re.findall(r"[+-][0-9.]+", value)]
+                t_low, t_high = [float(end) for end in over_draws.split(" to ")]
+                of_part[rate, name, task] = value, low <= 0 <= high, t_low <= 0 <= t_high
+    assert len(found) == 2 * 4 * 2  # rates, rivals, tasks
+    assert ("over them every one of these intervals holds 0" in the_page()) == all(row[2] for row in found.values())
+    found = {key: row[0] for key, row in found.items()}
+    at_papers, at_chosen = [
+        [value for key, value in found.items() if key[0] == rate and key[1] != "prompt"] for rate in ("0.003", "0.01")
+    ]
+    assert f"(IA)³ is {-max(at_papers)} to {-min(at_papers)} points behind full fine-tuning" in the_page()
+    assert f"it is between {-min(at_chosen)} behind and {max(at_chosen)} ahead" in the_page()
+    papers = {key[1:]: row for key, row in first.items() if key[0] == "0.003" and key[1] != "prompt"}
+    ends = [f(row[0] for row in papers.values()) for f in (min, max)]
+    assert f"(IA)³ at 3e-3 is {-ends[0]} behind to {ends[1]} ahead" in the_page()
+    assert {key: row[0] for key, row in papers.items() if not any(row[1:])} == {("lora4", "movies"): 2.9}
+
+
+def primary(of_all_templates):
+    """The primary comparison, {task: (value, whether 0 is in the interval over items, over draws)}."""
+    found = {}
+    for cells in lines_of_the_table():
+        if len(cells) == 5 and cells[0] in fewshot.TASKS:  # a first table of all templates, then one of the first alone
+            value, low, high = [float(n) for n in re.findall(r"[+-][0-9.]+", cells[3])]
+            t_low, t_high = [float(n) for n in re.findall(r"[+-][0-9.]+", cells[4])]
+            found.setdefault(cells[0], []).append((value, low <= 0 <= high, t_low <= 0 <= t_high))
+    return {task: rows[0 if of_all_templates else 1] for task, rows in found.items()}
+
+
+def by_template():
+    """{row: {task: accuracy in each of the three templates, as printed}}."""
+    found = {}
+    for cells in lines_of_the_table():
+        if cells[-1].count(" / ") == 2 and cells[0] not in fewshot.TASKS:  # the table of orders begins with the task
+            found[cells[0]] = dict(zip(fewshot.TASKS, [cell.split(" / ") for cell in cells[1:]], strict=False))
+    return found
+
+
+def test_what_the_page_says_of_the_primary_comparison_is_the_tables():
+    found, single_tokens = primary(True), primary(False)
+    assert all(row[0] > 0 for row in found.values())
+    assert {task: row[1:] for task, row in found.items() if any(row[1:])} == {"movies-ab": (True, True)}
+    assert single_tokens["movies"] == (5.1, False, True)
+    assert "(IA)³'s lead on movies is 5.1 points, and with 32 labels as with 16" in the_page()
+    flipped = next(cells for cells in lines_of_the_table() if cells[0] == "movies-flipped" and len(cells) == 5)
+    assert f"in-context learning is at chance, {flipped[2]} %." in the_page()
+    at_best = [differences()["ia3, 0.01", "icl, calibrated", task][:3] for task in fewshot.TASKS]
+    values = [row[0] for row in at_best]
+    assert f"it is {min(values)} to {max(values)} ahead, by both intervals on all six" in the_page()
+    over_zero = [differences()["ia3, 0.003", "zero, plain, K = 0", task] for task in fewshot.TASKS]
+    ends = [f(row[part] for row in over_zero) for part in (0, 3) for f in (min, max)]
+    assert f"(IA)³ gains {ends[0]} to {ends[1]} points, with single tokens {ends[2]} to {ends[3]}, by" in the_page()
+    assert not any(any(row[1:3]) for row in at_best) and not any(any(row[1:3] + row[4:]) for row in over_zero)
+
+
+def test_what_the_page_says_of_in_context_learning_is_the_tables():
+    found = differences()
+    icl, zero = "icl, calibrated", "zero, plain, K = 0"
+    gains = {task: found[icl, f"{zero}, calibrated", task] for task in fewshot.TASKS}
+    values = [gain[0] for gain in gains.values()]
+    assert f"32 examples gain {min(values)} to {max(values)} points over none" in the_page()
+    assert [task for task, gain in gains.items() if gain[1] and gain[2]] == ["movies", "news", "source"]
+    over_plain = {task: found[icl, zero, task] for task in fewshot.TASKS}
+    values = [row[0] for row in over_plain.values()]
+    assert f"Over plain zero-shot, uncalibrated, they gain {min(values)} to {max(values)}, by both" in the_page()
+    clear = [task for task, row in over_plain.items() if not any(row[1:3])]
+    assert clear == ["tweets", "source", "movies-ab"] and "on tweets, source and A/B only." in the_page()
+    raw, calibrated = [by_template()[f"icl, plain, K = 32{how}"] for how in ("", ", calibrated")]
+    first, *phrases = calibrated["movies"]
+    by_batch = by_template()["icl, plain, K = 32, batch-calibrated"]["movies"]
+    both = [f"{a}, {b} and {c} %" for a, b, c in ([first, *phrases], by_batch)]
+    assert f"on movies {both[0]} by template, and {both[1]} by the questions' calibration" in the_page()
+
+    below = [found[icl, zero, task] for task in ("tweets", "news")]
+    assert all(row[5] for row in below)
+    harm = [float(raw[task][0]) - float(calibrated[task][0]) for task in ("tweets", "news")]
+    assert f"on tweets and news is {-below[0][3]} and {-below[1][3]} points below plain zero-shot's" in the_page()
+    assert f"{harm[0]:.1f} and {harm[1]:.1f} of them by calibration; over draws the intervals of both" in the_page()
+    assert sum(float(calibrated[task][0]) > float(raw[task][0]) for task in fewshot.TASKS) == 4
+    movies, source = [(gains[task][3:], over_plain[task][3:]) for task in ("movies", "source")]
+    zero_shot = [float(by_template()[row]["movies"][0]) for row in (zero, f"{zero}, calibrated")]
+    assert (
+        f"gain {movies[0][0]} points on movies, where calibration takes {zero_shot[0] - zero_shot[1]:.1f}" in the_page()
+    )
+    assert f"over plain zero-shot they gain {movies[1][0]}, and the interval over draws holds 0" in the_page()
+    assert f"On source they gain {source[0][0]}, and {source[1][0]} over plain zero-shot, by both" in the_page()
+    assert not any(movies[0][1:] + source[0][1:] + source[1][1:]) and movies[1][2]
+
+
+def test_what_the_page_says_of_batch_calibration_is_the_tables():
+    found = differences()
+    rows = {cells[0]: cells[1:] for cells in lines_of_the_table() if cells[-1].endswith("), 5")}  # accuracies
+    *means, last = [cell.split()[0] for cell in rows["icl, plain, K = 32, batch-calibrated"]]
+    assert f"it has {', '.join(means)} and {last} %, in the table's order" in the_page()
+    ahead = {task: found["ia3, 0.003", "icl, batch-calibrated", task] for task in fewshot.TASKS}
+    letters = ahead.pop("movies-ab")
+    values = [row[0] for row in ahead.values()]
+    assert f"(IA)³ is then {min(values)} to {max(values)} points ahead on movies, tweets, news, source" in the_page()
+    assert not any(any(row[1:3]) for row in [*ahead.values(), letters])
+    assert f"**With A and B it is {-letters[0]} behind**, by both, and at 1e-2 level." in the_page()
+    at_best = found["ia3, 0.01", "icl, batch-calibrated", "movies-ab"]
+    assert at_best[1:3] == (True, True) and not any(letters[4:] + at_best[4:])
+    assert f"they are {-letters[3]} ahead of (IA)³, by both, and {-at_best[3]} at 1e-2" in the_page()
+
+
+def test_what_the_page_says_of_the_order_of_examples_is_the_tables():
+    found = {}
+    for task, *cells in lines_of_the_table():  # a line a task, a cell a draw, with the three orders in it
+        if task in fewshot.TASKS and len(cells) == 3 and all(cell.count(" / ") == 2 for cell in cells):
+            found[task] = np.array([cell.split(" / ") for cell in cells], dtype=float)  # (draws, orders)
+    assert list(found) == list(fewshot.TASKS)
+    ranges = np.concatenate([np.ptp(accuracies, 1) for accuracies in found.values()])
+    said = (
+        f"the best is {ranges.min():.1f} to {ranges.max():.1f} points above the worst, {np.median(ranges):.1f} in the"
+    )
+    assert said in the_page()
+    assert [task for task, accuracies in found.items() if accuracies.mean(0).argmax() != 0] == ["news"]
+
+    others = [f"icl, order {order}, calibrated" for order in (1, 2)]
+    over, ahead = [
+        {(task, other): differences()[row, other, task][:3] for task in fewshot.TASKS for other in others}
+        for row in ("icl, calibrated", "ia3, 0.003")
+    ]
+    for task in ("movies", "tweets"):
+        assert min(over[task, other][0] for other in others) == 0.9
+    clear = {key[0]: row[0] for key, row in over.items() if not any(row[1:])}
+    assert len(over) == 12 and clear == {"source": 6.7, "movies-ab": 7.6}
+    assert "two are clear by both intervals, 6.7 on source and 7.6 on A/B." in the_page()
+    values = [row[0] for row in ahead.values()]
+    assert f"(IA)³'s mean is {min(values)} to {max(values)} points ahead on all six tasks" in the_page()
+    unsure = [key[0] for key, row in ahead.items() if row[2]]  # over draws
+    assert unsure == ["tweets"] * 2 + ["news"] * 2 + ["movies-ab", "movies-flipped"]
+    assert {key[0] for key, row in ahead.items() if row[1]} == {"movies-ab"}
+
+    draws, _ = fewshot.results(lab.RESULTS / "fewshot")
+    ours, in_context, *in_others = [
+        {task: 100 * shots.accuracy_of(draws[row][task][:3]) for task in fewshot.TASKS}
+        for row in (
+            "ia3, plain, K = 32, 100 steps at 0.003",
+            "icl, plain, K = 32, calibrated",
+            *(f"icl, plain, K = 32{order}, batch-calibrated" for order in ("", ", order 1", ", order 2")),
+        )
+    ]
+    leads = {task: ours[task] - in_context[task] for task in fewshot.TASKS}
+    assert min(leads, key=leads.get) == "movies-ab"
+    assert f"it is {min(leads.values()):.1f} (A/B) to {max(leads.values()):.1f} ahead; over draws" in the_page()
+    first = [task for task in fewshot.TASKS if max(in_others, key=lambda of: of[task]) is in_others[0]]
+    assert first == ["movies-ab", "movies-flipped"]
+    assert "Calibrated by the questions the first order is the best on A/B and flipped only." in the_page()
+
+
+def test_what_the_page_says_of_the_runs_is_the_results():
+    rows = lab.read_csv(lab.RESULTS / "fewshot/results.csv", fewshot.RUNS)
+    assert f"| {sum(row['seconds'] for row in rows) / 3600:.0f} hours of one core; in parts |" in the_page()
+    about = next(cells[0] for cells in lines_of_the_table() if cells[0].startswith("Chosen on products: "))
+    made, wanted = re.search(r"(\d+) of (\d+) runs are made", about).groups()
+    assert ("All runs of the protocol are made" in the_page()) == (made == wanted)
+
+
+def test_what_the_page_says_of_the_floors_is_the_tables():
+    """Logistic regression and a bias a label, at the paper's rate and at the one chosen."""
+    found = differences()
+    papers, chosen, clear = {}, {}, []
+    for task in fewshot.TASKS:
+        papers[task] = found["ia3, 0.003", "probe", task][:3]
+        chosen[task] = found["ia3, 0.01", "probe", task][:3]
+        value, *holds = found["ia3, 0.01", "ia3, 0.003", task][:3]
+        assert value > 0
+        clear += [] if any(holds) else [task]
+    assert clear == ["news", "source", "movies-ab"]
+    for task in ("movies", "tweets", "news"):
+        assert min(papers[task][0], chosen[task][0]) > 0 and not any(papers[task][1:] + chosen[task][1:])
+    assert papers["source"][1:] == (True, True) and chosen["movies-ab"][1:] == (True, True)
+    assert chosen["source"][0] > 0 and chosen["source"][1:] == (False, False)
+    behind = [-papers["movies-ab"][0], -papers["movies-flipped"][0], -chosen["movies-flipped"][0]]
+    assert f"(A and B, by {behind[0]} points) or the contrary (flipped, by {behind[1]})" in the_page()
+    assert f"it is still {behind[2]} points behind" in the_page()
+    assert papers["movies-ab"][1:] == papers["movies-flipped"][1:] == chosen["movies-flipped"][1:] == (False, False)
+    biases = {task: found["ia3, 0.003", "biases", task] for task in fewshot.TASKS}
+    assert all(row[0] > 0 and not any(row[1:3]) for row in biases.values())
+    assert biases["movies"][3:] == (1.2, True, True)
+    assert "Over one bias a label it is 1.2 points ahead on movies, and both intervals hold 0" in the_page()
+    assert found["ia3, 0.003", "probe", "source"][3:] == (-4.9, False, False)
+    assert found["ia3, 0.01", "probe", "source"][4:] == (True, True)  # level
+    assert "On source it is 4.9 behind logistic regression, by both intervals, and at 1e-2 level" in the_page()
+    higher = [task for task in fewshot.TASKS if found["ia3, 0.01", "ia3, 0.003", task][3] > 0]
+    assert higher == ["source", "movies-ab", "movies-flipped"]
+
+
+def test_what_the_page_says_of_other_k_is_the_tables():
+    found = differences()
+    tasks = fewshot.TASKS[:4]
+    with_4 = [found["ia3, plain, K = 4, 0.003", "icl, plain, K = 4, calibrated", task] for task in tasks]
+    more = [f"plain, K = {k}" for k in (16, 64)]
+    with_more = [found[f"ia3, {k}, 0.003", f"icl, {k}, calibrated", task] for k in more for task in tasks]
+    *gains, of_source = [row[0] for row in with_4]
+    assert f"its mean is {min(gains)} to {max(gains)} points ahead" in the_page()
+    assert f"On source it is {of_source} ahead, by both" in the_page()
+    gains = [row[0] for row in with_more]
+    assert f"With 16 and with 64 it is {min(gains)} to {max(gains)} ahead on these four, and no" in the_page()
+    assert [row[1:3] for row in with_4] == [(True, True)] * 3 + [(False, False)]
+    assert all(row[1:3] == (False, False) for row in with_more)
+
+    single_tokens = [row[3:] for row in with_4 + with_more]
+    assert f"with 4 it is clear on news, by {single_tokens[2][0]}, though" in the_page()
+    otherwise = [row[1:] != holds[1:3] for row, holds in zip(single_tokens, with_4 + with_more, strict=True)]
+    assert [i for i, other in enumerate(otherwise) if other] == [2, 3, 4, 8]  # news, source with 4; movies with 16, 64
+    assert [row[1:] for row in single_tokens if row[2]] == [(True, True)] * 3 + [(False, True)] * 2
+
+    ours, theirs = [
+        by_template()[row]["news"][0] for row in ("ia3, plain, K = 4, 100 steps at 0.003", "zero, plain, K = 0")
+    ]
+    assert f"though level with plain zero-shot ({ours} % beside {theirs})" in the_page()
+
+    means = {}  # {row: accuracy of each of the three tasks}
+    for cells in lines_of_the_table():
+        if len(cells) > 3 and re.fullmatch(r"[0-9.]+ \(.*\), 5", cells[1]):
+            means[cells[0]] = [float(cell.split()[0]) for cell in cells[1:5]]
+    for form in ("ia3, {}, 100 steps at 0.003", "probe, {}"):
+        of_k = [means[form.format(f"plain, K = {k}")] for k in fewshot.KS]
+        for of_task in zip(*of_k, strict=True):
+            assert list(of_task) == sorted(set(of_task))
+    most, fewest = [f"icl, plain, K = {k}, calibrated" for k in (64, 4)]
+    movies, tweets, news, source = [found[most, fewest, task][:3] for task in tasks]
+    assert f"in-context learning's gains {movies[0]} on movies, by both" in the_page() and not any(movies[1:])
+    assert f"on news (+{news[0]}), tweets ({tweets[0]}) and source ({source[0]}) both hold 0" in the_page()
+    assert all(news[1:] + tweets[1:] + source[1:])
+
+
+def test_what_the_page_says_of_transfer_is_the_tables():
+    found = differences()
+    tasks = ("movies", "tweets", "news")
+    without = [found["transfer, plain, K = 0, 0.003", "icl-other, calibrated", task] for task in tasks]
+    values = [row[0] for row in without]
+    assert f"(IA)³'s mean is {values[0]}, {values[1]} and {values[2]} points above that of 32 of these" in the_page()
+    added = [found["transfer, 0.003", "ia3, 0.003", task] for task in tasks]
+    values = [row[0] for row in added]
+    assert f"Trained further, on 32 labels of the target's, it is {min(values)} to {max(values)} above" in the_page()
+    assert [row[2] for row in without] == [True, False, True] and [row[2] for row in added] == [True, True, False]
+    beside_best = [found["transfer, 0.003", "ia3, 0.01", task][:3] for task in tasks]
+    values = [row[0] for row in beside_best]
+    assert f"transfer is {-min(values)} behind to {max(values)} ahead of that, and every interval" in the_page()
+    assert all(all(row[1:]) for row in beside_best)
+    single_tokens = [row[3] for row in added]
+    assert f"adds to 32 labels lies between {min(single_tokens)} and {max(single_tokens)}." in the_page()
+
+
+def test_what_the_page_says_of_1000_steps_is_the_tables():
+    row = "ia3, 1000 steps at 0.003"
+    value, *holds = differences()[row, "ia3, 0.003", "movies"][:3]
+    assert f"(IA)³'s mean is {value} points above that of 100 steps, and both intervals hold 0" in the_page()
+    assert holds == [True, True]
+    others = ("ia3, 0.003", "icl, calibrated", "icl, batch-calibrated", "ia3, 0.01", "probe")
+    papers, in_context, by_batch, best, probe = [differences()[row, other, "movies-ab"][:3] for other in others]
+    assert f"it is {papers[0]} above, both intervals hold 0, and so" in the_page()
+    assert f"ahead of in-context learning there, {in_context[0]}. Behind" in the_page()
+    assert f"it stays, by {-by_batch[0]} (over draws clear of 0), and behind logistic" in the_page()
+    assert f"regression by {-probe[0]} (over draws and items clear of 0);" in the_page() and probe[1:] == (False, True)
+    assert f"have the higher mean, by {-best[0]}, where both intervals hold 0." in the_page()
+    assert papers[1:] == in_context[1:] == best[1:] == (True, True) and by_batch[1:] == (True, False)
+
+
+def test_what_the_page_says_of_costs_is_what_was_measured():
+    costs = {row["k"]: row for row in lab.read_csv(lab.RESULTS / "fewshot/costs.csv", fewshot.COSTS)}
+    ours, row = costs[0], costs[32]
+    anew = row["flops"] + row["prefix_flops"]
+    assert f"a prediction costs {anew / ours['flops']:.0f} times the FLOPs of (IA)³'s" in the_page()
+    after = [math.ceil(ours["training_flops"] / (flops - ours["flops"])) for flops in (anew, row["flops"])]
+    assert f"paid back after {after[0]} predictions (the paper's" in the_page()
+    assert f"paid back after {after[1]:,}." in the_page()
+    megabytes = f"{row['cache_bytes'] / 1e6:.0f} MB a task where (IA)³ keeps {row['task_bytes'] / 1e6:.2f}"
+    assert f"a cache that is kept, {megabytes}, a" in the_page()
+    times, as_long = [f"{row[what] / ours[what]:.1f}" for what in ("flops", "seconds")]
+    assert f"costs {times} times as many FLOPs (the clock says as much, roughly)" in the_page() and times == as_long
+
+
+def test_what_the_page_says_of_the_losses_is_the_tables():
+    found = differences()
+    lm, ln = [found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"] for losses in ("lm", "ln")]
+    assert f"with L_LM alone (IA)³'s mean is {lm[0]} points lower than with all three" in the_page()
+    assert f"with L_LN alone it is {-ln[0]} higher" in the_page()
+    assert f"L_LM alone lacks {lm[3]} points and L_LN alone {ln[3]}, neither by both intervals" in the_page()
+    assert any(lm[4:]) and any(ln[4:])
+    assert all(found["ia3, 0.003", f"ia3-{losses}, 0.003", "movies"][2] for losses in fewshot.SUBSETS)

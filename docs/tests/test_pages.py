@@ -1,0 +1,164 @@
+"""The pages: links lead somewhere, quoted code stands in its file, Python runs, and figures are a command's.
+
+No test looks for a sentence, so every sentence may be reworded.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PATTERNS = ("README.md", "docs/*.md", "data/README.md", "experiments/**/*.md", "classroom/*.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+GENERATED = re.compile(r"^<!-- made by: (.*?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+# --- links ---
+
+
+def links(page):
+    """[(text, target)] of a page's links, pictures included, code blocks left out."""
+    prose = FENCED.sub("", read(page))
+    return re.findall(r"\[([^\[\]]*)\]\(([^()\s]+)\)", prose)
+
+
+def anchors(path):
+    """The anchors that GitHub gives a page's headings: lower case, punctuation left out, a hyphen for a space."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def symbols(tree):
+    """The qualified names of a module's classes and functions: {'MLP', 'MLP.forward', ...}."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+            found |= {f"{node.name}.{name}" for name in symbols(node)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for _, target in links(page):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert path.suffix == ".md", f"{target}: name the function in the link's text, not the line"
+            assert anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_in_a_links_text_stands_in_the_linked_file(page):
+    """As it is written, or as the name of a class or function: CausalSelfAttention.forward."""
+    for text, target in links(page):
+        path = (ROOT / page).parent / target
+        if not text.startswith("`") or path.suffix != ".py":
+            continue
+        source = path.read_text(encoding="utf-8")
+        code = text.strip("`")
+        assert code in source or code in symbols(ast.parse(source)), f"{target} has no {text}"
+
+
+# --- code ---
+
+
+def excerpts():
+    """(page, text) of the fenced code whose first line names a file: '# model.py'."""
+    found = []
+    for page in PAGES:
+        found += [(page, text) for language, text in FENCED.findall(read(page)) if language == "py"]
+    return found
+
+
+def code_lines(text):
+    """Without indentation and comments."""
+    return [line.split("  # ")[0].strip() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("page, text", excerpts())
+def test_an_excerpt_is_the_files_own_lines(page, text):
+    """In the file's order; lines of the file may be left out."""
+    name, *shown = code_lines(text)
+    there = code_lines(read(name.removeprefix("# ")))
+    for line in shown:
+        assert line in there, f"{name}: {line!r} is not there, or not after the line before it"
+        there = there[there.index(line) + 1 :]
+
+
+def sessions():
+    """The pages whose Python runs. Other rooms' pages show fragments instead."""
+    return [page for page in PAGES if page.startswith(("README", "docs", "data")) and "\n```python\n" in read(page)]
+
+
+@pytest.mark.parametrize("page", sessions())
+def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch, capsys):
+    """A page is one session. A block of text after one of Python is what that prints; without one it may print."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)  # what it writes goes there
+    blocks = FENCED.findall(read(page))
+    session = {}
+    for i, (language, code) in enumerate(blocks):
+        if language != "python":
+            continue
+        if "import adapters" in code and importlib.util.find_spec("adapters") is None:
+            continue  # AdapterHub needs an older transformers, so an environment of its own
+        exec(compile(code, f"{page}, block {i}", "exec"), session)
+        printed = capsys.readouterr().out
+        if i + 1 < len(blocks) and blocks[i + 1][0] == "text":
+            assert printed == blocks[i + 1][1]
+
+
+# --- figures ---
+
+
+def generated():
+    """(page, command, text) of every block between 'made by: COMMAND' and 'end'."""
+    found = []
+    for page in PAGES:
+        found += [(page, command, text) for command, text in GENERATED.findall(read(page))]
+    return found
+
+
+def committed_table(command):
+    """The table in which a command's results are committed, or None: what it writes by > FILE or --out FOLDER."""
+    words = shlex.split(command)
+    if ">" in words:
+        return words[words.index(">") + 1]
+    if "--out" in words:
+        return words[words.index("--out") + 1] + "/table.md"
+    return None
+
+
+@pytest.mark.parametrize("page, command, text", generated())
+def test_a_generated_block_is_what_its_command_writes(page, command, text):
+    """Rows of the table in which the command's results are committed, or else all that the command prints."""
+    table = committed_table(command)
+    if table is not None:
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert rows and set(rows) <= set(read(table).splitlines())
+        return
+    python, *words = shlex.split(command)
+    assert python == "python"
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # the pages show a CPU's figures
+    made = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    fenced = FENCED.search(text)
+    shown = fenced[2] if fenced else text
+    assert shown.strip().removeprefix(f"$ {command}\n") == made.stdout.strip()
