@@ -197,6 +197,10 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    @property
+    def blocks(self):
+        return self.model.layers
+
     def forward(self, idx, targets=None, task_ids=None, cache=None):
         """Predict the next token at every position.
 

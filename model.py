@@ -145,6 +145,10 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    @property
+    def blocks(self):
+        return self.transformer.h
+
     def forward(self, idx, targets=None, task_ids=None, cache=None):
         """Predict the next token at every position.
 
