@@ -62,6 +62,7 @@ def test_what_a_task_leaves_out_is_ones_and_what_all_leave_out_is_none(make_mode
     assert stacked.l_ff is None and stacked.count() == 3 * (k.count() + v.count())
     assert torch.equal(stacked.l_k[0], k.l_k) and (stacked.l_k[1:] == 1).all()
     assert torch.equal(stacked.l_v[1], v.l_v) and (stacked.l_v[::2] == 1).all()
+    assert torch.equal(stack([k, v]).l_k.mean(0), (k.l_k + 1) / 2)  # in a mean, too, what is left out counts 1
     with torch.no_grad():
         stacked.l_k.zero_()
     assert (k.l_k != 0).any()  # a copy
