@@ -3,7 +3,7 @@
 A data folder holds one of, tried in this order:
 
     train.jsonl  val.jsonl   one {"prompt": ..., "completion": ...} a line; only the completion's tokens carry loss
-    train.bin    val.bin     token ids as uint16, nanoGPT's format; memory-mapped, so they may be larger than memory
+    train.bin    val.bin     token ids, nanoGPT's format or llm.c's; memory-mapped, so they may be larger than memory
     train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
 
 A split's data is a Stream of tokens or a set of Examples; both answer the same: len(split), how many windows it has,
@@ -13,6 +13,7 @@ split.windows(ids) of them, split.batch(seed, step, batch_size), split.prompt(n)
 import hashlib
 import json
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ HERE = Path(__file__).parent
 
 # how many ids a tokenizer has; bytes: a byte's id is its value, and 256 is <|endoftext|>
 N_IDS = {"bytes": 257, "gpt2": 50257}
+LLM_C = {20240520: np.uint16, 20240801: np.uint32}  # the first number of llm.c's token files: what the tokens are
 BPE = ("pattern", "ranks", "special_tokens")  # what a byte-level BPE of a checkpoint's own consists of
 
 # How a text is cut into pieces, which are then merged each by itself: GPT-2's way, words with the space before them;
@@ -61,7 +63,12 @@ class Tokenizer:
         import tiktoken  # not at the top: merging and training on .bin files need none
 
         if self.about == "gpt2":
-            return tiktoken.get_encoding("gpt2")
+            try:
+                return tiktoken.get_encoding("gpt2")
+            except OSError:  # no network
+                raise OSError(
+                    "tiktoken cannot fetch GPT-2's ids: TIKTOKEN_CACHE_DIR may name a folder of them"
+                ) from None
         if self.about == "bytes":
             pattern = r"(?s:.)"  # every character by itself
             ranks = {bytes([i]): i for i in range(256)}
@@ -78,20 +85,26 @@ class Tokenizer:
         return bytes(i for i in range(256) if bytes([i]) not in self.about["ranks"])
 
     def encode_ordinary(self, text):
-        """The ids of text; what looks like a special token in it is text, too. A byte without a token is left out."""
+        """Return the ids of text. Text that looks like a special token is text; a byte without a token is left out.
+
+        Raises ValueError for a text that tiktoken fails on.
+        """
         raw = text.encode("utf-8", "replace")
         if raw.translate(None, self.missing) == raw:
-            return self.encoding.encode_ordinary(text)
+            try:
+                return self.encoding.encode_ordinary(text)
+            except BaseException as e:
+                if type(e).__name__ != "PanicException":  # a failure in tiktoken's Rust part; it is not an Exception
+                    raise
+                raise ValueError(f"tiktoken fails on this text of {len(text):,} characters") from None
 
-        # tiktoken panics on such a byte. It is left out after the text is cut into pieces: before, its neighbours could
-        # become one piece
-        import regex  # what tiktoken itself needs
+        # tiktoken does not know such a byte. Cut the text first: without the byte its neighbours could be one piece
+        import regex  # tiktoken's own dependency
 
         ids = []
         for piece in regex.finditer(self.about["pattern"], text):
             known = piece[0].encode("utf-8", "replace").translate(None, self.missing)
-            if known:
-                ids += self.encoding._encode_single_piece(known)
+            ids += merge_bytes(known, self.about["ranks"])
         return ids
 
     def decode(self, ids):
@@ -99,6 +112,26 @@ class Tokenizer:
 
     def __deepcopy__(self, memo):
         return self  # it never changes, so a copied model shares it
+
+
+def merge_bytes(piece, ranks):
+    """Return the ids of piece, bytes that all have a token: merge the two neighbours of the lowest rank until none fit.
+
+    A piece that is a token stays whole, as tiktoken leaves it.
+    """
+    parts = [piece] if piece in ranks else [bytes([byte]) for byte in piece]
+    while True:
+        pairs = {a + b for a, b in pairwise(parts)} & ranks.keys()
+        if not pairs:
+            return [ranks[part] for part in parts]
+        best = min(pairs, key=ranks.get)
+        merged = []
+        for part in parts:
+            if merged and merged[-1] + part == best:
+                merged[-1] = best
+            else:
+                merged.append(part)
+        parts = merged
 
 
 def check_bpe(about, vocab_size):
@@ -241,6 +274,8 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
     """
     data = {}
     for split, path in find(name_or_path, splits).items():
+        if path.suffix == ".bin" and tokenizer is not None and (path.parent / "meta.pkl").exists():
+            raise ValueError(f"{path} holds nanoGPT's ids of characters (meta.pkl), not of this model's tokenizer")
         if path.suffix != ".bin" and tokenizer is None:
             raise ValueError(f"{path} holds text, but this model's tokenizer is unknown: it can read .bin files only")
         if path.suffix == ".jsonl":
@@ -271,15 +306,32 @@ def read_text(path, tokenizer):
         return tokens_of(path.read_bytes(), tokenizer)
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start})") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
 
 
 def read_bin(path, vocab_size):
-    """Return the file's uint16 tokens, memory-mapped. Raises ValueError for other files and for ids out of range."""
-    if path.stat().st_size < 2 or path.stat().st_size % 2:
-        raise ValueError(f"{path} is empty or no file of uint16 tokens: {path.stat().st_size} bytes")
-    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    """Return the file's tokens, memory-mapped.
+
+    They are uint16, or uint32 for a vocabulary above 65,536. llm.c's files say which in a header of 1024 bytes. Raises
+    ValueError for a file of another width, and for ids beyond the vocabulary.
+    """
+    size = path.stat().st_size
+    width = np.uint16 if vocab_size <= 2**16 else np.uint32
+    header = 0
+    if size > 1024:
+        magic = int(np.memmap(path, dtype=np.uint32, mode="r", shape=1)[0])
+        if magic in LLM_C:
+            width = LLM_C[magic]
+            header = 1024
+    name = np.dtype(width).name
+    if size == header or (size - header) % np.dtype(width).itemsize:
+        raise ValueError(f"{path} is empty or not a file of {name} tokens: {size} bytes")
+    tokens = np.memmap(path, dtype=width, mode="r", offset=header)
+    if len(tokens) > 1 and not tokens[1::2].any():
+        raise ValueError(f"{path} has a 0 in every second place when read as {name}: its numbers are wider")
     if tokens.max() >= vocab_size:
-        raise ValueError(f"{path} holds token id {tokens.max()}, beyond the model's vocabulary of {vocab_size}")
+        raise ValueError(f"{path} read as {name} holds id {tokens.max()}, beyond the vocabulary of {vocab_size}")
     return tokens
 
 
@@ -303,8 +355,11 @@ def read_jsonl(path, tokenizer, block_size):
             raise ValueError(f"{where}: choices to rank: python -m experiments.ranking --data {path.parent}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
             raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
-        prompt = tokenizer.encode_ordinary(row["prompt"])
-        completion = tokenizer.encode_ordinary(row["completion"])
+        try:
+            prompt = tokenizer.encode_ordinary(row["prompt"])
+            completion = tokenizer.encode_ordinary(row["completion"])
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
         if len(completion) < (1 if prompt else 2):  # the very first token of a text has no prediction
             raise ValueError(f"{where}: a completion wants a token, and behind an empty prompt two")
         if len(prompt) + len(completion) - 1 > block_size:

@@ -283,8 +283,11 @@ def jsonl(line):
         (lambda f: (f / "train.txt").write_text(""), BYTES, "train.txt holds 0 tokens, too few"),
         (lambda f: (f / "val.txt").write_text("x" * 16), BYTES, "val.txt holds 16 tokens, too few"),
         (lambda f: None, None, "tokenizer is unknown"),
-        (raw("bin", np.full(99, 257, np.uint16).tobytes()), BYTES, "token id 257, beyond"),
-        (raw("bin", b"abc"), BYTES, "no file of uint16 tokens"),
+        (raw("bin", np.full(99, 257, np.uint16).tobytes()), BYTES, "id 257, beyond"),
+        (raw("bin", b"abc"), BYTES, "uint16 .*: 3 bytes"),
+        (raw("bin", np.arange(1, 99, dtype=np.uint32).tobytes()), BYTES, "0 in every second place"),
+        (raw("bin", np.arange(1, 99, dtype=np.int64).tobytes()), BYTES, "0 in every second place"),
+        (lambda f: (raw("bin", bytes(range(99, 199)))(f), (f / "meta.pkl").touch()), BYTES, "meta.pkl"),
         (raw("bin", b""), BYTES, "empty"),
         (jsonl('{"prompt": "a"'), BYTES, "train.jsonl line 3: not JSON"),
         (jsonl('{"prompt": "a"}'), BYTES, "train.jsonl line 3: wants"),
@@ -303,6 +306,70 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, spoil, tokenizer, message
     spoil(good_folder(tmp_path))
     with pytest.raises((ValueError, OSError), match=message):
         data.load(tmp_path, tokenizer, 257, 16)
+
+
+def llm_c(magic, version, tokens):
+    """A token file of llm.c's: a header of 256 numbers, and the tokens."""
+    return np.array([magic, version, len(tokens)] + [0] * 253, dtype=np.int32).tobytes() + tokens.tobytes()
+
+
+@pytest.mark.parametrize(
+    "vocab_size, width, to_file",
+    [
+        (65536, np.uint16, np.ndarray.tobytes),
+        (65537, np.uint32, np.ndarray.tobytes),
+        (128256, np.uint16, lambda tokens: llm_c(20240520, 1, tokens)),
+        (128256, np.uint32, lambda tokens: llm_c(20240801, 7, tokens)),
+    ],
+    ids=["nanoGPT", "wide", "llm.c", "llm.c wide"],
+)
+def test_ids_are_as_wide_as_the_vocabulary_or_the_header_says(tmp_path, vocab_size, width, to_file):
+    """A file of half that width is refused: two of its ids read as one are beyond the vocabulary."""
+    end = min(vocab_size, np.iinfo(width).max + 1)
+    tokens = np.arange(end - 600, end, dtype=width)
+    raw("bin", to_file(tokens))(tmp_path)
+    assert np.array_equal(data.load(tmp_path, None, vocab_size, 16)["val"].tokens, tokens)
+    if width == np.uint32:
+        raw("bin", np.arange(2, 602, dtype=np.uint16).tobytes())(tmp_path)
+        with pytest.raises(ValueError, match=f"uint32 .* beyond the vocabulary of {vocab_size}"):
+            data.load(tmp_path, None, vocab_size, 16)
+
+
+def test_a_folder_of_characters_serves_a_model_without_a_tokenizer(tmp_path):
+    raw("bin", np.arange(65, dtype=np.uint16).tobytes())(tmp_path)
+    (tmp_path / "meta.pkl").write_bytes(b"never opened")
+    assert len(data.load(tmp_path, None, 65, 16)["train"].tokens) == 65
+
+
+class PanicException(BaseException):
+    """As tiktoken raises it: not an Exception."""
+
+
+class Panics:
+    def encode_ordinary(self, text):
+        raise PanicException("a long story of Rust's")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_where_tiktoken_panics_one_line_names_the_file(tmp_path, kind):
+    tokenizer = data.Tokenizer("gpt2", 50304)
+    tokenizer.encoding = Panics()
+    raw("txt", b"a" * 99)(tmp_path)
+    if kind == "jsonl":
+        jsonl("")(tmp_path)
+    with pytest.raises(ValueError, match=f"train.{kind}"):
+        data.load(tmp_path, tokenizer, 50304, 16)
+
+
+def test_without_a_network_tiktokens_folder_is_named(monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def offline(name):
+        raise OSError("Max retries exceeded with url, and more")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR"):
+        data.Tokenizer("gpt2", 50304).encode_ordinary("a")
 
 
 def test_an_unknown_name_lists_what_there_is():
