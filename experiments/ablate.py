@@ -5,8 +5,8 @@
     python -m experiments.ablate --sites --lr 0.03 0.1 0.3    # these two axes, each alone
     python -m experiments.ablate --sites k,v ff --lr 0.03 0.1 --cross --out out/crossed    # every pair of them
     python -m experiments.ablate --base my.pt --data path/to/folder --depth --out out/mine
-    python -m experiments.ablate --sites q,v,ff k,o,ff k,v,pre v,ff,x q,o,pre q,k,v,o,pre,ff,x --lr 0.03 0.1 0.3 \
-        --cross --seeds 3 --out experiments/results/other-sites
+    python -m experiments.ablate --sites k,o,ff k,v,pre v,ff,x q,o,pre q,k,v,o,pre,ff,x --lr 0.03 0.1 0.3 --cross \
+        --out experiments/results/ablation-rates
 
 The reference is (IA)³ in full: k,v,ff in all layers, trained as the --ref flags say. An axis flag varies one setting
 around it, over the values named or, with none named, over those that --help lists. Trained on train and measured on all
@@ -16,11 +16,11 @@ that makes one of other works, it does not say: folio's val is two plays, and ea
 
 Other sites at equal count, the last command. The paper (section 3.3) found by experiments that it does not show that
 keys, values and the MLP's hidden activations are enough. Here one of the three makes room for another site of the same
-width: queries for keys, the attention's output (behind W_o) for values, the MLP before its GELU for the MLP behind it,
-the residual stream for keys; then all three at once, and all seven sites together. The first five train 6,912 values,
-as k,v,ff does. Each set has the same three rates and three seeds, and is compared at the rate that is best for it on
-val. On GPT-2 q,v,ff is the same function as k,v,ff (l_q and l_k meet in one product), so the two must agree: a check
-of the hooks. Written down before any of these runs was made.
+width (sites.py): the attention's output behind W_o for values, the MLP before its GELU for the MLP behind it, the
+residual stream for keys; then q, o and pre for all three. These four train 6,912 values, as k,v,ff does. The fifth is
+all seven sites, whether they add anything. (Queries for keys would be k,v,ff again: on GPT-2 l_q and l_k meet in one
+product.) Each has the three rates and the one seed of the crossed ablation of k, v and ff, and is compared at the rate
+that is best for it on val. Written down before any of these runs was made.
 
 Writes into --out what lab.py says of a folder of runs (the base's own row has the sites 'none'), table.md, and a
 picture an axis.
