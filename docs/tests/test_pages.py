@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PATTERNS = ("README.md", "docs/*.md", "data/README.md", "experiments/**/*.md", "classroom/*.md")
+PATTERNS = (
+    "README.md",
+    "docs/*.md",
+    "data/README.md",
+    "experiments/*.md",
+    "experiments/results/*.md",
+    "classroom/*.md",
+)
 PAGES = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -123,6 +130,35 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path
         printed = capsys.readouterr().out
         if i + 1 < len(blocks) and blocks[i + 1][0] == "text":
             assert printed == blocks[i + 1][1]
+
+
+# --- commands ---
+
+
+def commands(page):
+    """[(script, flags)] of a page's commands: 'python train.py --steps 4', 'python -m tools.plot out/demo'."""
+    prose = re.sub(r"^```python\n.*?^```$", "", read(page), flags=re.M | re.S)
+    found = []
+    for script, rest in re.findall(r"(?:python|torchrun \S+ \d+) ((?:-m )?[\w./]+)([^`\n]*)", prose):
+        if script.startswith("-m "):
+            script = script.removeprefix("-m ").replace(".", "/") + ".py"
+        flags = re.findall(r"--[a-z0-9-]+", rest.split("  #")[0])
+        if script.endswith(".py"):
+            found.append((script, flags))
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("classroom")])
+def test_every_command_names_a_script_and_flags_that_exist(page):
+    """The classroom's are of the folder that it hands out. A flag is looked for in the script and beside it."""
+    for script, flags in commands(page):
+        if script in ("pip.py", "venv.py", "pytest.py"):
+            continue
+        assert (ROOT / script).exists(), script
+        sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / script).parent.glob("*.py"))
+        for flag in {*flags} - {"--help"}:
+            field = flag.removeprefix("--").replace("-", "_") + ": "  # of a dataclass whose fields are flags
+            assert f'"{flag}"' in sources or field in sources, (script, flag)
 
 
 # --- figures ---
