@@ -4,6 +4,7 @@ On LLaMA PEFT's defaults are the paper's, one to one: k_proj, v_proj, and down_p
 has one vector over all of c_attn's output, [l_q, l_k, l_v], where (IA)³ has l_k and l_v.
 """
 
+import math
 import os
 
 import torch
@@ -11,7 +12,7 @@ import torch
 import common
 from ia3 import IA3, fingerprint
 from model import GPTConfig
-from tools.files import find, import_safetensors, read_json, read_tensors, write_json
+from tools.files import find, import_safetensors, plain_name, read_json, read_tensors, write_json
 
 
 def to_peft(vectors, folder, base):
@@ -87,8 +88,9 @@ def from_peft(folder, model):
     """Read a PEFT (IA)³ adapter folder made for model. Returns IA3 (attach it) and l_q (n_layer, n_embd) or None.
 
     On GPT-2 PEFT scales queries too. (l_q ⊙ q)·(l_k ⊙ k) = q·(l_q ⊙ l_k ⊙ k), so l_q is folded into l_k: the same
-    function. The product is taken in float64 and rounded once to float32. Raises OSError where a file is missing and
-    ValueError for an adapter of another kind or base, with missing layers or other modules, or damaged.
+    function. On LLaMA a vector over up_proj's output scales the same channels as one over down_proj's input, so l_ff is
+    their product. Products are taken in float64 and rounded once to float32. A layer without a vector gets ones. Raises
+    OSError where a file is missing and ValueError for an adapter of another kind or base, or damaged.
     """
     config_path, path = adapter_files(folder)
     about = read_json(config_path)
@@ -100,21 +102,22 @@ def from_peft(folder, model):
         raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
     is_gpt2 = isinstance(model.config, GPTConfig)
     top, layers = layer_names(is_gpt2)
-    tensors = {name.removeprefix("base_model.model.").removeprefix(top): t for name, t in tensors.items()}
+    tensors = {plain_name(name).removeprefix("base_model.model.").removeprefix(top): t for name, t in tensors.items()}
     k_width, v_width, ff_width = model.config.widths
 
     def take(module, shape):
         """Take the vectors over a module out of tensors. Returns (n_layer, width) in float64, or None without any."""
-        if not any(name.endswith(f".{module}.ia3_l") for name in tensors):
-            return None
         found = []
+        n_ones = 0
         for i in range(model.config.n_layer):
             name = f"{layers}.{i}.{module}.ia3_l"
-            if name not in tensors:
-                raise ValueError(f"{path} has no {name}, but this base has {model.config.n_layer} layers")
-            t = common.check_weight(tensors.pop(name), f"{path}: {name}", shape)
+            if name in tensors:
+                t = common.check_weight(tensors.pop(name), f"{path}: {name}", shape)
+            else:
+                t = torch.ones(shape)
+                n_ones += 1
             found.append(t.flatten().double())
-        return torch.stack(found)
+        return None if n_ones == model.config.n_layer else torch.stack(found)
 
     l_q = None
     if is_gpt2:
@@ -124,16 +127,18 @@ def from_peft(folder, model):
             l_q, l_k, l_v = qkv.split(k_width, dim=1)  # (n_layer, n_embd) each
             matrices |= {"l_k": l_q * l_k, "l_v": l_v}
     else:
+        factors = [take("mlp.up_proj", (ff_width, 1)), take("mlp.down_proj", (1, ff_width))]
+        factors = [l for l in factors if l is not None]
         matrices = {
             "l_k": take("self_attn.k_proj", (k_width, 1)),
             "l_v": take("self_attn.v_proj", (v_width, 1)),
-            "l_ff": take("mlp.down_proj", (1, ff_width)),
+            "l_ff": math.prod(factors) if factors else None,
         }
     matrices = {name: matrix for name, matrix in matrices.items() if matrix is not None}
     if tensors or not matrices:
         raise ValueError(f"{path}: {next(iter(tensors), 'nothing in it')} is no (IA)³ vector of this base")
     vectors = IA3(model.config, [name.removeprefix("l_") for name in matrices])
     for name, p in vectors.matrices().items():
-        p.data = common.check_weight(matrices[name].float(), f"{path}: {name}")  # l_q ⊙ l_k may have overflown
+        p.data = common.check_weight(matrices[name].float(), f"{path}: {name}")  # a product may have overflown
     vectors.fingerprint = ours
     return vectors, l_q

@@ -184,6 +184,9 @@ def run(argv):
         vectors, l_q = from_peft(args.adapter, common.load(args.base))
         vectors.save(args.out)
         print(f"{args.adapter} → {args.out}: {vectors.count():,} values")
+        n_ones = sum(all((l == 1).all() for l in layer if l is not None) for layer in vectors.per_layer())
+        if n_ones:
+            print(f"{n_ones} of the base's {vectors.config.n_layer} layers have no vectors in it and keep ones")
         if l_q is not None and (l_q != 1).any():
             print(f"its {(l_q != 1).sum():,} query values other than 1 are folded into l_k: the same function")
 

@@ -64,6 +64,11 @@ def read_tensors(path):
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from None
 
 
+def plain_name(name):
+    """A tensor's name without what torch.compile and DistributedDataParallel put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
 def shards(index_path):
     """Return {path: names of its tensors} of a model.safetensors.index.json; the files it names are beside it.
 

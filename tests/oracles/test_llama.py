@@ -311,6 +311,31 @@ def test_an_adapter_of_theirs_comes_in_bit_for_bit(tmp_path, kind):
         assert torch.equal(vectors.l_ff[i], ff[0])
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+def test_an_adapter_of_theirs_on_other_modules_comes_in(tmp_path, float64, wrap):
+    """On layer 1 alone, up_proj's output scaled as well as down_proj's input: l_ff is the product, layer 0 keeps ones.
+
+    The vectors are powers of two, so that their product is exact. Around a compiled model names have _orig_mod.
+    """
+    theirs, ours = make_both("gqa-2", torch.float32)
+    modules = r".*layers\.1\.(self_attn\.k_proj|mlp\.(up|down)_proj)"
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=r".*down_proj")
+    peft = get_peft_model(wrap(theirs), config)
+    dice = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        vectors = [p for name, p in peft.named_parameters() if "ia3_l" in name]
+        for p in vectors:
+            p.copy_(2.0 ** torch.randint(-2, 3, p.shape, generator=dice))
+    assert len(vectors) == 3
+    peft.save_pretrained(tmp_path)
+    ours.ia3, _ = convert.from_peft(tmp_path, ours)
+    assert ours.ia3.matrices().keys() == {"l_k", "l_ff"} and (ours.ia3.l_ff[0] == 1).all()
+    idx, _ = make_batch()
+    with torch.no_grad():
+        expected = peft.double()._orig_mod(idx).logits if wrap == torch.compile else peft.double()(idx).logits
+        assert (ours.double()(idx)[0] - expected).abs().max() <= 1e-10
+
+
 @pytest.mark.parametrize("sites", [("k", "v", "ff"), ("k",), ("v", "ff"), ("ff",)])
 def test_an_adapter_of_ours_goes_out_and_comes_back_bit_for_bit(tmp_path, sites, float64):
     theirs, ours = make_both("gqa-2", torch.float32)
