@@ -1,6 +1,6 @@
 """(IA)³'s vectors as a value: make them, freeze the base under them, count, save, load, stack tasks.
 
-A task is three small matrices, one row a layer, all ones at the start, so that step 0 is the base, bit for bit:
+A task is three small matrices with one row per layer. They start at ones, so step 0 is the base, bit for bit:
 
     l_k  (n_layer, width of the keys)   l_v  (n_layer, width of the values)   l_ff  (n_layer, width of the MLP)
 
@@ -8,19 +8,20 @@ The widths are the model's (config.widths); in GPT-2 they are n_embd, n_embd and
 
     attach(model)                       # to train: freeze the model, set model.ia3 to vectors of ones
     model.ia3 = None                    # the base again
-    model.ia3 = IA3.load(path, model)   # to switch: another task
+    model.ia3 = IA3.load(path, model)   # switch to another task
     model.ia3 = stack([a, b, None])     # three tasks at once, the third is the base: model(idx, task_ids=(B,) long)
 """
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import nn
 
-from common import read_shapes, replace_file
+from disk import read_shapes, replace_file
 
 SITES = ("k", "v", "ff")  # what can be scaled: keys, values, the MLP's hidden activations
 
@@ -28,7 +29,7 @@ SITES = ("k", "v", "ff")  # what can be scaled: keys, values, the MLP's hidden a
 class IA3(nn.Module):
     """The vectors of one task, or of several with a leading task axis (stack). A site left out is None.
 
-    config: the base's. sites: a list or tuple of 'k', 'v', 'ff'; ValueError for others, or for none.
+    config: the base's. sites: a list or tuple of 'k', 'v', 'ff'; raises ValueError for others, or for none.
     """
 
     def __init__(self, config, sites=SITES):
@@ -46,11 +47,17 @@ class IA3(nn.Module):
         self.l_v = ones("v", v_width)
         self.l_ff = ones("ff", ff_width)
         self.config = config
-        self.fingerprint = None  # of the base that they belong to: known once they are attached, or loaded
+        self.fingerprint = None  # of their base: set when they are attached or loaded
 
     def matrices(self):
         """Return {'l_k': l_k, ...}, without the sites left out."""
         return dict(self.named_parameters())
+
+    def extra_repr(self):
+        """What print(vectors) shows: each matrix with its shape, and the base that they belong to."""
+        shapes = [f"{name} {tuple(p.shape)}" for name, p in self.matrices().items()]
+        base = "no base yet" if self.fingerprint is None else f"base {self.fingerprint[:8]}"
+        return ", ".join([*shapes, base])
 
     def count(self):
         """The number of entries: a task of all sites has n_layer · (d_k + d_v + d_ff) (section 3.3)."""
@@ -62,130 +69,193 @@ class IA3(nn.Module):
     def per_layer(self, task_ids=None):
         """Return each layer's (l_k, l_v, l_ff), each (width,), or (B, 1, width) gathered by task_ids, or None.
 
-        task_ids: (B,) long, wanted where the vectors are stacked and only there. Raises ValueError where it does not
-        fit. On a GPU the ids are not looked at, since that would make every forward pass wait, and one out of range
-        ends in CUDA's own assertion: whoever calls the model itself runs check_task_ids once, as generate does.
+        task_ids: (B,) long, required when the vectors are stacked and refused otherwise (ValueError). Ids on a GPU are
+        not checked here, since every forward pass would wait for that; one out of range then ends in CUDA's own
+        assertion. Call check_task_ids once instead, as generate does.
         """
         if self.is_stacked() != (task_ids is not None):
-            raise ValueError("stacked vectors want task_ids, one a row, and vectors of one task want none")
-        on_gpu = isinstance(task_ids, torch.Tensor) and task_ids.device.type != "cpu"
-        if task_ids is not None and not on_gpu:
+            raise ValueError("stacked vectors need task_ids, one per row; vectors of one task take none")
+        if task_ids is not None and not getattr(task_ids, "is_cuda", False):
             self.check_task_ids(task_ids)
-
-        def of_layer(matrix, layer):
-            if matrix is None:
-                return None
-            if task_ids is not None:
-                return matrix[task_ids, layer].unsqueeze(1)  # (B, 1, width): each row of the batch its own task's
-            return matrix[layer]  # (width,)
-
-        layers = range(self.config.n_layer)
-        return [(of_layer(self.l_k, i), of_layer(self.l_v, i), of_layer(self.l_ff, i)) for i in layers]
+        layers = []
+        for i in range(self.config.n_layer):
+            layers.append((row(self.l_k, i, task_ids), row(self.l_v, i, task_ids), row(self.l_ff, i, task_ids)))
+        return layers
 
     def check_task_ids(self, task_ids):
         """Raise ValueError unless task_ids is (B,) long and names tasks that are here."""
         n_tasks = next(self.parameters()).size(0)
         if not isinstance(task_ids, torch.Tensor) or task_ids.dtype != torch.long or task_ids.dim() != 1:
-            raise ValueError("task_ids must be a tensor (B,) of dtype long, one id a row")
+            raise ValueError("task_ids must be a tensor (B,) of dtype long, one id per row")
         if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < n_tasks:
             raise ValueError(f"task_ids must be from 0 to {n_tasks - 1}")
 
     def save(self, path):
-        """Write one .npz: the matrices, and the config, names and fingerprint of the base as JSON.
+        """Write one .npz: the matrices, and beside them 'about': the base's config and fingerprint, the names.
 
-        Raises ValueError for vectors of no known base (attach them), and for stacked ones (unstack them first).
+        Raises ValueError for vectors of no known base (attach them), for stacked ones (unstack them first), and for
+        NaN or infinity.
         """
         if self.fingerprint is None or self.is_stacked():
-            raise ValueError("only one task's vectors can be saved (ia3.unstack), and of a known base (ia3.attach)")
+            raise ValueError("save takes one task's vectors (ia3.unstack) of a known base (ia3.attach)")
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}
+        check_finite(arrays)
         about = {"config": asdict(self.config), "vectors": list(arrays), "fingerprint": self.fingerprint}
         with replace_file(path) as f:
+            # JSON as a zero-dimensional array of bytes, so that np.load needs no pickle
             np.savez(f, about=np.bytes_(json.dumps(about)), **arrays)
 
     @classmethod
     def load(cls, path, model):
-        """Read vectors that were made for model's base; no code of the file's is run. Returns IA3, not yet attached.
+        """Read vectors made for model's base. Nothing in the file is run as code. Returns an IA3, not yet attached.
 
-        Assign them to model.ia3 to switch tasks; attach them to train on. Raises OSError where there is no such file
-        and ValueError where it is damaged or made for another base.
+        Assign it to model.ia3 to switch tasks; attach it to train on. Raises OSError if there is no such file and
+        ValueError if it is damaged or was made for another base.
         """
-        with open(path, "rb") as f:
-            try:
-                file = np.load(f, allow_pickle=False)
-                shapes = read_shapes(file)
-                about = json.loads(file["about"].item())
-                vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
-                wanted = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
-                arrays = {}
-                if shapes == wanted:  # else none is read, and the error follows below
-                    arrays = {name: file[name].astype(np.float32, casting="same_kind") for name in wanted}
-            except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
-                raise ValueError(f"{path} is truncated, or no file of (IA)³ vectors ({type(e).__name__})") from None
-        if shapes != wanted:
-            raise ValueError(f"{path} holds {shapes}, but this base takes {wanted}")
-        for name, p in vectors.matrices().items():
-            if not np.isfinite(arrays[name]).all():
-                raise ValueError(f"{path}: {name} holds NaN or infinity")
-            p.data = torch.from_numpy(arrays[name])
-        theirs, ours = str(about.get("fingerprint")), fingerprint(model)
+        model = unwrap(model)
+        about, arrays = read_npz(path, cls(model.config).count())
+        try:
+            vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{path} names no vectors of (IA)³") from None
+        found = {name: a.shape for name, a in arrays.items()}
+        expected = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
+        if found != expected:
+            raise ValueError(f"{path} holds {found}, but this base takes {expected}")
+        try:
+            check_finite(arrays)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+        theirs = str(about.get("fingerprint"))
+        ours = fingerprint(model)
         if theirs != ours:
             raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
+        for name, p in vectors.matrices().items():
+            p.data = torch.from_numpy(arrays[name])
         vectors.fingerprint = ours
         return vectors.to(next(model.parameters()).device)
 
 
-def attach(model, vectors=None, sites=SITES):
-    """Freeze model, set model.ia3 to vectors (by default ones at sites), remember the base's fingerprint.
+def row(matrix, layer, task_ids):
+    """One layer's vector: (width,) of a task, or (B, 1, width) of each row's task, or None for a site left out."""
+    if matrix is None:
+        return None
+    if task_ids is None:
+        return matrix[layer]  # (width,)
+    return matrix[task_ids, layer].unsqueeze(1)  # (B, 1, width)
 
-    Attach to train or to have vectors checked; to switch tasks, assigning to model.ia3 is enough. Cast the model first:
-    model.to(dtype) afterwards casts the vectors, too. Call it before torch.compile and before DDP. Returns the vectors,
-    float32 and on the model's device. Raises ValueError for those of another base.
+
+def layers_of(model, task_ids, n_rows):
+    """Return each layer's (l_k, l_v, l_ff) for a forward pass of model over n_rows rows; Nones without vectors.
+
+    Raises ValueError for task_ids that do not fit (see IA3.per_layer).
     """
+    if model.ia3 is None:
+        layers = [(None, None, None)] * model.config.n_layer
+    else:
+        layers = model.ia3.per_layer(task_ids)
+    if task_ids is not None and (model.ia3 is None or len(task_ids) != n_rows):
+        raise ValueError("task_ids need stacked vectors, and one id for each row of idx")
+    return layers
+
+
+def read_npz(path, most):
+    """Return what a file of vectors holds: about, a dict, and {name: float32 array}.
+
+    most: the largest number of values that the arrays may have together, looked up before one is unpacked. Raises
+    OSError if there is no such file and ValueError for a larger one or a damaged one.
+    """
+    with open(path, "rb") as f:
+        try:
+            file = np.load(f, allow_pickle=False)
+            shapes = read_shapes(file)
+            n_values = sum(math.prod(shape) for shape in shapes.values())
+            about = json.loads(file["about"].item())
+            if not isinstance(about, dict):
+                raise ValueError("about is not a dict")
+            arrays = {}
+            if n_values <= most:  # if not, none is read, and the error follows below
+                for name in shapes:
+                    arrays[name] = file[name].astype(np.float32, casting="same_kind")
+        except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
+            raise ValueError(f"{path} is truncated, or not a file of (IA)³ vectors ({type(e).__name__})") from None
+    if n_values > most:
+        raise ValueError(f"{path} holds {shapes}: {n_values:,} values, and this base takes at most {most:,}")
+    return about, arrays
+
+
+def check_finite(arrays):
+    """Raise ValueError with the name of an array that holds NaN or infinity."""
+    for name, a in arrays.items():
+        if not np.isfinite(a).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def unwrap(model):
+    """The module inside what torch.compile(model) returns; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def attach(model, vectors=None, sites=None):
+    """Freeze model, set model.ia3 to vectors and remember the base's fingerprint. Returns the vectors.
+
+    vectors: an IA3, by default ones at sites (all three). They become float32, on the model's device. Cast the model
+    first: model.to(dtype) afterwards casts the vectors, too. Attach to train, or to have vectors checked; to switch
+    tasks, assigning to model.ia3 is enough. Raises ValueError for another base's vectors, and for vectors with sites.
+    """
+    model = unwrap(model)
     if vectors is None:
-        vectors = IA3(model.config, sites)
+        vectors = IA3(model.config, SITES if sites is None else sites)
+    elif sites is not None:
+        raise ValueError("attach takes vectors or sites: vectors have their own sites")
     if not isinstance(vectors, IA3):
-        raise ValueError(f"attach wants an IA3, not {type(vectors).__name__}: IA3.load(path, model) reads a file")
-    theirs, ours = vectors.fingerprint, fingerprint(model)
+        raise ValueError(f"attach takes an IA3, not {type(vectors).__name__}: IA3.load(path, model) reads a file")
+    theirs = vectors.fingerprint
+    ours = fingerprint(model)
     if (vectors.config.n_layer, vectors.config.widths) != (model.config.n_layer, model.config.widths):
         raise ValueError("these vectors are for another base: another number of layers, or other widths")
     if theirs not in (None, ours):
         raise ValueError(f"these vectors are for another base of this shape ({theirs[:8]}, not {ours[:8]})")
     vectors.fingerprint = ours
-    model.ia3 = None  # vectors that were there belong to their holder: only the base is frozen
+    vectors.to(next(model.parameters()).device, torch.float32)  # whatever the base is held in
+    vectors.requires_grad_()
+    model.ia3 = None  # drop the old vectors first, so that the next line freezes the base and not them
     model.requires_grad_(False)
-    model.ia3 = vectors.requires_grad_().to(next(model.parameters()).device, torch.float32)  # whatever the base is in
+    model.ia3 = vectors
     return vectors
 
 
 def stack(tasks):
     """Copy several tasks, each an IA3 or None for the base, into one IA3 of matrices (n_tasks, n_layer, width).
 
-    What a task does not scale is ones in its row. Raises ValueError for no vectors at all, for stacked ones, and for
-    those of different shapes or bases.
+    A site that a task does not scale is ones there. Raises ValueError for no vectors at all, for stacked ones, and for
+    vectors of different shapes or bases.
     """
     tasks = list(tasks)
     given = [task for task in tasks if task is not None]
     shapes = {(task.config.n_layer, task.config.widths) for task in given}
     fingerprints = {task.fingerprint for task in given if task.fingerprint}
     if len(shapes) != 1 or len(fingerprints) > 1 or any(task.is_stacked() for task in given):
-        raise ValueError("stack wants one or more tasks' vectors, all for one base")
+        raise ValueError("stack takes one or more tasks' vectors, all for one base")
     sites = [site for site in SITES if any(f"l_{site}" in task.matrices() for task in given)]
     stacked = IA3(given[0].config, sites).to(next(given[0].parameters()).device)
     stacked.fingerprint = fingerprints.pop() if fingerprints else None
     for name, ones in stacked.matrices().items():
-        matrices = [ones if task is None else task.matrices().get(name, ones) for task in tasks]
-        matrices = [matrix.detach().to(ones.device) for matrix in matrices]
+        matrices = []
+        for task in tasks:
+            own = {} if task is None else task.matrices()
+            matrices.append(own.get(name, ones).detach().to(ones.device))
         setattr(stacked, name, nn.Parameter(torch.stack(matrices)))  # (n_tasks, n_layer, width)
     return stacked
 
 
 def unstack(stacked):
-    """The way back: return a list of IA3, copies of one task's vectors each, so that each can be saved or merged.
+    """The inverse of stack: return a list of IA3, one per task, as copies. Each can then be saved or merged.
 
-    The sites are the stack's: what a task did not scale is ones. Raises ValueError for vectors of one task.
+    All have the stack's sites: one that a task did not scale is ones. Raises ValueError for vectors of one task.
     """
     if not stacked.is_stacked():
-        raise ValueError("unstack wants stacked vectors, and these are one task's")
+        raise ValueError("unstack takes stacked vectors, and these are one task's")
     n_tasks = next(stacked.parameters()).size(0)
     tasks = []
     for task_id in range(n_tasks):
@@ -200,11 +270,13 @@ def unstack(stacked):
 def fingerprint(model):
     """SHA-256, in hexadecimal, of the base as a function: class, config and weights, without the vectors.
 
-    IA3.load, attach and merge refuse vectors of another base; merging changes the weights, so that the same vectors are
-    not merged twice. Hashed are the config without dropout and block_size (n_head, say, changes the function and no
-    shape), and every weight's name, shape and values, a tied head once. Values are rounded to bfloat16, so that a base
-    has one fingerprint in float32 and bfloat16; another base whose weights round to the same passes.
+    IA3.load, attach and merge refuse vectors of another base. Merging changes the weights, so the same vectors cannot
+    be merged twice. Hashed are the config without dropout and block_size (n_head, for one, changes the function and no
+    shape), and the name, shape and values of every weight, a tied head once. Values are rounded to bfloat16, so a base
+    has one fingerprint in float32 and in bfloat16. So a base whose weights differ only below bfloat16's precision has
+    the same fingerprint.
     """
+    model = unwrap(model)
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config]).encode())
     for name, p in sorted(model.named_parameters()):

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ia3 import layers_of
+
 # the names of a rope_scaling's numbers
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -168,10 +170,10 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA. `ia3` holds the vectors of a task, or None; assigning it switches the task, assigning None undoes it.
+    """A LLaMA. `ia3` holds the vectors of a task, or None.
 
-    To train vectors or to have them checked, use ia3.attach: it freezes the base, which an assignment does not.
-    `tokenizer` is an object with encode_ordinary and decode, or None; the model itself only carries it.
+    Assign an IA3 to switch tasks, None for the base. Assigning freezes nothing: ia3.attach does.
+    `tokenizer` is an object with encode_ordinary and decode, or None; the model only carries it.
     """
 
     def __init__(self, config):
@@ -204,40 +206,45 @@ class Llama(nn.Module):
     def forward(self, idx, targets=None, task_ids=None, cache=None):
         """Predict the next token at every position.
 
-        idx (B, T) long, T ≤ block_size; targets (B, T) long, -1 where no loss is wanted; task_ids (B,) long, the task
-        of each row when self.ia3 is stacked (ia3.stack); cache: see hidden. Returns logits (B, T, vocab_size) and the
-        mean cross-entropy in nats a target token, or None without targets. Raises ValueError for a sequence too long,
-        for task_ids that do not fit the vectors, and for targets that are all -1 (on a GPU their loss is NaN instead:
-        to look would make it wait).
+        idx (B, T) long, T ≤ block_size; targets (B, T) long, -1 where there is none; task_ids (B,) long, the task of
+        each row when self.ia3 is stacked (ia3.stack); cache: see hidden.
+
+        Returns the logits, (B, T, vocab_size), and the mean cross-entropy in nats per target, or None without targets.
+        If some targets are -1, the logits are those of the n positions that have one, (n, vocab_size). Raises
+        ValueError for a sequence that is too long, task_ids that do not fit the vectors, or targets that are all -1.
         """
-        logits = self.lm_head(self.hidden(idx, task_ids, cache))  # (B, T, vocab_size)
+        hidden = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
         if targets is None:
-            return logits, None
-        if targets.device.type == "cpu" and (targets < 0).all():
+            return self.lm_head(hidden), None
+
+        has_target = targets >= 0  # (B, T)
+        if not has_target.any():
             raise ValueError("every target is -1: there is nothing to take the mean of")
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 has steps of 1/64 in a loss of 2
-        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if not has_target.all():  # the logits are most of a step's memory: compute them only where they are compared
+            hidden = hidden[has_target]  # (n, n_embd)
+            targets = targets[has_target]  # (n,)
+        logits = self.lm_head(hidden)  # (B, T, vocab_size), or (n, vocab_size)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 numbers near 2 are 1/64 apart
+        return logits, F.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
     def hidden(self, idx, task_ids=None, cache=None):
-        """What the head reads: (B, T, n_embd), for those who need logits at a few positions only.
+        """Everything but the head: (B, T, n_embd), for callers that need logits at a few positions only.
 
-        cache: a sample.Cache that holds the tokens before idx, and gets these too; None where idx is all there is.
+        cache: a sample.Cache that holds the tokens before idx and is extended by idx; None if there are none.
         """
-        T = idx.size(1)
-        start = 0 if cache is None else cache.start(self.ia3, task_ids)  # tokens read before
-        if not 1 <= T <= self.config.block_size - start:
-            raise ValueError(f"a sequence of {start + T} tokens, and block_size is {self.config.block_size}")
-        if self.ia3 is not None:
-            layers = self.ia3.per_layer(task_ids)  # n_layer × (l_k, l_v, l_ff)
-        else:
-            layers = [(None, None, None)] * self.config.n_layer
-        if task_ids is not None and (self.ia3 is None or len(task_ids) != idx.size(0)):
-            raise ValueError("task_ids want stacked vectors, and as many ids as idx has rows")
-        caches = [None] * self.config.n_layer if cache is None else cache.layers
+        layers = layers_of(self, task_ids, len(idx))  # n_layer × (l_k, l_v, l_ff)
+        start = 0  # tokens read before
+        caches = [None] * self.config.n_layer
+        if cache is not None:
+            start = cache.start(self, task_ids)
+            caches = cache.layers
+        end = start + idx.size(1)
+        if not start < end <= self.config.block_size:
+            raise ValueError(f"a sequence of {end} tokens, and block_size is {self.config.block_size}")
 
         x = self.model.embed_tokens(idx)  # (B, T, C)
-        pos = torch.arange(start, start + T, device=idx.device)
+        pos = torch.arange(start, end, device=idx.device)
         cos, sin = rotary_table(self.config, pos, x.dtype)  # one table for all layers
-        for block, (l_k, l_v, l_ff), layer_cache in zip(self.model.layers, layers, caches, strict=True):
+        for block, (l_k, l_v, l_ff), layer_cache in zip(self.blocks, layers, caches, strict=True):
             x = block(x, cos, sin, l_k, l_v, l_ff, layer_cache)
         return self.model.norm(x)  # (B, T, C)

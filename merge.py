@@ -6,8 +6,9 @@
     W_v ← diag(l_v) W_v    b_v ← l_v ⊙ b_v       the rows after them
     W_2 ← W_2 diag(l_ff)   b_2 stays             columns of the MLP's c_proj
 
-(Liu et al. 2022, section 3.3: no cost at inference.) That is GPT-2; in a Llama the three are k_proj, v_proj, down_proj.
-What comes out is a plain model of the same class, with the base's names of weights, shapes and FLOPs.
+(Liu et al. 2022, section 3.3: no cost at inference.) That is GPT-2. In a Llama the rows of k_proj and v_proj take l_k
+and l_v, and the rows of up_proj take l_ff: l_ff ⊙ silu(W_gate x) ⊙ (W_up x) = silu(W_gate x) ⊙ (diag(l_ff) W_up x).
+The result is a plain model of the same class, with the base's names of weights, shapes and FLOPs.
 """
 
 import argparse
@@ -19,20 +20,23 @@ import torch
 
 import common
 import data as datasets
-from ia3 import IA3, fingerprint
+import disk
+from ia3 import IA3, fingerprint, unwrap
+from model import GPT
 from sample import generate
 
 
 @torch.no_grad()
 def merge(model):
-    """Return a plain model of model's class with model.ia3 folded in; model is left as it was: nothing to unmerge.
+    """Return a plain model of model's class with model.ia3 folded in. model stays as it was: there is no unmerge.
 
-    Products are taken in float64, then rounded to the weights' dtype. Raises ValueError where model has no vectors,
-    stacked ones, or another base's (those without a fingerprint belong to any), and where a weight, a vector or a
-    product is NaN or infinite, with its name.
+    Products are taken in float64, then rounded to the weights' dtype. Raises ValueError if model has no vectors,
+    stacked ones, or another base's (vectors without a fingerprint fit any), and if a weight, a vector or a product is
+    NaN or infinite, with its name.
     """
+    model = unwrap(model)
     if model.ia3 is None or model.ia3.is_stacked():
-        raise ValueError("merge wants a model with one task's vectors: assign them to model.ia3 first")
+        raise ValueError("merge takes a model with one task's vectors: assign them to model.ia3 first")
     check_finite(model)
     if model.ia3.fingerprint not in (None, fingerprint(model)):
         raise ValueError("these vectors belong to another base; or they are merged into this one already")
@@ -44,10 +48,8 @@ def merge(model):
 
 def fold(model):
     """Fold model.ia3 into model's own weights, and leave it without vectors."""
-    is_gpt2 = hasattr(model, "transformer")  # else a Llama
-    blocks = model.transformer.h if is_gpt2 else model.model.layers
-    fold_block = fold_gpt2 if is_gpt2 else fold_llama
-    for block, (l_k, l_v, l_ff) in zip(blocks, model.ia3.per_layer(), strict=True):
+    fold_block = fold_gpt2 if isinstance(model, GPT) else fold_llama
+    for block, (l_k, l_v, l_ff) in zip(model.blocks, model.ia3.per_layer(), strict=True):
         fold_block(block, l_k, l_v, l_ff)
     model.ia3 = None
 
@@ -61,14 +63,18 @@ def fold_gpt2(block, l_k, l_v, l_ff):
 
 
 def fold_llama(block, l_k, l_v, l_ff):
-    """A block of LLaMA: all rows of k_proj and v_proj, (n_kv_head·d_head, n_embd)."""
+    """A block of LLaMA: all rows of k_proj, v_proj and up_proj, each (width, n_embd).
+
+    down_proj's columns could take l_ff just as well. Rows also fold into a block-quantized file, where the weights of a
+    row share scales: a row's factor moves into them, a column's cannot (docs/edge.md).
+    """
     fold_rows(block.self_attn.k_proj, slice(None), l_k)
     fold_rows(block.self_attn.v_proj, slice(None), l_v)
-    fold_columns(block.mlp.down_proj, l_ff)
+    fold_rows(block.mlp.up_proj, slice(None), l_ff)
 
 
 def fold_rows(linear, rows, l):
-    """l ⊙ (W x + b) = (diag(l) W) x + l ⊙ b, for the rows of W that make what l scales. l: an entry a row, or None."""
+    """l ⊙ (W x + b) = (diag(l) W) x + l ⊙ b, for the rows of W that l scales. l: one entry per row, or None."""
     if l is not None:
         scale(linear.weight[rows], l.unsqueeze(1))  # (rows, columns) by (rows, 1): one number per row
         if linear.bias is not None:
@@ -82,7 +88,7 @@ def fold_columns(linear, l):
 
 
 def scale(weights, l):
-    """weights ← l · weights in place: in float64, then rounded (to bfloat16 by way of float32, as torch does it)."""
+    """weights ← l · weights in place, computed in float64 and rounded to the weights' dtype."""
     weights.copy_(weights.double() * l.double())
 
 
@@ -95,7 +101,7 @@ def check_finite(model):
 
 @dataclass
 class Report:
-    """How exact a merge was. Distances to the float64 truth are root mean squares over all logits."""
+    """How exact a merge was. A distance to the float64 truth is the root mean square over all logits."""
 
     max_difference: float  # max |Δlogit|, merged against unmerged, in the model's own dtype
     float64_difference: float  # max |Δlogit| of a float64 copy of unmerged, before and after it is folded
@@ -106,8 +112,8 @@ class Report:
     def is_exact(self):
         """Whether merged is as near to the truth as unmerged, and folding changes a float64 copy by at most 1e-11.
 
-        Both round, at other places, so their distances are two draws of the same noise: merged's was at most 1.35 times
-        unmerged's, on the narrowest model tried. A factor of 1.5 leaves room for that, and little for a mistake.
+        Both distances are rounding noise of the same size. The largest ratio we have seen is 1.35 (a very narrow
+        Llama), so 1.5 leaves a margin.
         """
         return self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11) and self.float64_difference <= 1e-11
 
@@ -123,11 +129,11 @@ class Report:
 def verify(model, merged, idx, lengths=None):
     """Compare model with merged, both in eval mode, on idx (B, T) long. Returns a Report.
 
-    lengths: how many tokens of each row are text; what follows is padding and is not compared (None: all is text).
+    lengths: how many tokens of each row are text. The rest is padding and is not compared (None: all is text).
 
-    Rounding makes any two ways to compute a logit differ. So the question is not whether merged equals unmerged, but
-    whether it is any further from what both approximate: the unmerged weights and vectors, run in float64. That float64
-    copy is then folded itself, which shows a mistake of fold. Memory: the copy, and the float64 logits of idx.
+    Any two ways to compute a logit round differently. So the question is whether merged is any further than unmerged
+    from what both approximate: the unmerged model run in float64. That float64 copy is then folded itself, which
+    reveals a mistake in fold. Memory: the copy, and the float64 logits of idx.
     """
     if lengths is None:
         lengths = [idx.size(1)] * idx.size(0)
@@ -135,17 +141,16 @@ def verify(model, merged, idx, lengths=None):
     wide = copy.deepcopy(model).double()
     truths = [wide(row)[0] for row in rows]  # (1, n, vocab_size) each
     fold(wide)  # the float64 copy is folded from here on
-    figures = []  # five of every token
+    figures = {"largest": [], "largest_float64": [], "of_unmerged": [], "of_merged": [], "same": []}  # (1, n) per row
     for row, truth in zip(rows, truths, strict=True):
         a = model(row)[0].double()
         b = merged(row)[0].double()
-        largest = (a - b).abs().amax(-1)  # (1, n), as the next four are
-        largest_float64 = (wide(row)[0] - truth).abs().amax(-1)
-        of_unmerged = (a - truth).square().mean(-1)
-        of_merged = (b - truth).square().mean(-1)
-        same = (a.argmax(-1) == b.argmax(-1)).double()
-        figures.append(torch.cat([largest, largest_float64, of_unmerged, of_merged, same]))  # (5, n)
-    largest, largest_float64, of_unmerged, of_merged, same = torch.cat(figures, dim=1)  # (tokens,) each
+        figures["largest"].append((a - b).abs().amax(-1))
+        figures["largest_float64"].append((wide(row)[0] - truth).abs().amax(-1))
+        figures["of_unmerged"].append((a - truth).square().mean(-1))
+        figures["of_merged"].append((b - truth).square().mean(-1))
+        figures["same"].append((a.argmax(-1) == b.argmax(-1)).double())
+    largest, largest_float64, of_unmerged, of_merged, same = [torch.cat(rows, dim=1) for rows in figures.values()]
     return Report(
         max_difference=largest.max().item(),
         float64_difference=largest_float64.max().item(),
@@ -164,7 +169,7 @@ def run(argv):
     parser.add_argument("--block-size", type=int, help="of val's windows, in tokens (default: the base's, at most 256)")
     args = parser.parse_args(argv)
     files = datasets.find(args.data, ["val"])
-    common.check_output(args.out, inputs=[args.base, args.ia3, *files.values()])
+    disk.check_output(args.out, inputs=[args.base, args.ia3, *files.values()])
     model = common.load(args.base)  # float32 on the CPU, wherever the vectors were trained
     model.ia3 = IA3.load(args.ia3, model)
     window = min(model.config.block_size, 256) if args.block_size is None else args.block_size
@@ -175,7 +180,7 @@ def run(argv):
 
     ids = datasets.evenly_spaced(val, max(1024 // window, 1))  # some 1024 tokens
     idx, targets = val.windows(ids)
-    lengths = [row.nonzero().max().item() + 1 for row in targets >= 0]  # up to the last target; the rest is padding
+    lengths = [int((row >= 0).nonzero().max()) + 1 for row in targets]  # up to the last target; the rest is padding
     report = verify(model, merged, idx, lengths)
     prompt = val.prompt(64)
     greedy = [generate(m, prompt, 200, temperature=0) for m in (model, merged)]

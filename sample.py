@@ -21,11 +21,11 @@ from ia3 import IA3, stack
 
 
 class Cache:
-    """What a model has read so far, so that only new tokens are read: keys and values, allocated once.
+    """The keys and values of all tokens read so far, so that only new tokens are read. Allocated once.
 
-    They are kept scaled, and in a Llama rotated: a cached key holds l_k already, a cached value l_v. So a cache belongs
-    to the vectors and task_ids, the very objects, that it was made with, and is refused for others. It is written in
-    place, so it is for torch.no_grad.
+    Cached keys and values are already scaled, and in a Llama rotated: a cached key holds l_k, a cached value l_v. So a
+    cache is valid only for the model, the vectors and the task_ids that it was created with, the same objects. It is
+    written in place, so use it under torch.no_grad.
     """
 
     def __init__(self, model, batch_size, max_tokens, task_ids=None):
@@ -34,14 +34,14 @@ class Cache:
         d_head = config.n_embd // config.n_head
         n_kv_head = config.widths[0] // d_head  # heads of keys and values: in GPT-2 as many as of queries
         shape = (batch_size, n_kv_head, max_tokens, d_head)
-        self.ia3 = model.ia3
-        self.task_ids = task_ids
+        self.made_for = (model, model.ia3, task_ids)
         self.layers = [LayerCache(shape, weight.device, weight.dtype) for _ in range(config.n_layer)]
 
-    def start(self, ia3, task_ids):
-        """The number of tokens read so far. Raises ValueError for other vectors or task_ids than the cache's own."""
-        if ia3 is not self.ia3 or task_ids is not self.task_ids:
-            raise ValueError("this cache holds keys and values of other vectors or task_ids: make a new one")
+    def start(self, model, task_ids):
+        """The number of tokens read so far. Raises ValueError for another model, other vectors or other task_ids."""
+        for made_for, given in zip(self.made_for, (model, model.ia3, task_ids), strict=True):
+            if made_for is not given:
+                raise ValueError("this cache was made for another model, other vectors or other task_ids")
         return self.layers[0].length
 
 
@@ -56,8 +56,8 @@ class LayerCache:
     def append(self, k, v):
         """Add T tokens' k and v, (B, n_kv_head, T, d_head).
 
-        Returns k and v of all tokens so far, and which of them each new one sees: (T, length) bool, None for all.
-        Raises ValueError for other rows or more tokens than the cache was made for.
+        Returns k and v of all tokens so far, and which of them each new token sees: (T, length) bool, None for all.
+        Raises ValueError for another number of rows, or more tokens, than the cache was made for.
         """
         T = k.size(2)
         end = self.length + T
@@ -69,7 +69,7 @@ class LayerCache:
         self.v[:, :, self.length : end] = v
         self.length = end
         seen = None
-        if T > 1:  # the new tokens are the last: each sees what was there, and the new ones up to itself
+        if T > 1:  # row i, one of the last T tokens, sees columns 0 to end - T + i
             seen = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
         return self.k[:, :, :end], self.v[:, :, :end], seen
 
@@ -97,7 +97,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     cache = Cache(model, idx.size(0), min(idx.size(1) + max_new_tokens, block_size), task_ids)
     for _ in range(max_new_tokens):
         if idx.size(1) <= block_size:
-            n_read = cache.start(model.ia3, task_ids)
+            n_read = cache.start(model, task_ids)
             hidden = model.hidden(idx[:, n_read:], task_ids, cache)  # (B, new tokens, n_embd)
         else:
             hidden = model.hidden(idx[:, -block_size:], task_ids)  # (B, block_size, n_embd)
@@ -105,8 +105,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
         if logits.device.type == "cpu" and not logits.isfinite().all():  # on a GPU to look would be to wait
             raise FloatingPointError("the logits are not finite: weights or vectors are far too large")
         if top_k is not None:
-            top = torch.topk(logits, min(top_k, logits.size(-1)))  # k of them, also where some are equal
-            logits = torch.full_like(logits, -math.inf).scatter(1, top.indices, top.values)
+            kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]  # (B, 1)
+            logits[logits < kth] = -math.inf
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)  # (B, 1)
         else:
@@ -127,18 +127,10 @@ def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tas
     return [model.tokenizer.decode(row) for row in rows]
 
 
-def short_names(paths):
-    """What tells the paths apart: without .npz, and without the folders and the file name that all of them share."""
-    names = [Path(str(path).removesuffix(".npz")).parts for path in paths]
-
-    def agree(place):
-        return all(len(name) > 1 for name in names) and len({name[place] for name in names}) == 1
-
-    while agree(0):
-        names = [name[1:] for name in names]
-    while agree(-1):
-        names = [name[:-1] for name in names]
-    return [str(Path(*name)) for name in names]
+def task_name(path):
+    """What a file of vectors is called beside others: data/kjv.npz and out/kjv/ia3.npz are both kjv."""
+    path = Path(path)
+    return path.parent.name if path.stem == "ia3" and path.parent.name else path.stem
 
 
 def side_by_side(names, texts, width=38):
@@ -188,7 +180,7 @@ def run(argv):
         model.ia3 = stack(tasks)
         task_ids = torch.arange(len(tasks))  # one row per task
     texts = complete(model, prompts, args.tokens, args.temperature, args.top_k, args.seed, task_ids)
-    print(texts[0] if len(texts) == 1 else side_by_side(short_names(args.ia3), texts))
+    print(texts[0] if len(texts) == 1 else side_by_side([task_name(path) for path in args.ia3], texts))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one for (IA)³, for full fine-tuning and for pretraining; on a laptop, a GPU, or many.
+"""The training loop: one for (IA)³, for full fine-tuning and for pretraining, on a laptop or on GPUs.
 
     python train.py                                            # (IA)³: data/base.pt learns 1623 spelling
     python train.py --data path/to/folder --base my.pt         # your own text, your own base
@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 train.py ...                   # any of these on eight GPUs
 
 train() optimizes whatever requires a gradient; build() makes what the flags ask for. Batches and dropout are functions
-of the seed, the step and the process, so a resumed run sees what an uninterrupted one would have.
+of the seed, the step and the process, so a resumed run sees what an uninterrupted one would have seen.
 """
 
 import argparse
@@ -19,63 +19,72 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data as datasets
-from ia3 import IA3, SITES, attach, fingerprint
+import disk
+from ia3 import IA3, SITES, attach, fingerprint, unwrap
 from model import GPT, GPTConfig
 from sample import complete
-
-COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")  # of metrics.csv; lr is the next step's
-
-
-def flag(default, help, choices=None, bounds=None):
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
 
 
 @dataclass
 class TrainConfig:
-    """What train() does. Raises ValueError for values out of bounds.
+    """What train() does. Raises ValueError for values out of bounds."""
 
-    Every field is a flag of the command line, too; there lr's default depends on the model, dtype's on the device and
-    out's on the data.
-    """
-
-    steps: int = flag(200, "optimizer steps", bounds=(1, 10**9))
-    lr: float = flag(0.1, "peak learning rate", bounds=(1e-12, 1000))  # for the small bundled base; 3e-3 for others
-    schedule: str = flag("cosine", "the decay to zero after the warmup", choices=("cosine", "linear"))
-    warmup: float = flag(0.06, "share of the steps in which the learning rate rises", bounds=(0, 1))
-    batch_size: int = flag(16, "windows or examples a step, over all parts and processes", bounds=(1, 10**5))
-    grad_accum: int = flag(1, "parts that a process cuts its batch into, one in memory at a time", bounds=(1, 10**5))
-    weight_decay: float = flag(0.1, "AdamW's, on matrices, never on vectors of (IA)³", bounds=(0, 1000))
-    grad_clip: float = flag(1.0, "largest gradient norm", bounds=(1e-12, math.inf))
-    eval_interval: int = flag(20, "steps between evaluations, each of which writes a checkpoint", bounds=(1, 10**9))
-    eval_windows: int = flag(64, "windows of val in an evaluation; at a run's end all is read", bounds=(1, 10**9))
-    seed: int = flag(0, "draws the batches, the dropout and a new model's weights", bounds=(0, 2**63 - 1))
-    dtype: str = flag("float32", "bfloat16: autocast, or a frozen base stored in it", choices=("float32", "bfloat16"))
-    out: str | None = flag(None, "folder of the run")
-    resume: bool = flag(False, "go on with the run in --out from its last checkpoint, if it has one")
+    lr: float  # the peak; it has no default here, because it depends on the model (default_lr)
+    steps: int = 200
+    schedule: str = "cosine"  # or "linear": the decay to zero after the warmup
+    warmup: float = 0.06  # share of the steps in which the learning rate rises
+    batch_size: int = 16  # windows or examples per step, over all parts and processes
+    grad_accum: int = 1  # parts that a process cuts its batch into, one in memory at a time
+    weight_decay: float = 0.1  # AdamW's, on matrices of weights, never on vectors of (IA)³
+    grad_clip: float = 1.0  # the largest gradient norm
+    eval_interval: int = 20  # steps between evaluations, each of which writes a checkpoint
+    eval_windows: int = 64  # windows of val in an evaluation
+    seed: int = 0  # draws the batches and the dropout
+    dtype: str = "float32"  # or "bfloat16": autocast, where the weights are float32
+    out: str | None = None  # the folder of the run; None keeps nothing
+    resume: bool = False  # continue the run in out from its last checkpoint, if it has one
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            choices = f.metadata["choices"]
-            bounds = f.metadata["bounds"]
-            if choices and value not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value}")
-            if f.type is int and type(value) is not int:
-                raise ValueError(f"{f.name} must be a whole number, not {value}")
-            if bounds and not bounds[0] <= value <= bounds[1]:
-                raise ValueError(f"{f.name} must be from {bounds[0]} to {bounds[1]}, not {value}")
+        for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_windows", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{flag(name)} must be a whole number, not {getattr(self, name)}")
+        for name in ("steps", "eval_interval", "eval_windows"):
+            check_bounds(name, getattr(self, name), 1, 10**9)
+        for name in ("batch_size", "grad_accum"):
+            check_bounds(name, getattr(self, name), 1, 10**5)
+        check_bounds("lr", self.lr, 1e-12, 1000)
+        check_bounds("warmup", self.warmup, 0, 1)
+        check_bounds("weight_decay", self.weight_decay, 0, 1000)
+        check_bounds("grad_clip", self.grad_clip, 1e-12, math.inf)
+        check_bounds("seed", self.seed, 0, 2**63 - 1)
+        if self.schedule not in ("cosine", "linear"):
+            raise ValueError(f"--schedule must be cosine or linear, not {self.schedule}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"--dtype must be float32 or bfloat16, not {self.dtype}")
         world = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
         if self.batch_size < world * self.grad_accum:
-            raise ValueError(f"batch_size must be at least {world} processes × grad_accum {self.grad_accum}")
+            raise ValueError(f"--batch-size must be at least {world} processes × --grad-accum {self.grad_accum}")
+
+
+def flag(name):
+    """A setting's name as it is typed: '--batch-size'."""
+    return "--" + name.replace("_", "-")
+
+
+def check_bounds(name, value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{flag(name)} must be from {low} to {high}, not {value}")
+
+
+# --- the loop ---
 
 
 def learning_rate(step, config):
@@ -90,7 +99,7 @@ def learning_rate(step, config):
 
 
 def lm_loss(model, x, y):
-    """Mean cross-entropy in nats a target token."""
+    """Mean cross-entropy in nats per target."""
     return model(x, y)[1]
 
 
@@ -98,13 +107,14 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    target tokens (default: lm_loss). should_stop(): asked before every step; true ends the run there, saved; under
-    torchrun every process must answer the same. With config.out, every evaluation writes last.pt and metrics.csv there.
+    targets (default: lm_loss). should_stop(): asked before every step; True saves the run and ends it there. Under
+    torchrun every process must give the same answer. With config.out, every evaluation writes last.pt and metrics.csv
+    there.
 
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
-    gradient that is not finite, and ValueError for nothing to train, for vectors on a base that is not frozen, for
-    vectors in less than float32, and for a run in config.out that cannot be resumed.
+    gradient that is not finite, and ValueError if there is nothing to train, if vectors stand on a base that is not
+    frozen or are coarser than float32, and for a run in config.out that cannot be resumed or is not to be.
     """
     if loss_fn is None:
         loss_fn = lm_loss
@@ -112,57 +122,52 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     rank, world = ranks()
     device = model.lm_head.weight.device
 
-    # AdamW. Weight decay pulls to 0, and a vector starts at 1: only other matrices are decayed
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # AdamW. Weight decay pulls towards 0, and a vector starts at 1: only matrices of weights are decayed
+    trained = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
     decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
     others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
 
-    # where an earlier run of this folder was stopped
+    # a new run, or where an earlier one stopped
     step = 0
     history = []  # one dict per evaluation
     losses = []  # of the steps since the last evaluation
-    settings = {}  # of a run that is saved: all but out and resume must be the same when it is resumed
-    if config.out is not None:
-        settings = asdict(config) | {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
-        if config.resume and os.path.exists(f"{config.out}/last.pt"):
-            step, history, losses = load_run(settings, trained, optimizer)
+    folder = RunFolder(config, model, data, trained, optimizer)
+    if folder.holds_a_run():
+        step, history, losses = folder.load()
 
-    wrapped = DistributedDataParallel(model) if world > 1 else model
     parts = get_batch(data["train"], step, config, device)
-    n_tokens = 0
-    first = step  # since then, tokens and seconds are counted
+    step_at_start_of_interval = step
+    n_tokens = 0  # read since then
     started = time.time()
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        if due and step not in [row["step"] for row in history]:  # a resumed run may have it already
+        if due and step not in [row["step"] for row in history]:  # a resumed run may have this evaluation already
             seconds = max(time.time() - started, 1e-9)
-            tokens_per_second = n_tokens / seconds
-            train_loss = sum(losses) / len(losses) if losses else math.nan
-            val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
-            if not math.isfinite(val_loss):
-                raise FloatingPointError(f"val loss {val_loss} at step {step}: try a smaller lr")
-            row = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-            history.append(row | {"lr": learning_rate(step, config), "tokens_per_second": tokens_per_second})
+            row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else math.nan}
+            row["val_loss"] = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
+            row["lr"] = learning_rate(step, config)  # of the next step
+            row["tokens_per_second"] = n_tokens / seconds
+            if not math.isfinite(row["val_loss"]):
+                raise FloatingPointError(f"val loss {row['val_loss']} at step {step}: try a smaller --lr")
+            history.append(row)
             losses = []
             if rank == 0:
-                line = f"step {step:5d}/{config.steps}  val {val_loss:.4f}"
-                if step > 0:
-                    left = round((config.steps - step) * seconds / max(step - first, 1))
-                    line += f"  loss {train_loss:.4f}  {tokens_per_second:,.0f} tokens/s"
-                    line += f"  {left // 60}:{left % 60:02} left"
-                print(line, flush=True)
-                save_run(step, history, losses, settings, trained, optimizer)
+                steps_per_second = (step - step_at_start_of_interval) / seconds
+                print(progress(row, config.steps, steps_per_second), flush=True)
+                folder.save(step, history, losses)
+            step_at_start_of_interval = step
             n_tokens = 0
-            first = step
             started = time.time()
         if step == config.steps:
+            model.eval()
             return history
         if should_stop is not None and should_stop():
             if rank == 0:
-                save_run(step, history, losses, settings, trained, optimizer)
+                folder.save(step, history, losses)
+            model.eval()
             return history
 
         # forward and backward, one part of the batch in memory at a time
@@ -171,26 +176,27 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         dice = np.random.default_rng((config.seed, step, rank))
         torch.manual_seed(int(dice.integers(2**63)))  # for dropout
         loss = torch.zeros((), device=device)
-        for i, (part, share) in enumerate(parts):
-            if world > 1:
-                wrapped.require_backward_grad_sync = i == len(parts) - 1  # DDP reduces once a step
+        for part, share in parts:
             with autocast(model, config):
-                part_loss = loss_fn(wrapped, *part) * share
-            (part_loss * world).backward()  # DDP takes the mean over processes, but the shares sum to one already
+                part_loss = loss_fn(model, *part) * share  # shares sum to 1 over all parts and processes
+            part_loss.backward()
             loss += part_loss.detach()
             n_tokens += part[0].numel() * world
+
+        # with several processes: the sums over all of them
         if world > 1:
-            dist.all_reduce(loss)
+            for t in [loss, *[p.grad for p in trained.values()]]:
+                dist.all_reduce(t)
 
         # clip the gradient
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
 
-        # the next batch, while a GPU is still busy with this one
+        # fetch the next batch, while a GPU is still busy with this one
         parts = get_batch(data["train"], step + 1, config, device)
 
         # the step
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            raise FloatingPointError(f"loss {loss:g}, gradient {norm:g} at step {step}: try a smaller lr")
+            raise FloatingPointError(f"loss {loss:g}, gradient {norm:g} at step {step}: try a smaller --lr")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
@@ -199,7 +205,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
 
 def check_vectors(model):
-    """Raise ValueError if nothing is trained, if a base is trained beside its vectors, or these in below float32."""
+    """Raise ValueError if nothing is trained, if a base is trained beside its vectors, or if these are too coarse."""
+    model = unwrap(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing in this model requires a gradient: ia3.attach gives it vectors to train")
     if model.ia3 is None:
@@ -217,9 +224,9 @@ def ranks():
 
 
 def get_batch(split, step, config, device):
-    """This process's rows of a step's global batch, in grad_accum parts.
+    """This process's rows of a step's batch, in config.grad_accum parts.
 
-    Returns [(the part's tensors on device, its share of the batch's targets)]; over all processes shares sum to one.
+    Returns [(the part's tensors on device, its share of the whole batch's targets)].
     """
     rank, world = ranks()
     batch = split.batch(config.seed, step, config.batch_size)
@@ -242,11 +249,11 @@ def autocast(model, config):
 
 @torch.no_grad()
 def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
-    """Mean loss in nats a target token, over n_windows evenly spaced windows of split or over all, without overlap."""
+    """Mean loss in nats per target, over n_windows evenly spaced windows of split, or over all. Leaves eval mode on."""
     rank, world = ranks()
     ids = datasets.evenly_spaced(split, n_windows or len(split))[rank::world]
-    total = torch.zeros(2, dtype=torch.float64)  # nats, target tokens
-    model.eval()  # and left so: without dropout
+    total = torch.zeros(2, dtype=torch.float64)  # nats, targets
+    model.eval()  # no dropout
     for i in range(0, len(ids), config.batch_size):
         batch = split.windows(ids[i : i + config.batch_size])
         n_targets = (batch[1] >= 0).sum().item()
@@ -259,155 +266,241 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     return (total[0] / total[1]).item()
 
 
-def save_run(step, history, losses, settings, trained, optimizer):
-    """Write last.pt, all that a resumed run needs, and metrics.csv, the history; nothing for a run without a folder."""
-    if not settings:
-        return
-    state = {"step": step, "history": history, "losses": losses, "settings": settings}
-    state |= {"trained": trained, "optimizer": optimizer.state_dict()}
-    with common.replace_file(f"{settings['out']}/last.pt") as f:
-        torch.save(state, f)
-    write_metrics(history, settings["out"])
+def progress(row, steps, steps_per_second):
+    """The line that an evaluation prints."""
+    line = f"step {row['step']:5d}/{steps}  val {row['val_loss']:.4f}"
+    if steps_per_second > 0:
+        left = round((steps - row["step"]) / steps_per_second)
+        line += f"  loss {row['train_loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        line += f"  {left // 60}:{left % 60:02} left"
+    return line
 
 
-def write_metrics(history, out):
-    with common.replace_file(f"{out}/metrics.csv", text=True) as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
+# --- a run's folder: last.pt, all that a resumed run needs, and metrics.csv, the history ---
+
+COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")
 
 
-def load_run(settings, trained, optimizer):
-    """Put back the run in settings["out"], and write its metrics.csv anew. Returns step, history, losses.
+class RunFolder:
+    """What train() keeps in config.out; nothing if that is None. Raises ValueError if another run is in the way."""
 
-    Raises ValueError where last.pt is damaged, or another run's: another config, base, data, or other weights.
-    """
-    path = f"{settings['out']}/last.pt"
-    state = common.load_file(path)
-    try:
-        for name, value in state["settings"].items():
-            if name not in ("resume", "out") and value != settings[name]:
-                raise ValueError(f"it is another run's: its {name} is {value}, not {settings[name]}")
-        if state["trained"].keys() != trained.keys():
-            raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(trained)}")
-        for name, p in trained.items():
-            p.data.copy_(common.check_weight(state["trained"][name], name, p.shape))
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        history = [{name: row[name] for name in COLUMNS} for row in state["history"]]
-        losses = [float(loss) for loss in state["losses"]]
-        if type(step) is not int or not 0 <= step <= settings["steps"] or not history:
-            raise ValueError(f"its step is {step}, of {settings['steps']}, after {len(history)} evaluations")
+    def __init__(self, config, model, data, trained, optimizer):
+        self.out = config.out
+        self.trained = trained
+        self.optimizer = optimizer
+        if self.out is None:
+            return
+        # a run is resumed only under the settings that it was started with, all but these two
+        self.settings = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
+        self.settings |= {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
+        if self.holds_a_run() and not config.resume:
+            raise ValueError(f"{self.out} holds a run: resume it, remove it, or choose another folder")
+
+    def holds_a_run(self):
+        return self.out is not None and os.path.exists(f"{self.out}/last.pt")
+
+    def save(self, step, history, losses):
+        if self.out is None:
+            return
+        state = {"step": step, "history": history, "losses": losses, "settings": self.settings}
+        state |= {"trained": self.trained, "optimizer": self.optimizer.state_dict()}
+        with disk.replace_file(f"{self.out}/last.pt") as f:
+            torch.save(state, f)
+        self.write_metrics(history)
+
+    def write_metrics(self, history):
+        with disk.replace_file(f"{self.out}/metrics.csv", text=True) as f:
+            writer = csv.DictWriter(f, COLUMNS)
+            writer.writeheader()
+            writer.writerows(history)
+
+    def load(self):
+        """Put the trained values and the optimizer's state back. Returns step, history, losses.
+
+        Raises ValueError if last.pt is damaged, or another run's: other settings, base, data or sites.
+        """
+        path = f"{self.out}/last.pt"
+        state = disk.load_file(path)
+        try:
+            self.check_settings(state["settings"])
+            step = state["step"]
+            history = [{name: row[name] for name in COLUMNS} for row in state["history"]]
+            losses = [float(loss) for loss in state["losses"]]
+            if type(step) is not int or not 0 <= step <= self.settings["steps"] or not history:
+                raise ValueError(f"its step is {step}, of {self.settings['steps']}, after {len(history)} evaluations")
+            if state["trained"].keys() != self.trained.keys():
+                raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(self.trained)}")
+            for name, p in self.trained.items():
+                p.data.copy_(disk.check_weight(state["trained"][name], name, p.shape))
+            self.load_optimizer(state["optimizer"]["state"], step)
+        except Exception as e:  # a damaged or older file may lack anything
+            why = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            raise ValueError(f"{path} cannot be resumed: {why[:200]}; remove the folder to start anew") from None
         if ranks()[0] == 0:
-            write_metrics(history, settings["out"])  # a kill may have come before the last row was written
+            self.write_metrics(history)  # a kill may have come before the last row was written
         return step, history, losses
-    except Exception as e:  # a damaged or older file may lack anything
-        why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"{path} cannot be resumed: {why}; remove the folder to start anew") from None
+
+    def check_settings(self, theirs):
+        for name, ours in self.settings.items():
+            if name == "steps" and theirs.get(name, ours) != ours:
+                way = "give its ia3.npz as --ia3, and a new --out, to train it further"
+                raise ValueError(f"it has {theirs[name]} steps, not {ours}: {way}")
+            if name not in theirs or theirs[name] != ours:
+                raise ValueError(f"it is another run's: its {name} is {theirs.get(name)}, not {ours}")
+
+    def load_optimizer(self, states, step):
+        """Put back AdamW's state of every trained tensor, once it is checked. Rates and betas are ours."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if states.keys() != (set(range(len(params))) if step > 0 else set()):
+            raise ValueError(f"its optimizer has {len(states)} states after {step} steps, for {len(params)} tensors")
+        for i, state in states.items():
+            if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or float(state["step"]) != step:
+                raise ValueError(f"its optimizer's state {i} is not AdamW's after {step} steps")
+            for name in ("exp_avg", "exp_avg_sq"):
+                disk.check_weight(state[name], f"its optimizer's {name}", params[i].shape)
+            if (state["exp_avg_sq"] < 0).any():
+                raise ValueError("its optimizer's exp_avg_sq is negative")
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 # --- the command line ---
 
 
-def default_lr(model):
-    """The peak learning rate of vectors: the paper's, or what the small bundled base wants."""
-    small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
-    return 0.1 if small else 0.003
-
-
-def build(args):
-    """Return the model and the data that the flags ask for; fills in what they leave to the model and the machine."""
-    device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
-    sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd") if getattr(args, name) is not None}
-    if args.base == "scratch":
-        args.method = "full"
-        torch.manual_seed(args.seed)
-        vocab_size = datasets.N_IDS[args.tokenizer or "bytes"]
-        defaults = {"n_layer": 6, "n_head": 6, "n_embd": 192}
-        model = GPT(GPTConfig(args.block_size or 128, vocab_size, **(defaults | sizes)))
-        model.tokenizer = datasets.Tokenizer(args.tokenizer or "bytes", vocab_size)
-    elif sizes or args.tokenizer:
-        raise ValueError(f"--{next(iter(sizes), 'tokenizer')} goes with --base scratch: {args.base} has its own")
-    else:
-        model = common.load(args.base)
-    if args.block_size is None:
-        args.block_size = min(model.config.block_size, 256)
-    if not 1 <= args.block_size <= model.config.block_size:
-        raise ValueError(f"block_size must be from 1 to the model's {model.config.block_size}, not {args.block_size}")
-    data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
-    if args.lr is None:
-        args.lr = 0.001 if args.method == "full" else default_lr(model)
-    if args.method == "full":
-        if args.ia3 is not None or args.sites is not None:
-            raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
-        return model.to(device), data  # float32 weights, under autocast where dtype is bfloat16
-    if args.ia3 is not None:
-        if args.sites is not None:
-            raise ValueError("--sites goes without --ia3: the file has its own")
-        vectors = IA3.load(args.ia3, model)
-    else:
-        vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
-    model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype in which it computes
-    attach(model, vectors)  # float32
-    return model, data
-
-
 def parse(argv):
-    """Return the command line's flags: those below, and every field of TrainConfig."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+
+    add = parser.add_argument_group("what learns what").add_argument
     add("--base", default="data/base.pt", help="a checkpoint, or 'scratch' for a new GPT (default: %(default)s)")
     add("--data", default="folio", help="plays, folio, sonnets, kjv, or a folder of your own (default: %(default)s)")
     add("--method", default="ia3", choices=("ia3", "full"), help="the vectors, or every weight; scratch: always full")
     add("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
     add("--sites", help="what gets a vector (default: k,v,ff; with --ia3 the file's own)")
-    add("--block-size", type=int, help="training window in tokens (default: the model's, at most 256; scratch: 128)")
+    add("--out", help="folder of the run (default: out/ and the data's name)")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint, if it has one")
+
+    add = parser.add_argument_group("AdamW").add_argument
+    add(
+        "--lr",
+        type=float,
+        help="peak rate (default: vectors 0.003, on a GPT below 10 M weights 0.1; all weights 0.001)",
+    )
+    add("--steps", type=int, default=200, help="how many (default: %(default)s)")
+    add("--schedule", default="cosine", choices=("cosine", "linear"), help="decay to zero (default: %(default)s)")
+    add("--warmup", type=float, default=0.06, help="share of the steps in which the rate rises (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.1, help="on weights, never on vectors (default: %(default)s)")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+
+    add = parser.add_argument_group("batches and evaluations").add_argument
+    add("--batch-size", type=int, default=16, help="windows or examples per step (default: %(default)s)")
+    add("--grad-accum", type=int, default=1, help="parts of a batch, one in memory at a time (default: %(default)s)")
+    add("--block-size", type=int, help="of a window, in tokens (default: the model's, at most 256; scratch: 128)")
+    add("--eval-interval", type=int, default=20, help="steps from one to the next (default: %(default)s)")
+    add("--eval-windows", type=int, default=64, help="windows of val in each; all at the end (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of batches, dropout and a new model's weights (default: %(default)s)")
+
+    add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--n-layer", type=int, help="scratch: layers (default: 6)")
-    add("--n-head", type=int, help="scratch: heads (default: 6)")
-    add("--n-embd", type=int, help="scratch: width (default: 192)")
-    add("--tokenizer", choices=("bytes", "gpt2"), help="scratch: what a token is (default: bytes)")
-    told = {  # the defaults that depend on the model and the machine
-        "lr": "0.003 for vectors, 0.1 on a GPT below 10 million weights; 0.001 for all weights",
-        "dtype": "bfloat16 where CUDA has it, else float32",
-        "out": "out/ and the data's name",
-    }
-    for f in fields(TrainConfig):
-        name = "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            add(name, action="store_true", help=f.metadata["help"])
-        else:
-            default = None if f.name in told else f.default
-            help = f"{f.metadata['help']} (default: {told.get(f.name, f.default)})"
-            kind = f.type if f.type in (int, float) else str
-            add(name, type=kind, default=default, choices=f.metadata["choices"], help=help)
+    add(
+        "--dtype", choices=("float32", "bfloat16"), help="of a frozen base, or of autocast (default: the device's best)"
+    )
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on a GPU)")
+
+    add = parser.add_argument_group("a new GPT, --base scratch").add_argument
+    add("--n-layer", type=int, help="layers (default: 6)")
+    add("--n-head", type=int, help="heads (default: 6)")
+    add("--n-embd", type=int, help="width (default: 192)")
+    add("--tokenizer", choices=("bytes", "gpt2"), help="what a token is (default: bytes)")
     return parser.parse_args(argv)
 
 
+def default_lr(model):
+    """The peak learning rate of vectors: the paper's, or what the small bundled base needs."""
+    small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
+    return 0.1 if small else 0.003
+
+
+def new_model(args):
+    """A GPT with random weights, of the sizes that the flags give."""
+    sizes = {"block_size": 128, "n_layer": 6, "n_head": 6, "n_embd": 192}
+    for name in sizes:
+        if getattr(args, name) is not None:
+            sizes[name] = getattr(args, name)
+            check_bounds(name, sizes[name], 1, 10**5)
+    torch.manual_seed(args.seed)
+    tokenizer = args.tokenizer or "bytes"
+    vocab_size = datasets.N_IDS[tokenizer]
+    model = GPT(GPTConfig(vocab_size=vocab_size, **sizes))
+    model.tokenizer = datasets.Tokenizer(tokenizer, vocab_size)
+    return model
+
+
+def build(args):
+    """Return the model and the data that the flags ask for. Fills in the flags that depend on model and machine."""
+    device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
+    if args.base == "scratch":
+        args.method = "full"
+        model = new_model(args)
+    else:
+        for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{flag(name)} goes with --base scratch: {args.base} has its own")
+        model = common.load(args.base)
+    if args.block_size is None:
+        args.block_size = min(model.config.block_size, 256)
+    check_bounds("block_size", args.block_size, 1, model.config.block_size)
+    data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
+
+    if args.method == "full":
+        if args.ia3 is not None or args.sites is not None:
+            raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
+        args.lr = 0.001 if args.lr is None else args.lr
+        return model.to(device), data  # float32 weights, under autocast if --dtype is bfloat16
+    if args.ia3 is None:
+        vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
+    elif args.sites is None:
+        vectors = IA3.load(args.ia3, model)
+    else:
+        raise ValueError("--sites goes without --ia3: the file has its own")
+    args.lr = default_lr(model) if args.lr is None else args.lr
+    model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
+    attach(model, vectors)  # float32
+    return model, data
+
+
 def prepare_folder(args):
-    """Settle on args.out. Raises ValueError where a run is there already, or where we would write over an input."""
+    """Settle on args.out. Raises ValueError if it holds a run, or if we would write over an input."""
     if args.out is None:
         args.out = f"out/{os.path.basename(os.path.abspath(args.data))}"
     if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
-        raise ValueError(f"--out {args.out!r} names no folder of its own")
+        raise ValueError(f"--out {args.out!r} does not name a folder of its own")
     names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")
     there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     if there and not (args.resume and "last.pt" in there):
-        raise ValueError(f"{args.out} holds a run: --resume goes on from its last.pt; else remove it or name another")
+        raise ValueError(f"{args.out} holds a run: --resume continues it; otherwise remove it or choose another --out")
     inputs = [args.base, *datasets.find(args.data).values()]
     if args.ia3 is not None:
         inputs.append(args.ia3)
     for name in names:
-        common.check_output(f"{args.out}/{name}", inputs)
+        disk.check_output(f"{args.out}/{name}", inputs)
+
+
+def compile_model(args, model):
+    """torch.compile the model if --compile says so, by default on a GPU. It needs a C++ compiler."""
+    on_gpu = model.lm_head.weight.device.type == "cuda"
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    if args.compile and not has_compiler:
+        raise ValueError("--compile needs a C++ compiler: g++, or the one that CXX names")
+    if args.compile or (args.compile is None and on_gpu and has_compiler):
+        model.compile()
+    elif args.compile is None and on_gpu:
+        print("there is no C++ compiler here, so a step is slower than it could be", file=sys.stderr)
 
 
 def run(argv):
     """One run: from flags to a folder of files."""
     args = parse(argv)
     prepare_folder(args)
-    if args.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ValueError("--compile wants a C++ compiler: g++, or the one that CXX names")
     model, data = build(args)
     if "RANK" in os.environ:  # torchrun's
         device = model.lm_head.weight.device
@@ -418,27 +511,27 @@ def run(argv):
     if rank == 0:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{n:,} values learn {args.data} on {args.base} ({model.lm_head.weight.device}, {args.dtype})")
-    if args.compile:
-        model.compile()
+    compile_model(args, model)
+    prompt = data["val"].prompt(64)
+    before = complete(model, prompt, temperature=0.5)
 
     # Ctrl-C lets the step finish, so that what is saved is whole; a second one stops at once
     stop = threading.Event()
-    handler = signal.getsignal(signal.SIGINT)
+    usual = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(*_):
         stop.set()
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, usual)
 
-    prompt = data["val"].prompt(64)
-    before = complete(model, prompt, temperature=0.5)
     if world == 1:
         signal.signal(signal.SIGINT, on_interrupt)
     try:
         history = train(model, data, config, should_stop=stop.is_set)
     finally:
-        signal.signal(signal.SIGINT, handler)
-    if history[-1]["step"] < config.steps:  # stopped before the last evaluation
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, usual)
+    if history[-1]["step"] < config.steps:
+        print(f"train.py: stopped; --resume continues from {args.out}/last.pt", file=sys.stderr)
+        return 130
 
     loss = evaluate(model, data["val"], config)
     after = complete(model, prompt, temperature=0.5)
@@ -460,9 +553,9 @@ def report(args, model, val, loss, before, after):
         common.save(model, made)
     bits = ""
     if val.n_bytes:
-        bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits a byte"
+        bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits per byte"
     print(f"\nbefore:\n{before[0]}\n\nafter:\n{after[0]}\n")
-    print(f"val, all of it: {loss:.4f} nats a token{bits}")
+    print(f"val, all of it: {loss:.4f} nats per token{bits}")
     print(f"next: python -m tools.plot {args.out}")
     if args.method == "ia3":
         if model.tokenizer is not None:
@@ -471,8 +564,7 @@ def report(args, model, val, loss, before, after):
 
 
 def main(argv=None):
-    stopped = "stopped; --resume goes on from the last checkpoint"
-    return common.exit_status("train.py", run, argv, stopped)
+    return common.exit_status("train.py", run, argv)
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def run(argv):
     about |= {"dtype": dtype, "crossed": args.cross, "reference": reference}
     steps = sum(job["steps"] for job in jobs if job["sites"] != "none")
     attach(model)
-    a_step, a_window = lab.pace(model, data["train"], TrainConfig(batch_size=BATCH_SIZE, dtype=dtype))
+    a_step, a_window = lab.pace(model, data["train"], TrainConfig(lr=0.1, batch_size=BATCH_SIZE, dtype=dtype))
     seconds = steps * a_step + len(jobs) * sum(map(len, works.values())) * a_window
     workers = 1 if device.type == "cuda" else args.workers
     minutes = seconds / workers / 60

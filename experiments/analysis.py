@@ -63,7 +63,7 @@ def losses_of(model, data, items):
     split = lab.load_data(data, model, ("val",))["val"]
 
     def measure():
-        nats, targets = lab.window_losses(model, split, TrainConfig(batch_size=32), items)
+        nats, targets = lab.window_losses(model, split, TrainConfig(lr=0.1, batch_size=32), items)
         return nats / targets
 
     return measure
@@ -266,7 +266,7 @@ def size(args):
     lab.open_folder(args.out, about)
 
     def loss():
-        return evaluate(model, data["val"], TrainConfig(batch_size=32), n_windows=args.items)
+        return evaluate(model, data["val"], TrainConfig(lr=0.1, batch_size=32), n_windows=args.items)
 
     negative = sum((p < 0).sum().item() for p in vectors.parameters())
     base = loss()

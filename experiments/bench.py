@@ -201,7 +201,7 @@ def trainer(name, config, batch, dtype, compiled):
     device = batch[0].device
     before = lab.allocated(device)
     model, loss_fn = build(name, config, device, dtype)
-    settings = TrainConfig(dtype=str(dtype).removeprefix("torch."))
+    settings = TrainConfig(lr=0.1, dtype=str(dtype).removeprefix("torch."))
     counts = lab.count_step(model, batch, loss_fn, settings)
     alone = lab.allocated(device)
     found = {}

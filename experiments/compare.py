@@ -117,7 +117,7 @@ def measure(settings, stage, data, method, lr, steps, seed):
     model = load_model(settings, method, seed)
     values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     splits = lab.load_data(settings["folders"][data], model, ("train", "val"))
-    config = config_of(settings)
+    config = config_of(settings, lr=0.1)  # the rate is not used here
     history = []
     diverged = False
     try:
@@ -207,7 +207,7 @@ def plan(settings, datas, methods, seeds, steps, workers, grid):
     """
     model = load_model(settings, "ia3", 0)
     splits = lab.load_data(settings["folders"][datas[0]], model, ("train", "val"))
-    config = config_of(settings)
+    config = config_of(settings, lr=0.1)  # the rate is not used here
     a_step, a_window = lab.pace(model, splits["train"], config)
     lengths = []  # steps of each run
     windows = 0
@@ -236,7 +236,7 @@ def plan(settings, datas, methods, seeds, steps, workers, grid):
 def measure_costs(settings, data, methods, repeats):
     """Return the rows of costs.csv: what is counted, and what is timed in turns."""
     device = torch.device(settings["device"])
-    config = config_of(settings)
+    config = config_of(settings, lr=0.1)  # the rate is not used here
     split = lab.load_data(settings["folders"][data], common.load(settings["base"]), ("train", "val"))["train"]
     batch = [t.to(device) for t in split.batch(0, 0, BATCH_SIZE)]
     rows = {}
@@ -298,7 +298,7 @@ def count_places(base, folder):
     for title, add in PLACES.items():
         model = load_model(settings, "base", 0)
         rivals.attach(model, add)
-        found[title] = lab.count_step(model, batch, lm_loss, config_of(settings))
+        found[title] = lab.count_step(model, batch, lm_loss, config_of(settings, lr=0.1))
     return found
 
 

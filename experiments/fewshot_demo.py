@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import common
+import disk
 from experiments import lab
 from experiments.shots import context, draw, pairs_to_learn, read_task, score_in, train_on
 from ia3 import attach
@@ -58,7 +59,7 @@ def run(argv):
         raise ValueError(f"steps must be at least 1, not {args.steps}")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("ia3.npz", "merged.pt", "fewshot.png"):
-        common.check_output(args.out / name, inputs=[args.base])
+        disk.check_output(args.out / name, inputs=[args.base])
     model = common.load(args.base)
     val = read_task(args.data, "movies", "val")
     rows = []

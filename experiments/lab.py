@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
-from common import replace_file
+from disk import replace_file
 from train import autocast, evaluate, lm_loss
 
 ROOT = Path(__file__).parent.parent

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import common
+import disk
 import ia3
 from conftest import blocks, make_gpt, make_ia3, make_llama
 from ia3 import IA3, SITES, attach, fingerprint
@@ -88,17 +89,17 @@ LONG = json.dumps({"vectors": ["l_k", "l_v", "l_ff"], "fingerprint": fingerprint
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"l_k": None}, "but this base takes"),
-        ({"l_q": np.ones((2, 16), np.float32)}, "but this base takes"),
-        ({"l_v": np.ones((16, 2), np.float32)}, "but this base takes"),
+        ({"l_k": None}, "this base takes"),
+        ({"l_q": np.ones((2, 16), np.float32)}, "this base takes"),
+        ({"l_v": np.ones((16, 2), np.float32)}, "this base takes"),
         ({"l_v": np.full((2, 16), np.nan, np.float32)}, "l_v holds NaN"),
         ({"l_ff": np.full((2, 64), np.inf, np.float32)}, "l_ff holds NaN or inf"),
-        ({"l_v": np.full((2, 16), 1j, np.complex64)}, "truncated, or no file"),
-        ({"l_k": np.full((2, 16), Code(), dtype=object)}, "truncated, or no file"),
-        ({"about": np.array(Code(), dtype=object)}, "truncated, or no file"),
-        ({"about": None}, "truncated, or no file"),
-        ({"about": np.bytes_("{}")}, "truncated, or no file"),
-        ({"about": np.bytes_(LONG)}, "truncated, or no file"),
+        ({"l_v": np.full((2, 16), 1j, np.complex64)}, "truncated"),
+        ({"l_k": np.full((2, 16), Code(), dtype=object)}, "truncated"),
+        ({"about": np.array(Code(), dtype=object)}, "truncated"),
+        ({"about": None}, "truncated"),
+        ({"about": np.bytes_("{}")}, "names no vectors"),
+        ({"about": np.bytes_(LONG)}, "truncated"),
     ],
 )
 def test_damaged_vectors_are_refused(tmp_path, monkeypatch, changes, message):
@@ -114,7 +115,7 @@ def test_truncated_vectors_are_refused(tmp_path, keep):
     model = write_npz(tmp_path / "a.npz")
     raw = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(raw[: keep if isinstance(keep, int) else int(keep * len(raw))])
-    with pytest.raises(ValueError, match="truncated, or no file"):
+    with pytest.raises(ValueError, match="truncated"):
         IA3.load(tmp_path / "a.npz", model)
 
 
@@ -123,7 +124,7 @@ def test_a_small_file_that_unfolds_to_much_is_refused_unread(tmp_path):
     model = write_npz(tmp_path / "a.npz", l_k=np.zeros((2**12, 2**11), np.float32))
     assert (tmp_path / "a.npz").stat().st_size < 2**17
     tracemalloc.start()
-    with pytest.raises(ValueError, match="but this base takes"):
+    with pytest.raises(ValueError, match="this base takes"):
         IA3.load(tmp_path / "a.npz", model)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -137,7 +138,7 @@ def test_vectors_for_another_base_are_refused(tmp_path, make_model, same_weights
         IA3.load(tmp_path / "a.npz", make_model(seed=1))
     with pytest.raises(ValueError, match="another base of this shape"):
         IA3.load(tmp_path / "a.npz", make_model(**same_weights))  # no weight differs, yet another function
-    with pytest.raises(ValueError, match="but this base takes"):
+    with pytest.raises(ValueError, match="this base takes"):
         IA3.load(tmp_path / "a.npz", make_model(n_layer=3))
     with pytest.raises(FileNotFoundError):
         IA3.load(tmp_path / "b.npz", make_model())
@@ -315,7 +316,7 @@ def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
         damaged[dice.integers(0, near, 20)] = dice.integers(0, 256, 20)
         (tmp_path / "damaged").write_bytes(damaged)
         try:
-            IA3.load(tmp_path / "damaged", model) if file == "ia3.npz" else common.load_file(tmp_path / "damaged")
+            IA3.load(tmp_path / "damaged", model) if file == "ia3.npz" else disk.load_file(tmp_path / "damaged")
         except ValueError:
             refused += 1
     assert refused > 30
@@ -329,7 +330,7 @@ def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
         (lambda c: c.update(model=[1]), "'list' object"),
         (lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
-        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head is not the embedding"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head differs"),
         (lambda c: c["model"]["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan), "h.0.mlp.c_fc.bias holds NaN or inf"),
         (lambda c: c["model_args"].update(n_embd=32), r"\.weight"),
         (lambda c: c["model_args"].update(n_head=3), "not divisible"),
@@ -352,9 +353,9 @@ def test_checkpoints_of_something_else_are_refused(tmp_path, change, message):
     [
         (lambda c: c["model"].pop("model.layers.1.mlp.up_proj.bias"), "model.layers.1.mlp.up_proj.bias"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
-        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head is not the embedding"),
+        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head differs"),
         (lambda c: c["model"]["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds NaN or inf"),
-        (lambda c: c["model_args"].update(n_kv_head=1), r"k_proj\.\w+ is"),
+        (lambda c: c["model_args"].update(n_kv_head=1), r"k_proj\.\w+ has shape"),
         (lambda c: c["model_args"].update(n_kv_head=3), "not divisible by n_kv_head 3"),
         (lambda c: c["model_args"].pop("n_kv_head"), "n_kv_head|n_hidden"),  # then it is taken for a GPT's
         (lambda c: c["model_args"].update(n_layer=10**9), "n_layer is 1000000000, but there are only"),
@@ -393,16 +394,16 @@ def test_a_file_that_is_no_dict_is_no_checkpoint(tmp_path):
     ],
 )
 def test_what_is_no_plain_tensor_of_floats_is_refused_by_name(tensor):
-    with pytest.raises(ValueError, match=r"lm_head.weight is no (plain )?tensor.*, but "):
-        common.check_weight(tensor, "lm_head.weight")
+    with pytest.raises(ValueError, match=r"lm_head.weight is (a|not a)"):
+        disk.check_weight(tensor, "lm_head.weight")
 
 
 def test_a_plain_tensor_of_finite_floats_passes():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         t = torch.ones(3, dtype=dtype)
-        assert common.check_weight(t, "t") is t
+        assert disk.check_weight(t, "t") is t
         with pytest.raises(ValueError, match="t holds NaN or infinity"):
-            common.check_weight(t / 0, "t")
+            disk.check_weight(t / 0, "t")
 
 
 # A file is replaced whole, or not at all
@@ -410,16 +411,16 @@ def test_a_plain_tensor_of_finite_floats_passes():
 
 def test_replace_file_leaves_the_old_file_or_the_new_one_and_nothing_behind(tmp_path):
     path = tmp_path / "no/such/folder/a.txt"
-    with common.replace_file(path) as f:
+    with disk.replace_file(path) as f:
         f.write(b"old")
         assert not path.exists()  # not before it is whole
     assert path.read_bytes() == b"old"
     for trouble in (ValueError, KeyboardInterrupt, OSError):
-        with pytest.raises(trouble), common.replace_file(path) as f:
+        with pytest.raises(trouble), disk.replace_file(path) as f:
             f.write(b"half of the ne")
             raise trouble
         assert path.read_bytes() == b"old" and len(list(path.parent.iterdir())) == 1
-    with common.replace_file(str(path), text=True) as f:
+    with disk.replace_file(str(path), text=True) as f:
         f.write("new ³\n")
     assert path.read_bytes() == "new ³\n".encode()
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
@@ -428,7 +429,7 @@ def test_replace_file_leaves_the_old_file_or_the_new_one_and_nothing_behind(tmp_
 def test_a_disk_that_torch_finds_full_is_an_oserror(tmp_path):
     with (
         pytest.raises(OSError, match=r"a\.pt could not be written: unexpected pos"),
-        common.replace_file(tmp_path / "a.pt"),
+        disk.replace_file(tmp_path / "a.pt"),
     ):
         raise RuntimeError("unexpected pos 64 vs 0\nstack")
     assert not list(tmp_path.iterdir())
@@ -450,18 +451,18 @@ def test_a_failed_save_keeps_the_checkpoint_that_was_there(tmp_path, monkeypatch
 
 
 def test_an_output_is_a_new_name_or_a_regular_file(tmp_path):
-    common.check_output(tmp_path / "new")
+    disk.check_output(tmp_path / "new")
     (tmp_path / "old").write_text("")
-    common.check_output(tmp_path / "old")
+    disk.check_output(tmp_path / "old")
     (tmp_path / "b.tmp").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for wrong in (tmp_path, tmp_path / "b", tmp_path / "pipe", "/dev/null"):
-        with pytest.raises(ValueError, match="no regular file"):
-            common.check_output(wrong)
-        with pytest.raises(ValueError, match="no regular file"), common.replace_file(wrong):
+        with pytest.raises(ValueError, match="regular file"):
+            disk.check_output(wrong)
+        with pytest.raises(ValueError, match="regular file"), disk.replace_file(wrong):
             pass
     with pytest.raises(ValueError, match="empty"):
-        common.check_output("")
+        disk.check_output("")
 
 
 def test_an_output_is_no_input_nor_its_temporary_name_one_by_whatever_path(tmp_path):
@@ -477,5 +478,5 @@ def test_an_output_is_no_input_nor_its_temporary_name_one_by_whatever_path(tmp_p
         ("m.pt", "m.pt.tmp"),
     ]:
         with pytest.raises(ValueError, match=r"would replace .*, which this command reads"):
-            common.check_output(tmp_path / output, inputs=["other", tmp_path / read])
-    common.check_output(tmp_path / "m.pt", inputs=[tmp_path / "base.pt"])
+            disk.check_output(tmp_path / output, inputs=["other", tmp_path / read])
+    disk.check_output(tmp_path / "m.pt", inputs=[tmp_path / "base.pt"])

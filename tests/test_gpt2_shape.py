@@ -46,7 +46,7 @@ def test_a_step_and_a_merge_of_124m(gpt2, device):
     vectors = attach(model)
     tokens = np.random.default_rng(0).integers(0, 50257, 4 * length + 1)
     split = datasets.Stream(tokens, length)
-    config = TrainConfig(steps=1, batch_size=4 if on_gpu else 1, eval_windows=1)
+    config = TrainConfig(lr=0.1, steps=1, batch_size=4 if on_gpu else 1, eval_windows=1)
     history = train(model, {"train": split, "val": split}, config)
 
     assert vectors.count() == 55_296 and {p.dtype for p in vectors.parameters()} == {torch.float32}

@@ -74,14 +74,14 @@ def test_merged_is_no_further_from_the_truth_than_unmerged(make_model, device, d
 
 
 def folded(model, i):
-    """Where layer i's vectors go: (vector, linear map, its first row), a row for an entry; and l_ff's linear map."""
+    """Where layer i's vectors go: [(vector, linear map, its first row)], and the linear map whose columns take l_ff."""
     if isinstance(model, GPT):
         block = f"transformer.h.{i}"
         c_attn, C = f"{block}.attn.c_attn", model.config.n_embd
         return [("l_k", c_attn, C), ("l_v", c_attn, 2 * C)], f"{block}.mlp.c_proj"
     block = f"model.layers.{i}"
     rows = [("l_k", f"{block}.self_attn.k_proj", 0), ("l_v", f"{block}.self_attn.v_proj", 0)]
-    return rows, f"{block}.mlp.down_proj"
+    return [*rows, ("l_ff", f"{block}.mlp.up_proj", 0)], None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,14 +94,14 @@ def test_the_merged_tensors_are_l_times_w_and_l_times_b_and_nothing_else_changed
     merged = merge(model)
     expected = {name: t.clone() for name, t in before.items() if not name.startswith("ia3.")}
     for i in range(model.config.n_layer):
-        by_rows, down = folded(model, i)
+        by_rows, by_columns = folded(model, i)
         for site, linear, start in by_rows:
             for r, scale in enumerate(vectors[site][i].double() if site in vectors else []):
                 for name in (f"{linear}.weight", f"{linear}.bias"):
                     if name in expected:
                         expected[name][start + r] = (scale * before[name][start + r].double()).to(dtype)
-        for c, scale in enumerate(vectors["l_ff"][i].double() if "l_ff" in vectors else []):
-            name = f"{down}.weight"
+        for c, scale in enumerate(vectors["l_ff"][i].double() if by_columns and "l_ff" in vectors else []):
+            name = f"{by_columns}.weight"
             expected[name][:, c] = (scale * before[name][:, c].double()).to(dtype)
     assert merged.state_dict().keys() == expected.keys()
     for name, t in merged.state_dict().items():

@@ -97,18 +97,4 @@ def test_side_by_side_prints_columns_under_their_names(folder, capsys):
     ]
     out = run_sample(folder, capsys, f"--ia3 {folder}/1.npz {folder}/2.npz")
     assert out.split()[:4] == ["1", "2", "-", "-"]  # of 1.npz and 2.npz
-
-
-@pytest.mark.parametrize(
-    "paths, names",
-    [
-        (["data/folio.npz", "data/kjv.npz"], ["folio", "kjv"]),
-        (["out/folio/ia3.npz", "out/kjv/ia3.npz"], ["folio", "kjv"]),
-        (["out/a/ia3.npz", "data/b.npz"], ["out/a/ia3", "data/b"]),
-        (["a/1.npz", "a/b/1.npz"], ["1", "b/1"]),
-        (["a.npz", "a.npz"], ["a", "a"]),
-        (["lr.01.npz", "lr.03"], ["lr.01", "lr.03"]),
-    ],
-)
-def test_columns_have_short_names_that_tell_them_apart(paths, names):
-    assert sample.short_names(paths) == names
+    assert [sample.task_name(path) for path in ("out/kjv/ia3.npz", "kjv.npz", "ia3.npz")] == ["kjv", "kjv", "ia3"]

@@ -179,7 +179,7 @@ def test_a_stack_stands_on_its_tasks_device_wherever_the_base_is_in_it(make_mode
 def test_vectors_of_one_task_take_no_task_ids(make_model):
     model = make_model()
     make_ia3(model)
-    with pytest.raises(ValueError, match="vectors of one task want none"):
+    with pytest.raises(ValueError, match="vectors of one task take none"):
         generate(model, make_idx(model), 1, task_ids=torch.tensor([0, 1, 2]))
 
 
@@ -201,12 +201,12 @@ def test_stacking_what_does_not_belong_together_is_refused(make_model):
         ([0, -1, 0], "from 0 to 1"),
         ([0.0, 1.0, 0.0], "dtype long"),
         ([True, False, True], "dtype long"),
-        ([0, 1], "as many ids as idx has rows"),
-        ([], "as many ids as idx has rows"),
-        ([0], "as many ids as idx has rows"),  # would broadcast
-        (0, "one id a row"),
-        ([[0], [1], [0]], "one id a row"),
-        (None, "stacked vectors want task_ids"),
+        ([0, 1], "one id for each row"),
+        ([], "one id for each row"),
+        ([0], "one id for each row"),  # would broadcast
+        (0, "one id per row"),
+        ([[0], [1], [0]], "one id per row"),
+        (None, "stacked vectors need task_ids"),
     ],
 )
 def test_task_ids_that_do_not_fit_are_refused(make_model, ids, message):
@@ -234,8 +234,8 @@ def test_task_ids_in_a_list_are_refused(make_model):
 def test_task_ids_without_stacked_vectors_are_refused(make_model):
     model = make_model()
     idx, ids = make_idx(model), torch.tensor([0, 0, 0])
-    with pytest.raises(ValueError, match="task_ids want stacked vectors"):
+    with pytest.raises(ValueError, match="task_ids need stacked vectors"):
         model(idx, task_ids=ids)
     make_ia3(model)
-    with pytest.raises(ValueError, match="vectors of one task want none"):
+    with pytest.raises(ValueError, match="vectors of one task take none"):
         model(idx, task_ids=ids)

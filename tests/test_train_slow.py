@@ -61,21 +61,21 @@ folder = sys.argv[1]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 wrote = []
-write_metrics = loop.write_metrics
+write_metrics = loop.RunFolder.write_metrics
 
 
-def counted(history, out):
-    wrote.append(out)
-    write_metrics(history, out)
+def counted(folder, history):
+    wrote.append(folder.out)
+    write_metrics(folder, history)
 
 
-loop.write_metrics = counted
+loop.RunFolder.write_metrics = counted
 
 def run(name, stop_at=None, resume=False):
     model = common.load(f"{folder}/base.pt")
     vectors = attach(model)
     split = data.load(f"{folder}/text", model.tokenizer, 257, 16)
-    config = TrainConfig(steps=7, batch_size=4, eval_interval=3, out=f"{folder}/{name}", resume=resume)
+    config = TrainConfig(lr=0.1, steps=7, batch_size=4, eval_interval=3, out=f"{folder}/{name}", resume=resume)
     asked = []
 
     def should_stop():
@@ -161,6 +161,6 @@ def test_ctrl_c_stops_a_process_with_130(tiny_run):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "train.py: stopped; --resume goes on from the last checkpoint\n"
+    assert process.returncode == 130 and err == f"train.py: stopped; --resume continues from {folder}/run/last.pt\n"
     assert torch.load(folder / "run/last.pt", weights_only=True)["step"] >= 50
     assert sorted(path.name for path in (folder / "run").iterdir()) == ["last.pt", "metrics.csv"]

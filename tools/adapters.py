@@ -9,7 +9,7 @@ import os
 
 import torch
 
-import common
+import disk
 from ia3 import IA3, fingerprint
 from model import GPTConfig
 from tools.files import find, import_safetensors, plain_name, read_json, read_tensors, write_json
@@ -45,7 +45,7 @@ def to_peft(vectors, folder, base):
     }
     # PEFT passes over the fingerprint; from_peft refuses another base by it
     metadata = {"format": "pt", "fingerprint": vectors.fingerprint or ""}
-    with common.replace_file(f"{folder}/adapter_model.safetensors") as f:
+    with disk.replace_file(f"{folder}/adapter_model.safetensors") as f:
         f.write(safetensors.torch.save(tensors, metadata))
     write_json(about, f"{folder}/adapter_config.json")
 
@@ -112,7 +112,7 @@ def from_peft(folder, model):
         for i in range(model.config.n_layer):
             name = f"{layers}.{i}.{module}.ia3_l"
             if name in tensors:
-                t = common.check_weight(tensors.pop(name), f"{path}: {name}", shape)
+                t = disk.check_weight(tensors.pop(name), f"{path}: {name}", shape)
             else:
                 t = torch.ones(shape)
                 n_ones += 1
@@ -139,6 +139,6 @@ def from_peft(folder, model):
         raise ValueError(f"{path}: {next(iter(tensors), 'nothing in it')} is no (IA)³ vector of this base")
     vectors = IA3(model.config, [name.removeprefix("l_") for name in matrices])
     for name, p in vectors.matrices().items():
-        p.data = common.check_weight(matrices[name].float(), f"{path}: {name}")  # a product may have overflown
+        p.data = disk.check_weight(matrices[name].float(), f"{path}: {name}")  # a product may have overflown
     vectors.fingerprint = ours
     return vectors, l_q

@@ -21,6 +21,7 @@ import tempfile
 import torch
 
 import common
+import disk
 from ia3 import IA3
 from merge import merge
 from model import GPT
@@ -104,7 +105,7 @@ def to_hf(model, folder):
         end = max(model.tokenizer.ids)  # the last id of either named tokenizer ends a text
     if own_bpe:
         bpe.write_tokenizer(model.tokenizer.about, folder)
-    with common.replace_file(f"{folder}/pytorch_model.bin") as f:
+    with disk.replace_file(f"{folder}/pytorch_model.bin") as f:
         torch.save(weights, f)
     write_json(about | {"bos_token_id": end, "eos_token_id": end}, f"{folder}/config.json")
 
@@ -154,13 +155,13 @@ def run(argv):
     if args.command == "hf":
         folder, files = hf_files(args.source)
         inputs = [args.source, *files, f"{folder}/config.json", f"{folder}/tokenizer.json"]
-        common.check_output(args.out, [*inputs, f"{folder}/model.safetensors.index.json"])
+        disk.check_output(args.out, [*inputs, f"{folder}/model.safetensors.index.json"])
         save_checkpoint(from_hf(args.source), args.source, args.out)
 
     elif args.command == "to-hf":
         inputs = [args.base] if args.ia3 is None else [args.base, args.ia3]
         for name in ("pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json"):
-            common.check_output(f"{args.out}/{name}", inputs)
+            disk.check_output(f"{args.out}/{name}", inputs)
         if args.ia3 is None:
             model = common.load(args.base, dtype=None)  # as it is stored
         else:
@@ -172,7 +173,7 @@ def run(argv):
 
     elif args.command == "to-peft":
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            common.check_output(f"{args.out}/{name}", [args.base, args.ia3])
+            disk.check_output(f"{args.out}/{name}", [args.base, args.ia3])
         model = common.load(args.base)
         vectors = IA3.load(args.ia3, model)
         to_peft(vectors, args.out, args.base)
@@ -180,7 +181,7 @@ def run(argv):
         print(f"{args.ia3} → {args.out}: {vectors.count():,} values{ones}")
 
     elif args.command == "from-peft":
-        common.check_output(args.out, [args.base, *adapter_files(args.adapter)])
+        disk.check_output(args.out, [args.base, *adapter_files(args.adapter)])
         vectors, l_q = from_peft(args.adapter, common.load(args.base))
         vectors.save(args.out)
         print(f"{args.adapter} → {args.out}: {vectors.count():,} values")
@@ -191,14 +192,14 @@ def run(argv):
             print(f"its {(l_q != 1).sum():,} query values other than 1 are folded into l_k: the same function")
 
     elif args.command == "smollm2":
-        common.check_output(args.out)
+        disk.check_output(args.out)
         with tempfile.TemporaryDirectory() as folder:
             model = smollm2.read_gguf(smollm2.fetch(folder))
         save_checkpoint(model.bfloat16(), "SmolLM2-135M-Instruct, Q4_1 dequantized", args.out)
 
     else:  # a published GPT-2's name
         folder = cache_folder(args.command)
-        common.check_output(args.out, [f"{folder}/config.json", f"{folder}/pytorch_model.bin"])
+        disk.check_output(args.out, [f"{folder}/config.json", f"{folder}/pytorch_model.bin"])
         fetch_published(args.command)
         try:
             model = from_hf(folder)

@@ -3,7 +3,7 @@
 import json
 import os
 
-import common
+import disk
 
 
 def read_json(path):
@@ -19,7 +19,7 @@ def read_json(path):
 
 
 def write_json(about, path):
-    with common.replace_file(path, text=True) as f:
+    with disk.replace_file(path, text=True) as f:
         json.dump(about, f, indent=2)
         f.write("\n")
 
@@ -49,7 +49,7 @@ def read_tensors(path):
     Raises OSError where there is no such file, and ValueError for one that is damaged or holds no tensors by name.
     """
     if not path.endswith(".safetensors"):
-        tensors = common.load_file(path)
+        tensors = disk.load_file(path)
         if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
             raise ValueError(f"{path} holds no tensors by name")
         return tensors, {}

@@ -7,6 +7,7 @@ is (out, in).
 import torch
 
 import common
+import disk
 from data import Tokenizer
 from model import GPT, GPTConfig
 
@@ -66,16 +67,13 @@ def gpt2(config, tensors):
             raise ValueError(f"there is no {theirs}, so it is no GPT-2 of {config.n_layer} layers")
         t = tensors.pop(theirs)
         if theirs.endswith(CONV1D):
-            t = common.check_weight(t, theirs, ours.shape[::-1]).t()
+            t = disk.check_weight(t, theirs, ours.shape[::-1]).t()
         else:
-            t = common.check_weight(t, theirs, ours.shape)
+            t = disk.check_weight(t, theirs, ours.shape)
         weights[name] = t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # nothing stays on disk
     if tensors:
         raise ValueError(f"{next(iter(tensors))} is not GPT-2's")
-    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-        raise ValueError("lm_head.weight is not wte.weight, but GPT-2's head is tied")
-    model.load_state_dict(weights, assign=True)
-    model.transformer.wte.weight = model.lm_head.weight  # tied again
+    common.load_weights(model, weights)
     if config.vocab_size in common.TOKENIZERS:
         model.tokenizer = Tokenizer(common.TOKENIZERS[config.vocab_size], config.vocab_size)
     return model.eval()

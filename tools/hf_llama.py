@@ -5,6 +5,7 @@ from functools import reduce
 import torch
 
 import common
+import disk
 from llama import LLAMA3, Llama, LlamaConfig
 from tools.files import each_tensor, read_tensors
 
@@ -80,15 +81,11 @@ def llama(config, files):
     weights = {}
     for name, t in each_tensor(files):
         if name in shapes:
-            t = common.check_weight(t, name, shapes[name])
+            t = disk.check_weight(t, name, shapes[name])
             weights[name] = t.clone(memory_format=torch.contiguous_format)  # nothing stays on the disk
-    if config.tied:
-        embedding = weights["model.embed_tokens.weight"]
-        if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
-            raise ValueError("lm_head.weight is not model.embed_tokens.weight, but config.json says that they are tied")
-    model.load_state_dict(weights, assign=True)
-    if config.tied:
-        model.model.embed_tokens.weight = model.lm_head.weight  # one matrix again
+    if config.tied and "model.embed_tokens.weight" in weights:
+        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    common.load_weights(model, weights)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import urllib.request
 
 import torch
 
-import common
+import disk
 
 
 def cache_folder(name):
@@ -50,7 +50,7 @@ def fetch(url, path):
         print(f"fetching {url}, {size / 2**20:,.0f} MiB", file=sys.stderr)
         done = 0
         digest = hashlib.sha256()
-        with common.replace_file(path) as f:
+        with disk.replace_file(path) as f:
             while piece := response.read(2**20):
                 f.write(piece)
                 digest.update(piece)

@@ -19,7 +19,8 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
 import common
-from sample import short_names
+import disk
+from sample import task_name
 
 matplotlib.use("agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
@@ -67,7 +68,7 @@ def read_vectors(path):
     matrices = {}
     try:
         with np.load(path, allow_pickle=False) as npz:
-            claimed = common.read_shapes(npz)  # before anything is read
+            claimed = disk.read_shapes(npz)  # before anything is read
             if not claimed:
                 raise ValueError
             config = json.loads(npz["about"].item())["config"]
@@ -118,12 +119,12 @@ def plot_vectors(paths, path):
 
 
 def labels(paths):
-    """short_names in which matplotlib sees no formulas."""
-    return [name.replace("$", r"\$") for name in short_names(paths)]
+    """task_names in which matplotlib sees no formulas."""
+    return [name.replace("$", r"\$") for name in map(task_name, paths)]
 
 
 def save_picture(figure, path):
-    with common.replace_file(path) as f:
+    with disk.replace_file(path) as f:
         figure.savefig(f, format="png", dpi=130)
     plt.close(figure)
 
@@ -140,7 +141,7 @@ def table(paths):
     """The census of every vector in the .npz files paths, as Markdown."""
     lines = [f"| scales | within {ALMOST_1} of 1 | inhibited | amplified | flipped | smallest | largest |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for task, path in zip(short_names(paths), paths, strict=True):
+    for task, path in zip(map(task_name, paths), paths, strict=True):
         for name, scales in read_vectors(path)[0].items():
             shares = " | ".join(f"{share:.1%}" for share in census(scales))
             lines.append(f"| {task} {name} | {shares} | {scales.min():.2f} | {scales.max():.2f} |")
@@ -159,7 +160,7 @@ def run(argv):
         raise ValueError("--out goes with --tasks: a run's pictures are written into its folder")
     if args.tasks:
         out = "out/tasks.png" if args.out is None else args.out
-        common.check_output(out, args.tasks)
+        disk.check_output(out, args.tasks)
         plot_vectors(args.tasks, out)
         print(f"{table(args.tasks)}\n\n{out}")
         return 0

@@ -88,8 +88,7 @@ def read_gguf(path):
         weights[f"{prefix}{NAMES[name]}.weight"] = t
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = common.empty_model(Llama, config, weights)
-    model.load_state_dict(weights, assign=True)
-    model.model.embed_tokens.weight = model.lm_head.weight
+    common.load_weights(model, weights)
     model.tokenizer = Tokenizer(read_tokenizer(about), config.vocab_size)
     return model.eval()
 

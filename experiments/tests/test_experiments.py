@@ -267,7 +267,7 @@ def test_what_stands_before_the_text_lets_no_position_see_the_future(name):
 
 
 def test_window_losses_are_evaluates():
-    model, config = make_gpt(), TrainConfig(batch_size=4)
+    model, config = make_gpt(), TrainConfig(lr=0.1, batch_size=4)
     val = Stream(np.random.default_rng(0).integers(0, 3, 205), 16)  # token 0 is a target like any other
     nats, targets = lab.window_losses(model, val, config)
     assert len(nats) == len(val) and targets.sum() == val.n_tokens
@@ -316,8 +316,8 @@ def test_a_loss_is_read_work_by_work(tmp_path):
     model = make_gpt()
     works = lab.read_works(tmp_path, "test", model)
     assert {name: bytes(work.tokens).decode() for name, work in works.items()} == pieces
-    found = lab.work_losses(model, works, TrainConfig())
-    losses = [evaluate(model, work, TrainConfig()) * work.n_tokens / work.n_bytes for work in works.values()]
+    found = lab.work_losses(model, works, TrainConfig(lr=0.1))
+    losses = [evaluate(model, work, TrainConfig(lr=0.1)) * work.n_tokens / work.n_bytes for work in works.values()]
     assert lab.stack_works([found])[0] == pytest.approx(losses, rel=1e-6)  # float32 means of batches against sums
     assert found["bytes"].sum() == pytest.approx(sum(map(len, pieces.values())))
     assert len(found["work"]) == sum(-(-len(work) // lab.BLOCK) for work in works.values())
@@ -938,7 +938,7 @@ def test_flops_of_a_step(name, batch):
     four backward; ours leaves out the gradient of the first layer's queries.
     """
     model, loss_fn = make(name)
-    counts = lab.count_step(model, batch, loss_fn, TrainConfig())
+    counts = lab.count_step(model, batch, loss_fn, TrainConfig(lr=0.1))
     full = name == bench.FULL
     assert counts["linear_flops"] == (6 * matrices(CONFIG) if full else 4 * matrices(CONFIG) - 2 * 3 * C**2)
     assert counts["attention_flops"] == 12 * L * TOKENS * C - (2 * TOKENS * C if name == bench.OURS else 0)
@@ -994,7 +994,7 @@ def test_counting_what_is_saved_keeps_none_of_it():
 
 def test_a_training_step_is_forward_backward_adamw(batch):
     """Three steps of lab's against the same by hand: bit for bit."""
-    config = TrainConfig()
+    config = TrainConfig(lr=0.1)
     one, other = (make_method("ia3", block_size=TOKENS, vocab_size=V) for _ in range(2))
     step = lab.training_step(one, batch, lambda model, x, y: model(x, y)[1], config)
     optimizer = torch.optim.AdamW(other.ia3.parameters(), lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0)

@@ -75,7 +75,7 @@ def test_what_is_read_into_a_copy_of_a_cache_does_not_reach_the_cache(llama):
     found = llama.hidden(more, cache=copied)
     whole = llama.hidden(torch.cat((idx.repeat_interleave(2, 0), more), 1))[:, 3:]
     torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
-    assert (cache.start(None, None), copied.start(None, None)) == (3, 5)
+    assert (cache.layers[0].length, copied.layers[0].length) == (3, 5)
     torch.testing.assert_close(llama.hidden(more[:2], cache=cache), llama.hidden(torch.cat((idx, more[:2]), 1))[:, 3:])
 
 
@@ -371,7 +371,7 @@ def test_the_demonstration_tells_mistakes_in_one_line_and_saves_nothing(tmp_path
     common.save(model, tmp_path / "mute.pt")
     write_sets(tmp_path / "data", n_train=40)
     whys = {"--base=base.pt --steps=0": "steps must be at least 1", "--base=mute.pt": "names no tokenizer"}
-    whys["--base=wild.pt"] = "try a smaller lr"  # diverged, and not a result
+    whys["--base=wild.pt"] = "try a smaller --lr"  # diverged, and not a result
     monkeypatch.chdir(tmp_path)
     for flags, why in whys.items():
         assert fewshot_demo.main([*flags.split(), "--data=data", "--out=out"]) == 2

@@ -216,8 +216,8 @@ W = torch.ones(16, 16)
         (lambda: change_json("hf/config.json", n_layer=3), "there is no h.2."),
         (lambda: change_json("hf/config.json", n_layer=1), "h.1.ln_1.weight is not GPT-2's"),
         (lambda: change_json("hf/config.json", n_layer=10**9), "n_layer is 1000000000, but there are only 29"),
-        (lambda: change_json("hf/config.json", n_embd=32), "wte.weight is (257, 16), where (257, 32) is wanted"),
-        (lambda: change_json("hf/config.json", n_positions=8), "wpe.weight is (16, 16), where (8, 16)"),
+        (lambda: change_json("hf/config.json", n_embd=32), "wte.weight has shape (257, 16), not (257, 32)"),
+        (lambda: change_json("hf/config.json", n_positions=8), "wpe.weight has shape (16, 16), not (8, 16)"),
         (lambda: change_json("hf/config.json", n_embd=2**70), "hf/pytorch_model.bin"),
         (lambda: change_json("hf/config.json", n_embd=2**40), "hf/pytorch_model.bin"),
         (lambda: change_json("hf/config.json", activation_function="relu"), "activation_function is 'relu'"),
@@ -234,15 +234,21 @@ W = torch.ones(16, 16)
         (lambda: torch.save({"model.layers.0.q_proj.weight": W}, "hf/pytorch_model.bin"), "only 1 tensors"),
         (lambda: change_weights(h__1__ln_2__bias=None), "there is no h.1.ln_2.bias"),
         (lambda: change_weights(h__1__attn__rotary=torch.ones(1)), "h.1.attn.rotary is not GPT-2's"),
-        (lambda: change_weights(h__0__mlp__c_fc__weight=torch.ones(64, 16)), "c_fc.weight is (64, 16), where (16, 64)"),
-        (lambda: change_weights(wpe__weight=torch.ones(1).expand(10**6, 10**6)), "wpe.weight is (1000000, 1000000)"),
+        (
+            lambda: change_weights(h__0__mlp__c_fc__weight=torch.ones(64, 16)),
+            "c_fc.weight has shape (64, 16), not (16, 64)",
+        ),
+        (
+            lambda: change_weights(wpe__weight=torch.ones(1).expand(10**6, 10**6)),
+            "wpe.weight has shape (1000000, 1000000)",
+        ),
         (lambda: change_weights(wpe__weight=NAN), "wpe.weight holds NaN or infinity"),
-        (lambda: change_weights(wpe__weight=W.long()), "wpe.weight is no plain tensor of floats, but torch.int64"),
+        (lambda: change_weights(wpe__weight=W.long()), "wpe.weight is not a plain tensor of floats, but torch.int64"),
         (lambda: change_weights(wpe__weight=W.to(torch.float8_e4m3fn)), "but torch.float8_e4m3fn"),
         (lambda: change_weights(wpe__weight=W.to_sparse()), "torch.sparse_coo"),
         (lambda: change_weights(wpe__weight=W.to("meta")), "on meta"),
         (lambda: change_weights(wpe__weight=torch.quantize_per_tensor(W, 0.1, 0, torch.qint8)), "but torch.qint8"),
-        (lambda: change_weights(wpe__weight="words"), "wpe.weight is no tensor, but a str"),
+        (lambda: change_weights(wpe__weight="words"), "wpe.weight is a str"),
         (lambda: Path("hf/model.safetensors").write_bytes(b"\xff" * 99), "hf/model.safetensors is damaged"),
     ],
 )
@@ -274,7 +280,7 @@ def test_safetensors_with_lying_headers(folder, capsys):
 def test_an_untied_head_is_refused(folder, capsys):
     weights = torch.load("hf/pytorch_model.bin", weights_only=True)
     torch.save(weights | {"lm_head.weight": weights["transformer.wte.weight"] + 1}, "hf/pytorch_model.bin")
-    check(folder, capsys, "hf hf --out new.pt", "head is tied")
+    check(folder, capsys, "hf hf --out new.pt", "the head differs")
 
 
 def test_only_our_checkpoints_are_bases(folder, capsys):
@@ -288,7 +294,7 @@ def test_only_our_checkpoints_are_bases(folder, capsys):
         check(folder, capsys, "to-hf --base other.pt --out new", "tokenizer")
     checkpoint["model"]["transformer.wpe.weight"] = torch.ones(1).expand(10**6, 10**6)  # four bytes, of a terabyte
     torch.save(checkpoint, "other.pt")
-    check(folder, capsys, "count other.pt", "wpe.weight is (1000000, 1000000), where (16, 16) is wanted")
+    check(folder, capsys, "count other.pt", "wpe.weight has shape (1000000, 1000000), not (16, 16)")
 
 
 def test_a_command_that_is_none(capsys):
@@ -307,10 +313,10 @@ def test_a_command_that_is_none(capsys):
         (lambda: cut(ADAPTER), "is damaged"),
         (lambda: change_safe(h__2__attn__c_attn__ia3_l=torch.ones(48, 1)), "h.2.attn.c_attn.ia3_l is no"),
         (lambda: change_safe(h__0__mlp__c_fc__ia3_l=torch.ones(64, 1)), "h.0.mlp.c_fc.ia3_l is no (IA)³"),
-        (lambda: change_safe(h__0__attn__c_attn__ia3_l=torch.ones(96, 1)), "(96, 1), where (48, 1) is wanted"),
-        (lambda: change_safe(h__0__mlp__c_proj__ia3_l=torch.ones(16, 1)), "(16, 1), where (1, 64) is wanted"),
+        (lambda: change_safe(h__0__attn__c_attn__ia3_l=torch.ones(96, 1)), "(96, 1), not (48, 1)"),
+        (lambda: change_safe(h__0__mlp__c_proj__ia3_l=torch.ones(16, 1)), "(16, 1), not (1, 64)"),
         (lambda: change_safe(h__1__mlp__c_proj__ia3_l=torch.full((1, 64), torch.nan)), "ia3_l holds NaN"),
-        (lambda: change_safe(h__1__mlp__c_proj__ia3_l=torch.ones(1, 64).long()), "no plain tensor of floats"),
+        (lambda: change_safe(h__1__mlp__c_proj__ia3_l=torch.ones(1, 64).long()), "not a plain tensor of floats"),
         # 1e30 as l_q and as l_k: each is a float32, and their product is none
         (lambda: change_safe(h__0__attn__c_attn__ia3_l=torch.full((48, 1), 1e30)), "l_k holds NaN or infinity"),
         (lambda: save_safe({}, ADAPTER), "nothing in it"),
@@ -361,7 +367,7 @@ def test_no_output_replaces_what_the_command_reads(folder, capsys, flags):
 
 
 def test_outputs_that_cannot_be(folder, capsys):
-    check(folder, capsys, "from-peft --base base.pt --adapter adapter --out hf", "hf is there and is no regular file")
+    check(folder, capsys, "from-peft --base base.pt --adapter adapter --out hf", "hf exists and is not a regular file")
     check(folder, capsys, "to-hf --base base.pt --out base.pt", "base.pt")
     for flags in ("hf hf", "to-hf --base base.pt", "to-peft --base base.pt --ia3 ia3.npz"):
         check(folder, capsys, f"{flags} --out=", "the name of the output is empty")
@@ -570,17 +576,20 @@ NORM = "model.layers.0.input_layernorm.weight"
             lambda: change_config(vocab_size=264),
             "tokenizer.json: a tokenizer's ids must be whole numbers from 0",
         ),
-        (lambda: change_config(vocab_size=281), "(280, 16), where (281, 16) is wanted"),
-        (change_head, "lm_head.weight is not model.embed_tokens.weight"),
+        (lambda: change_config(vocab_size=281), "(280, 16), not (281, 16)"),
+        (change_head, "the head differs"),
         (lambda: change_llama(layers__1__mlp__up_proj__weight=None), "there is no model.layers.1.mlp.up_proj.weight"),
         (lambda: change_llama(layers__1__mlp__experts=W), "model.layers.1.mlp.experts is not LLaMA's"),
-        (lambda: change_llama(norm__weight=torch.ones(17)), "model.norm.weight is (17,), where (16,) is wanted"),
+        (lambda: change_llama(norm__weight=torch.ones(17)), "model.norm.weight has shape (17,), not (16,)"),
         (lambda: change_llama(norm__weight=torch.full((16,), torch.nan)), "model.norm.weight holds NaN or infinity"),
-        (lambda: change_llama(norm__weight=torch.ones(1).expand(10**12)), "model.norm.weight is (1000000000000,)"),
+        (
+            lambda: change_llama(norm__weight=torch.ones(1).expand(10**12)),
+            "model.norm.weight has shape (1000000000000,)",
+        ),
         (lambda: change_llama(norm__weight=torch.ones(16).to(torch.float8_e4m3fn)), "but torch.float8_e4m3fn"),
         (lambda: change_llama(norm__weight=torch.ones(16).to_sparse()), "torch.sparse_coo"),
         (lambda: change_llama(norm__weight=torch.ones(16, device="meta")), "on meta"),
-        (lambda: change_llama(norm__weight="words"), "model.norm.weight is no tensor, but a str"),
+        (lambda: change_llama(norm__weight="words"), "model.norm.weight is a str"),
         (lambda: torch.save({NORM: Code()}, "hf/pytorch_model.bin"), "carries code"),
         (lambda: os.remove("hf/pytorch_model.bin"), "hf holds no model.safetensors or model.safetensors.index.json or"),
         (lambda: make_shards({NORM: "../hf/model-2.safetensors"}), "'../hf/model-2.safetensors' is no .safetensors"),
@@ -709,10 +718,10 @@ def test_a_tokenizer_whose_pattern_has_no_counterpart_stays(llama, capsys):
         (lambda: change_adapter(layers__0__mlp__gate_proj__ia3_l=torch.ones(40, 1)), "gate_proj.ia3_l is no (IA)³"),
         (
             lambda: change_adapter(layers__0__self_attn__k_proj__ia3_l=torch.ones(1, 8)),
-            "(1, 8), where (8, 1) is wanted",
+            "(1, 8), not (8, 1)",
         ),
-        (lambda: change_adapter(layers__0__self_attn__v_proj__ia3_l=torch.ones(16, 1)), "(16, 1), where (8, 1)"),
-        (lambda: change_adapter(layers__0__mlp__down_proj__ia3_l=torch.ones(16, 1)), "(16, 1), where (1, 40)"),
+        (lambda: change_adapter(layers__0__self_attn__v_proj__ia3_l=torch.ones(16, 1)), "(16, 1), not (8, 1)"),
+        (lambda: change_adapter(layers__0__mlp__down_proj__ia3_l=torch.ones(16, 1)), "(16, 1), not (1, 40)"),
         (lambda: change_adapter(layers__0__mlp__down_proj__ia3_l=torch.full((1, 40), torch.inf)), "ia3_l holds NaN"),
         (lambda: common.save(make_llama_with_bpe(seed=1), "base.pt"), "another base of this shape"),
         (lambda: common.save(make_gpt(), "base.pt"), "another base of this shape"),
