@@ -174,7 +174,7 @@ def run(argv):
     model.ia3 = IA3.load(args.ia3, model)
     window = min(model.config.block_size, 256) if args.block_size is None else args.block_size
     if not 1 <= window <= model.config.block_size:
-        raise ValueError(f"block_size must be from 1 to the base's {model.config.block_size}, not {window}")
+        raise ValueError(f"--block-size must be from 1 to the base's {model.config.block_size}, not {window}")
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, window, ["val"])["val"]
     merged = merge(model)
 

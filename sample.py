@@ -159,14 +159,14 @@ def run(argv):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     args = parser.parse_args(argv)
     if not 0 <= args.tokens <= 10**6:
-        raise ValueError(f"tokens must be from 0 to a million, not {args.tokens}")
+        raise ValueError(f"--tokens must be from 0 to a million, not {args.tokens}")
     if not 0 <= args.seed < 2**63:
-        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {args.seed}")
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     device, dtype = common.pick_device(args.device)
     model = common.load(args.base, getattr(torch, dtype)).to(device)
     if model.tokenizer is None:
         vocab_size = model.config.vocab_size
-        raise ValueError(f"{args.base} names no tokenizer, and its vocabulary of {vocab_size} tells of none")
+        raise ValueError(f"{args.base} names no tokenizer, and none is known for its vocabulary of {vocab_size}")
     prompt = model.tokenizer.encode_ordinary(args.prompt)
     if not prompt:
         raise ValueError("the prompt is empty")

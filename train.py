@@ -427,6 +427,8 @@ def new_model(args):
         if getattr(args, name) is not None:
             sizes[name] = getattr(args, name)
             check_bounds(name, sizes[name], 1, 10**5)
+    if 12 * sizes["n_layer"] * sizes["n_embd"] ** 2 > 10**10:  # 40 GB: refused before memory is filled
+        raise ValueError("--n-layer and --n-embd make more than 10 billion weights: convert a published base instead")
     torch.manual_seed(args.seed)
     tokenizer = args.tokenizer or "bytes"
     vocab_size = datasets.N_IDS[tokenizer]

@@ -152,8 +152,8 @@ def test_train_without_a_compiler(folder, capsys, monkeypatch):
         ("--out /dev/null", "regular file"),
         ("--out text", "regular file"),
         ("--out new/", "folder"),
-        ("--block-size 99", "block_size must be from 1 to the base's 16, not 99"),
-        ("--block-size 0", "block_size must be from 1 to the base's 16, not 0"),
+        ("--block-size 99", "--block-size must be from 1 to the base's 16, not 99"),
+        ("--block-size 0", "--block-size must be from 1 to the base's 16, not 0"),
         ("--unknown", "unrecognized"),
     ],
 )

@@ -406,6 +406,37 @@ def test_a_plain_tensor_of_finite_floats_passes():
             disk.check_weight(t / 0, "t")
 
 
+def test_a_small_tensor_that_claims_to_be_large_is_refused(tmp_path):
+    """One number, expanded, is a few bytes in a file and gigabytes in memory."""
+    model = make_gpt()
+    weights = model.state_dict() | {"transformer.wpe.weight": torch.ones(1).expand(16, 16)}
+    torch.save({"model": weights, "model_args": asdict(model.config)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"wpe\.weight claims 256 values, more than the file holds"):
+        common.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path, share):
+    """torch.load reads no checksum; each flip is one that it would load."""
+    common.save(make_gpt(), tmp_path / "a.pt")
+    raw = bytearray((tmp_path / "a.pt").read_bytes())
+    place = next(
+        i for i in range(int(share * len(raw)), len(raw)) if raw[i] and raw[i - 1] and raw[i + 1]
+    )  # in a float
+    raw[place] ^= 1
+    (tmp_path / "a.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a\.pt is damaged: .* fails its checksum"):
+        common.load(tmp_path / "a.pt")
+
+
+def test_vectors_that_are_not_finite_are_not_saved(tmp_path):
+    vectors = make_ia3(make_gpt())
+    vectors.l_v.data[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="l_v holds NaN"):
+        vectors.save(tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
 # A file is replaced whole, or not at all
 
 

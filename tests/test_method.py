@@ -290,5 +290,7 @@ def test_vectors_of_another_base_and_what_are_no_vectors_are_not_attached(make_m
         with pytest.raises(ValueError, match="another base"):
             attach(model, other)
         assert model.ia3 is None and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="vectors or sites"):
+        attach(model, IA3(model.config), sites=["k"])
     with pytest.raises(ValueError, match=r"not str: IA3\.load"):
         attach(make_model(), f"{tmp_path}/ia3.npz")

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import common
 from conftest import make_gpt, make_ia3, make_idx
-from ia3 import attach, stack
+from ia3 import IA3, attach, fingerprint, stack
+from merge import merge
 from model import GPT, GPTConfig
 from sample import Cache, generate
 
@@ -351,3 +353,23 @@ def test_a_sequence_that_is_empty_or_beyond_block_size_is_refused(make_model, le
     with pytest.raises(ValueError, match=f"a sequence of {length} tokens, and block_size is 16"):
         make_model()(torch.zeros(1, length, dtype=torch.long))
     make_model()(torch.zeros(1, 16, dtype=torch.long))
+
+
+# torch.compile
+
+
+def test_a_compiled_model_is_the_model_inside_it(make_model, tmp_path):
+    """torch.compile(model) returns a module around it, whose names of weights begin with _orig_mod."""
+    model = make_model()
+    expected = fingerprint(model)
+    compiled = torch.compile(model, backend="eager")
+    assert fingerprint(compiled) == expected
+    vectors = attach(compiled)
+    assert model.ia3 is vectors and not any(p.requires_grad for p in model.lm_head.parameters())
+    vectors.l_v.data *= 2
+    vectors.save(tmp_path / "ia3.npz")
+    assert torch.equal(IA3.load(tmp_path / "ia3.npz", compiled).l_v, vectors.l_v)
+    merged = merge(compiled)
+    assert type(merged) is type(model) and torch.equal(merged(make_idx(model))[0], model(make_idx(model))[0])
+    common.save(compiled, tmp_path / "base.pt")
+    assert fingerprint(common.load(tmp_path / "base.pt")) == expected

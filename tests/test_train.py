@@ -769,6 +769,27 @@ def test_a_folder_that_holds_a_run_is_not_written_to_and_the_way_out_is_said(tin
     assert same(before, load_vectors(folder / "run/ia3.npz"))
 
 
+def test_train_itself_writes_over_no_run(text, tmp_path):
+    train(fresh(), text, config(out=f"{tmp_path}/run"))
+    before = (tmp_path / "run/last.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a run"):
+        train(fresh(), text, config(out=f"{tmp_path}/run"))
+    assert (tmp_path / "run/last.pt").read_bytes() == before
+
+
+def test_a_compiled_model_trains_as_itself_and_resumes(text, tmp_path):
+    plain = fresh()
+    train(plain, text, config(out=f"{tmp_path}/a"))
+    compiled = torch.compile(fresh(), backend="eager")
+    train(compiled, text, config(out=f"{tmp_path}/b"))
+    assert torch.equal(compiled.ia3.l_ff, plain.ia3.l_ff)
+    saved = torch.load(tmp_path / "b/last.pt", weights_only=True)
+    assert list(saved["trained"]) == ["ia3.l_k", "ia3.l_v", "ia3.l_ff"]
+    assert (
+        train(torch.compile(fresh(), backend="eager"), text, config(out=f"{tmp_path}/b", resume=True))[-1]["step"] == 3
+    )
+
+
 # Settings
 
 

@@ -1,0 +1,94 @@
+"""What tools/ reads, broken on purpose (tests/damage.py): folders of Hugging Face's and PEFT's, and what is drawn."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file as load_safe
+from safetensors.torch import save_file as save_safe
+
+import common
+from conftest import make_gpt, make_ia3, make_llama_with_bpe
+from tests import damage
+from tools import convert, plot
+
+PICTURES = 20  # damages of what is drawn: a picture takes a second
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One good file of every kind, all of one tiny base."""
+    folder = tmp_path_factory.mktemp("good")
+    model = make_gpt(n_layer=1, n_embd=8, block_size=8)
+    common.save(model, folder / "base.pt")
+    (folder / "run").mkdir()
+    vectors = make_ia3(model)
+    vectors.save(folder / "run/ia3.npz")
+    convert.to_peft(vectors, folder / "adapter", "base.pt")
+    model.ia3 = None
+    (folder / "run/metrics.csv").write_text(
+        "step,train_loss,val_loss,lr,tokens_per_second\n0,nan,2.0,0.1,0.0\n1,1.5,1.8,0.0,9.0\n"
+    )
+    convert.to_hf(model, folder / "hf")
+    shutil.copytree(folder / "hf", folder / "safe")
+    save_safe(torch.load(folder / "hf/pytorch_model.bin", weights_only=True), folder / "safe/model.safetensors")
+    convert.to_hf(make_llama_with_bpe(n_layer=1, block_size=8), folder / "llama")
+    weights = torch.load(folder / "llama/pytorch_model.bin", weights_only=True)
+    (folder / "llama/pytorch_model.bin").unlink()
+    save_safe(weights, folder / "llama/model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "model-1.safetensors")}
+    (folder / "llama/model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def from_hf(name, folder):
+    return convert.main(["hf", f"{folder}/{name}", "--out", f"{folder}/new/base.pt"])
+
+
+def from_peft(folder):
+    flags = f"from-peft --base {folder}/base.pt --adapter {folder}/adapter --out {folder}/new/ia3.npz"
+    return convert.main(flags.split())
+
+
+def draw(folder):
+    return plot.main([f"{folder}/run"])
+
+
+# the file that is damaged, and the command that reads it
+READERS = {
+    "hf/pytorch_model.bin": lambda folder: from_hf("hf", folder),
+    "hf/config.json": lambda folder: from_hf("hf", folder),
+    "safe/model.safetensors": lambda folder: from_hf("safe", folder),
+    "llama/config.json": lambda folder: from_hf("llama", folder),
+    "llama/tokenizer.json": lambda folder: from_hf("llama", folder),
+    "llama/model.safetensors.index.json": lambda folder: from_hf("llama", folder),
+    "adapter/adapter_model.safetensors": from_peft,
+    "adapter/adapter_config.json": from_peft,
+    "run/metrics.csv": draw,
+    "run/ia3.npz": draw,
+}
+
+
+def rewrite(path, dice):
+    """damage.rewrite, and the same of safetensors."""
+    if path.suffix != ".safetensors":
+        return damage.rewrite(path, dice)
+    tensors = damage.damage_meaning(load_safe(path), dice)
+    save_safe({name: t.contiguous() for name, t in tensors.items() if is_storable(t)}, path)
+    return True
+
+
+def is_storable(t):
+    return isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(folder, tmp_path, capsys, name):
+    n = PICTURES if READERS[name] is draw else damage.DAMAGES
+    damage.damage_and_read(folder, tmp_path / "work", name, READERS[name], capsys, n, rewrite)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_code_of_a_file_runs(folder, tmp_path, capsys, name):
+    damage.check_no_code_runs(folder, tmp_path / "work", name, READERS[name], capsys)
