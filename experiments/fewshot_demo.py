@@ -29,7 +29,7 @@ PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
 def share_right(model, rows, shots=()):
     """The share of rows that the model answers rightly, behind the examples shots."""
     best = score_in(model, rows, PLACE, shots=shots).argmax(-1).tolist()
-    return sum(answer == row["label"] for answer, row in zip(best, rows, strict=True)) / len(rows)
+    return sum(answer == row.label for answer, row in zip(best, rows, strict=True)) / len(rows)
 
 
 def draw_picture(bars, base, path):
@@ -64,7 +64,7 @@ def run(argv):
     val = read_task(args.data, "movies", "val")
     rows = []
     for label in (0, 1):
-        rows += [row for row in val if row["label"] == label][:100]
+        rows += [row for row in val if row.label == label][:100]
     train_rows = read_task(args.data, "movies", "train")
     sixteen = draw(train_rows, 16, args.seed)
 
@@ -93,7 +93,7 @@ def run(argv):
     merged = merge(model)
     common.save(merged, args.out / "merged.pt")
     report("(IA)³ from 32, merged", "no added cost", share_right(merged, rows))
-    idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0]["prompts"][PLACE])])
+    idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0].prompts[PLACE])])
     found = verify(model, merged, idx)
     draw_picture(bars, args.base, args.out / "fewshot.png")
     print(found)

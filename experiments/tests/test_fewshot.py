@@ -13,7 +13,8 @@ import torch
 import common
 from conftest import make_gpt, make_ia3, make_llama
 from data import prepare
-from experiments import fewshot, fewshot_demo, lab, ranking, serving, shots
+from experiments import fewshot, fewshot_demo, fewshot_tables, lab, ranking, serving, shots
+from experiments.fewshot_tables import Row
 from ia3 import IA3
 from sample import Cache
 
@@ -118,8 +119,8 @@ def test_a_draw_has_as_many_of_each_label_and_begins_the_larger_ones(tmp_path):
     large = shots.draw(rows, 12, 3)
     assert shots.draw(rows, 4, 3) == large[:4]
     for k in (2, 4, 12):
-        assert sum(row["label"] for row in shots.draw(rows, k, 3)) == k // 2
-    assert len({row["prompts"][0] for row in large}) == 12  # none twice
+        assert sum(row.label for row in shots.draw(rows, k, 3)) == k // 2
+    assert len({row.prompts[0] for row in large}) == 12  # none twice
     assert shots.draw(rows, 12, 4) != large
     for k, why in ((0, "multiple of the 2 labels"), (3, "multiple of the 2 labels"), (26, "fewer than 13")):
         with pytest.raises(ValueError, match=why):
@@ -129,22 +130,22 @@ def test_a_draw_has_as_many_of_each_label_and_begins_the_larger_ones(tmp_path):
 def test_a_context_is_the_examples_as_they_are_asked_with_their_answers(llama, tmp_path):
     rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:2]
     ids = shots.context(llama.tokenizer, "plain", rows, 1)
-    good, bad = rows if rows[0]["label"] else rows[::-1]
+    good, bad = rows if rows[0].label else rows[::-1]
     text = {id(good): " Good", id(bad): " It does not sound good at all"}
-    assert llama.tokenizer.decode(ids) == "".join(f"{row['prompts'][1]}{text[id(row)]}\n\n" for row in rows)
+    assert llama.tokenizer.decode(ids) == "".join(f"{row.prompts[1]}{text[id(row)]}\n\n" for row in rows)
     ids = shots.context(llama.tokenizer, "chat", rows[:1], 0)
     ids += shots.ask(llama.tokenizer, "chat", rows[1], 0)[0]
-    answer = ["negative", "positive"][rows[0]["label"]]
-    turns = [shots.SYSTEM, f"user\n{rows[0]['prompts'][0]}", f"assistant\n{answer}", f"user\n{rows[1]['prompts'][0]}"]
+    answer = ["negative", "positive"][rows[0].label]
+    turns = [shots.SYSTEM, f"user\n{rows[0].prompts[0]}", f"assistant\n{answer}", f"user\n{rows[1].prompts[0]}"]
     assert bytes(ids).decode() == "".join(f"\1{turn}\2\n" for turn in turns) + "\1assistant\n"
 
 
 def test_the_content_free_sentences_stand_in_the_templates_of_the_task():
     for task, label in (("movies", " negative"), ("movies-flipped", " negative"), ("movies-ab", " A")):
         rows = shots.content_free(task)
-        assert len(rows) == 3 and rows[0]["choices"][0][0] == label
-    assert shots.content_free("news")[0]["prompts"][0] == "Sentence: N/A\nSentiment:"
-    assert len(shots.content_free("source")[0]["choices"][1]) == 4
+        assert len(rows) == 3 and rows[0].choices[0][0] == label
+    assert shots.content_free("news")[0].prompts[0] == "Sentence: N/A\nSentiment:"
+    assert len(shots.content_free("source")[0].choices[1]) == 4
 
 
 # --- scores ---
@@ -218,6 +219,11 @@ def test_students_points_leave_a_fortieth_above(degrees):
 # --- rivals ---
 
 
+def to_learn(rate):
+    """A Run of three steps."""
+    return shots.Run("val", "movies", "ia3", k=4, lr=rate, steps=3)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in shots.RIVALS]
@@ -239,7 +245,7 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
         ids = [(embedding == row).all(1).nonzero()[0].item() for row in prompt]
         before = shots.score(make_llama(block_size=512).to(dtype), rows, soft=ids)
     np.testing.assert_array_equal(shots.score(model, rows, soft=soft), before)
-    shots.learn(model, rows, 1e-2, 3, 0, soft=soft)
+    shots.learn(model, rows, to_learn(1e-2), soft=soft)
     assert np.abs(shots.score(model.eval(), rows, soft=soft) - before).max() > 1e-4
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
 
@@ -257,7 +263,7 @@ def test_the_pages_method_is_a_rival_on_a_llama_too(tmp_path, dtype):
     before = shots.score(model, rows)
     trained = add(model)
     np.testing.assert_array_equal(shots.score(model, rows), before)
-    assert shots.learn(model, rows, rates[-1], 3, 0) == 0
+    assert not shots.learn(model, rows, to_learn(rates[-1]))
     assert np.abs(shots.score(model.eval(), rows) - before).max() > 1e-5
     assert sum(p.numel() for p in trained) == model.config.n_layer * model.config.n_hidden
 
@@ -266,19 +272,16 @@ def test_the_pages_method_is_a_rival_on_a_llama_too(tmp_path, dtype):
 
 
 def test_the_list_of_runs_has_none_twice_and_products_test_in_none():
-    settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
-    chosen = {"form": "chat", "ia3": 1e-2} | dict.fromkeys(shots.RIVALS, 1e-3)
-    to_choose = fewshot.jobs_of_formats(settings) + fewshot.jobs_of_rates(settings)
-    to_report = fewshot.jobs_to_report(settings, chosen)
-    assert {(row["split"], row["task"]) for row in to_choose} == {("val", "products")}
-    assert {row["split"] for row in to_report} == {"test"} and "products" not in {row["task"] for row in to_report}
-    names = [lab.run_name(row) for row in to_choose + to_report]
-    assert len(set(names)) == len(names)
-    for task, (method, lr, form), seed in itertools.product(
-        fewshot.TASKS, [("ia3", 3e-3, "plain"), ("icl", 0.0, "chat")], range(5)
-    ):
-        steps = fewshot.STEPS if lr else 0
-        assert fewshot.job("test", task, method, seed, form, 32, lr, steps) in to_report
+    settings = shots.Settings()
+    chosen = fewshot.Choice("chat", "free", {"ia3": 1e-2} | dict.fromkeys(shots.RIVALS, 1e-3))
+    to_choose = fewshot.runs_of_formats(settings) + fewshot.runs_of_rates(settings)
+    to_report = fewshot.runs_to_report(settings, chosen)
+    assert {(run.split, run.task) for run in to_choose} == {("val", "products")}
+    assert {run.split for run in to_report} == {"test"} and "products" not in {run.task for run in to_report}
+    assert len(set(to_choose + to_report)) == len(to_choose + to_report)
+    for task, seed in itertools.product(settings.tasks, range(5)):
+        assert shots.Run("test", task, "ia3", "plain", 32, 3e-3, 100, seed=seed) in to_report
+        assert shots.Run("test", task, "icl", "chat", 32, seed=seed) in to_report
 
 
 def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
@@ -296,23 +299,18 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
         for path in data.glob(f"*/choices-*/{split}.jsonl"):
             if split == "test" or "products" not in str(path):
                 path.rename(f"{path}.hidden")
-    for path in data.glob("movies/choices-*/val.jsonl.hidden"):
-        path.rename(str(path).removesuffix(".hidden"))  # plan counts its tokens
-    assert stage("plan")[0] == 0
     assert stage("runs")[0] == 2  # nothing is chosen yet
     assert stage("formats")[0] == 0
-    assert fewshot.chosen_on_products(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2}).keys() == {
-        "form",
-        "calibrated",
-    }
+    quick = shots.Settings(seeds=(0,), ks=(2, 4, 6), k=4, steps=2)
+    assert fewshot.choose(fewshot.read_runs(out / "quick")[0], quick).rates == {}
     status, text, _ = stage("rates", "--minutes", "0")
     assert status == 0 and "the same command goes on" in text
-    first = lab.read_csv(out / "quick/results.csv", fewshot.RUNS)
+    first = lab.read_csv(out / "quick/results.csv", fewshot.RUN_COLUMNS)
     status, text, _ = stage("rates")
     assert status == 0 and "all runs are done" in text
-    assert 0 < len(first) < 12 and lab.read_csv(out / "quick/results.csv", fewshot.RUNS)[: len(first)] == first
-    chosen = fewshot.chosen_on_products(out / "quick", {"seeds": [0], "ks": (2, 4, 6), "steps": 2})
-    assert chosen.keys() == {"form", "calibrated", "ia3", *shots.RIVALS}
+    assert 0 < len(first) < 12 and lab.read_csv(out / "quick/results.csv", fewshot.RUN_COLUMNS)[: len(first)] == first
+    chosen = fewshot.choose(fewshot.read_runs(out / "quick")[0], quick)
+    assert chosen.rates.keys() == {"ia3", *shots.RIVALS}
     status, text, _ = stage("report")
     assert status == 0 and "| movies | not all draws are run |" in text
     for path in data.glob("*/choices-*/*.hidden"):
@@ -320,7 +318,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert stage("runs")[0] == 0
     assert "all runs are done" in stage("runs", "--minutes", "0")[1]
     assert stage("costs")[0] == 0
-    costs = lab.read_csv(out / "quick/costs.csv", fewshot.COSTS)
+    costs = lab.read_csv(out / "quick/costs.csv", fewshot.Cost.__annotations__)
     assert [row["prefix_flops"] > 0 for row in costs] == [False, True, True, True]  # nothing stands before K = 0
     status, text, _ = stage("report")
     assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
@@ -328,7 +326,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert "| movies |" in text and "draws are run" not in text and (out / "quick/accuracy.png").stat().st_size > 1000
     assert (out / "quick/costs.png").stat().st_size > 1000
 
-    rows, arrays = lab.read_runs(out / "quick", fewshot.RUNS)
+    rows, arrays = lab.read_runs(out / "quick", fewshot.RUN_COLUMNS)
     for row in rows:  # the accuracy of every row again, from its arrays
         run = arrays[lab.run_name(row)]
         assert run["beta"].shape == (3, 8, 2) and run["labels"].tolist() == [0, 1] * 4
@@ -384,7 +382,7 @@ def test_serving_wants_a_llama_and_sentences(tmp_path, capsys):
     common.save(make_gpt(block_size=4096), tmp_path / "base.pt")
     write_sets(tmp_path / "data")
     argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--k=4", "--steps=1"]
-    whys = {"--items=8": "this wants a Llama", "--items=0": "items must be at least 1, not 0"}
+    whys = {"--items=8": "Llama", "--items=0": "items must be at least 1, not 0"}
     whys |= {"--items=7": "multiple of the 2 labels"}  # told before training, which would want a Llama
     for flags, why in whys.items():
         assert serving.main([*argv, flags]) == 2
@@ -409,80 +407,94 @@ def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
         model.ia3 = vectors
         drawn = shots.draw(shots.read_task(tmp_path / "data", row["task"], "val"), 8, 0)
         found = shots.score(model, drawn)[0].argmax(-1)
-        assert row["its vectors"] == (found == [item["label"] for item in drawn]).mean()
+        assert row["its vectors"] == (found == [item.label for item in drawn]).mean()
+
+
+def draws_of(*shares):
+    """A draw per share: in each of three templates so many of ten answers are right."""
+    return [np.stack([np.arange(10) < 10 * share] * 3) for share in shares]
+
+
+def ia3_at(rate):
+    return Row("ia3", k=32, lr=rate, steps=100)
 
 
 def test_a_rival_is_compared_on_its_own_draws_and_only_when_all_are_run():
-    right = {share: np.arange(10) < 10 * share for share in (0.4, 0.5, 0.6, 0.9)}
-    ours = [np.stack([right[share]] * 3) for share in (0.5, 0.6, 0.4, 0.9, 0.9)]  # rivals have the first three draws
-    theirs = [np.stack([right[share]] * 3) for share in (0.4, 0.4, 0.4)]
-    settings = {"ks": (16, 32, 64), "steps": 100, "seeds": [0, 1, 2, 3, 4], "tasks": fewshot.TASKS}
-    chosen = {"form": "plain", "calibrated": True, "full": 3e-5, "lora4": 1e-3}
+    settings = shots.Settings()
+    rates = {"full": 3e-5, "lora4": 1e-3}
+    ours = draws_of(0.5, 0.6, 0.4, 0.9, 0.9)
+    theirs = draws_of(0.4, 0.4, 0.4)  # rivals have the first three draws
 
-    def made(chosen):
-        return fewshot.beside_rivals(fewshot.all_run(found, settings, chosen), settings, chosen).splitlines()[2:]
+    def lines_of(rows, rates):
+        chosen = fewshot.Choice("plain", "free", rates)
+        whole = fewshot_tables.only_whole(rows, fewshot.runs_to_report(settings, chosen))
+        return fewshot_tables.beside_rivals(whole, settings, chosen).splitlines()[2:]
 
-    found = {"ia3, plain, K = 32, 100 steps at 0.003": {"movies": ours, "news": ours[:4]}}
-    found["full, plain, K = 32, 100 steps at 3e-05"] = {"movies": theirs, "news": theirs}
-    found["lora4, plain, K = 32, 100 steps at 0.001"] = {"movies": theirs[:2]}
-    lines = made(chosen)
-    assert len(lines) == 1 and lines[0].startswith("| 0.003 | full | movies | 50.0 | 40.0 | +10.0 (")
-    found["ia3, plain, K = 32, 100 steps at 0.01"] = {"movies": ours[:4], "news": ours[::-1]}
-    for chosen_rate, expected in ((0.003, lines), (0.01, [*lines, "| 0.01 | full | news | 73.3 | 40.0 | +33.3 ("])):
-        found_lines = made(chosen | {"ia3": chosen_rate})
-        assert len(found_lines) == len(expected)
-        assert all(a.startswith(b) for a, b in zip(found_lines, expected, strict=True))
+    rows = {
+        ia3_at(3e-3): {"movies": ours, "news": ours[:4]},
+        Row("full", k=32, lr=3e-5, steps=100): {"movies": theirs, "news": theirs},
+        Row("lora4", k=32, lr=1e-3, steps=100): {"movies": theirs[:2]},
+    }
+    first = "| 0.003 | full | movies | 50.0 | 40.0 | +10.0 ("
+    (line,) = lines_of(rows, rates)
+    assert line.startswith(first)
+    rows[ia3_at(1e-2)] = {"movies": ours[:4], "news": ours[::-1]}
+    (line,) = lines_of(rows, rates | {"ia3": 3e-3})
+    assert line.startswith(first)
+    lines = lines_of(rows, rates | {"ia3": 1e-2})
+    assert lines[0].startswith(first) and lines[1].startswith("| 0.01 | full | news | 73.3 | 40.0 | +33.3 (")
+    assert len(lines) == 2
 
 
 def test_the_orders_of_a_draw_stand_side_by_side_by_hand():
-    right = {share: np.stack([np.arange(10) < 10 * share] * 3) for share in (0.2, 0.5, 0.7)}
-    settings = {"ks": (16, 32, 64), "steps": 100, "seeds": [0, 1, 2, 3, 4], "tasks": ("movies", "news")}
-    chosen = {"form": "plain", "calibrated": True}
-    found = {"icl, plain, K = 32, calibrated": {"movies": [right[0.2]] * 4 + [right[0.7]], "news": [right[0.7]] * 5}}
-    for order, shares in ((1, (0.5, 0.7, 0.2)), (2, (0.7, 0.7, 0.5))):
-        of_news = [right[0.5]] * 2  # one draw is not run yet
-        name = f"icl, plain, K = 32, order {order}, calibrated"
-        found[name] = {"movies": [right[share] for share in shares], "news": of_news}
-    lines = fewshot.by_order(fewshot.all_run(found, settings, chosen), settings, chosen).splitlines()[2:]
-    assert lines == ["| movies | 20.0 / 50.0 / 70.0 | 20.0 / 70.0 / 70.0 | 20.0 / 20.0 / 50.0 |"]
+    settings = shots.Settings(tasks=("movies", "news"))
+    chosen = fewshot.Choice("plain", "free", {})
+    first = Row("icl", k=32, by="free")
+    rows = {
+        first: {"movies": draws_of(0.2, 0.2, 0.2, 0.2, 0.7), "news": draws_of(0.7, 0.7, 0.7, 0.7, 0.7)},
+        first._replace(order=1): {"movies": draws_of(0.5, 0.7, 0.2), "news": draws_of(0.5, 0.5)},  # a draw is missing
+        first._replace(order=2): {"movies": draws_of(0.7, 0.7, 0.5), "news": draws_of(0.5, 0.5)},
+    }
+    whole = fewshot_tables.only_whole(rows, fewshot.runs_to_report(settings, chosen))
+    table, text = fewshot_tables.by_order(whole, settings, chosen)
+    assert table.splitlines()[2:] == ["| movies | 20.0 / 50.0 / 70.0 | 20.0 / 70.0 / 70.0 | 20.0 / 20.0 / 50.0 |"]
+    assert re.findall(r"[0-9.]*[0-9]", text) == ["30.0", "50.0", "50.0"]  # 50, 50 and 30 points
+
+
+def test_the_papers_summary_is_over_templates_and_draws_by_hand():
+    """Five draws of three templates are 15 accuracies, whose median and quartiles are taken."""
+    shares = np.arange(15).reshape(5, 3) / 20  # sorted: quartiles at positions 3.5, 7, 10.5 of 0 to 14
+    draws = [np.arange(20) < 20 * share[:, None] for share in shares]
+    middle, cell = fewshot_tables.quartiles(draws)
+    assert middle == pytest.approx(35) and cell == "35.0 (17.5 to 52.5)"
 
 
 def test_what_training_saves_by_hand():
-    row = dict.fromkeys(fewshot.COSTS, 0) | {"flops": 100, "training_flops": 5000, "task_bytes": 2_000_000}
-    table, text = fewshot.cost_table([row, row | {"k": 4, "flops": 150, "prefix_flops": 1000}])
+    ours = fewshot.Cost(0, 0, 100, 0, 0, 0, 0, 0.0, 5000, 2_000_000)
+    costs = [ours, ours._replace(k=4, flops=150, prefix_flops=1000)]
+    table, *_ = fewshot_tables.cost_table(costs)
     of_k = {line.split(" | ")[0]: line.removesuffix(" |").split(" | ") for line in table.splitlines()}
     assert of_k["| 0"][-2:] == ["", ""]
-    assert of_k["| 4"][-2:] == ["100 predictions", "5 predictions"]  # 5000 / 50, and 5000 / 1050, which is 4.8
-    assert "2,000,000 bytes; a thousand, 2,000 MB." in text
+    # cached: training costs 4000 more than filling the cache, and saves 50; anew it saves 1050 of 5000, 4.8
+    assert of_k["| 4"][-2:] == ["80 predictions", "5 predictions"]
 
 
 def test_the_table_of_what_products_chose_among_by_hand():
-    """The best of each method is what chosen_on_products takes."""
-    right, wrong = np.ones((3, 4), bool), np.zeros((3, 4), bool)
-    tried = {"icl": {("plain", False): [wrong], ("plain", True): [right, wrong]}}
-    tried |= {"ia3": {0.01: [right], 0.03: [right, right, wrong, wrong]}, "full": {}}
-    lines = fewshot.choices_on_products(tried).splitlines()[2:]
+    (right,) = draws_of(1)
+    (wrong,) = draws_of(0)
+    tried = {
+        "icl": {("plain", ""): [wrong], ("plain", "free"): [right, wrong]},
+        "ia3": {0.01: [right], 0.03: [right, right, wrong, wrong]},
+    }
+    lines = fewshot_tables.choices_on_products(tried).splitlines()[2:]
     assert lines == ["| icl | 0.0 plain; 50.0 plain, calibrated |", "| ia3 | 100.0 at 0.01; 50.0 at 0.03 |"]
 
 
-def test_what_is_in_the_table_of_choices_was_chosen():
-    chosen, best = {}, {}
-    for cells in lines_of_the_table():
-        if cells[0].startswith("Chosen on products: "):
-            chosen = json.loads(cells[0].removeprefix("Chosen on products: ").split("}")[0] + "}")
-        elif len(cells) == 2 and "; " in cells[1]:
-            options = [option.split(" ", 1) for option in cells[1].split("; ")]
-            best[cells[0]] = max(options, key=lambda option: float(option[0]))[1]
-    form, calibrated = chosen.pop("form"), chosen.pop("calibrated")
-    assert best.pop("icl") == (f"{form}, calibrated" if calibrated else form)
-    assert best == {name: f"at {rate:g}" for name, rate in chosen.items()}
-
-
-def test_the_committed_table_is_what_the_report_makes_of_the_committed_files():
+def test_the_committed_table_is_what_the_report_makes_of_the_committed_files(tmp_path):
     folder = lab.RESULTS / "fewshot"
-    settings = {"tasks": fewshot.TASKS, "seeds": [0, 1, 2, 3, 4], "ks": fewshot.KS, "steps": fewshot.STEPS}
-    made = fewshot.tables(folder, settings, fewshot.chosen_on_products(folder, settings))
-    assert (folder / "table.md").read_text(encoding="utf-8") == made + "\n"
+    fewshot.report(shots.Settings(), folder, tmp_path)
+    assert (folder / "table.md").read_text(encoding="utf-8") == (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000 and (tmp_path / "costs.png").stat().st_size > 10_000
 
 
 def test_the_committed_table_of_serving_is_its_results():
@@ -674,7 +686,7 @@ def test_what_the_page_says_of_the_order_of_examples_is_the_tables():
 
 
 def test_what_the_page_says_of_the_runs_is_the_results():
-    rows = lab.read_csv(lab.RESULTS / "fewshot/results.csv", fewshot.RUNS)
+    rows = lab.read_csv(lab.RESULTS / "fewshot/results.csv", fewshot.RUN_COLUMNS)
     assert f"| {sum(row['seconds'] for row in rows) / 3600:.0f} hours of one core; in parts |" in the_page()
     about = next(cells[0] for cells in lines_of_the_table() if cells[0].startswith("Chosen on products: "))
     made, wanted = re.search(r"(\d+) of (\d+) runs are made", about).groups()

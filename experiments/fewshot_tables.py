@@ -1,0 +1,448 @@
+"""The tables and pictures of fewshot.py, made from its runs alone."""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import lab
+from experiments.shots import LOSSES, RIVALS, accuracy_of, right
+from tools.plot import plt, save_picture
+
+FIRST = slice(1)  # the first template, whose answers are single tokens in most tasks
+ALL = slice(None)
+CALIBRATED = {"": "", "free": ", calibrated", "beta": ", batch-calibrated"}
+# table 1 and section 4.2 of the (IA)³ paper: 11e9 parameters, 41 examples of 98 tokens in context
+PAPER_TRAINING = 2.7e16
+PAPER_PREDICTION = 1.1e12
+PAPER_IN_CONTEXT = 1.4e15
+PAPER_CONTEXT_AT_EQUAL_SIZE = 41 * 98 * 11e9
+
+
+# --- rows: runs that differ only in their draw are one row of a table, with a cell per task ---
+
+
+class Row(NamedTuple):
+    method: str  # a Run's, or 'biases' or 'probe', the two floors
+    form: str = "plain"
+    k: int = 0
+    lr: float = 0.0
+    steps: int = 0
+    order: int = 0
+    by: str = ""  # what calibrates it: see shots.right
+
+    def words(self):
+        text = f"{self.method}, {self.form}, K = {self.k}"
+        if self.steps:
+            text += f", {self.steps} steps at {self.lr:g}"
+        if self.order:
+            text += f", order {self.order}"
+        return text + CALIBRATED[self.by]
+
+
+def row_of(run, by=""):
+    """The row in which a Run is a draw."""
+    return Row(run.method, run.form, run.k, run.lr, run.steps, run.order, by)
+
+
+def rows_of(found, settings):
+    """Return {Row: {task: [where the answers are right, one per draw]}} of the runs on test.
+
+    found: {Run: its arrays}.
+    """
+    rows = {}
+
+    def add(row, task, answers_right):
+        rows.setdefault(row, {}).setdefault(task, []).append(answers_right)
+
+    for run, arrays in sorted(found.items(), key=lambda item: item[0].seed):
+        if run.split != "test":
+            continue
+        add(row_of(run), run.task, right(arrays))
+        if "free" in arrays:
+            add(row_of(run, "free"), run.task, right(arrays, "free"))
+            add(row_of(run, "beta"), run.task, right(arrays, "beta"))
+        if run.method == "zero" and run.form == "plain":
+            for k in settings.ks:
+                for floor in ("biases", "probe"):
+                    for seed in settings.seeds:
+                        answers = arrays[f"{floor}-{k}-{seed}"]
+                        add(Row(floor, k=k), run.task, answers == arrays["labels"])
+    return rows
+
+
+def only_whole(rows, wanted):
+    """rows without the cells that lack a draw: only then are the first draws of two rows the same examples.
+
+    wanted: all Runs of the protocol.
+    """
+    n_draws = Counter((row_of(run), run.task) for run in wanted if run.split == "test")
+    whole = {}
+    for row, of_task in rows.items():
+        for task, draws in of_task.items():
+            if len(draws) >= n_draws[row._replace(by=""), task]:
+                whole.setdefault(row, {})[task] = draws
+    return whole
+
+
+def paired(whole, ours, theirs, task):
+    """The draws that both rows have, as two lists of equal length: empty where one row has none.
+
+    Zero-shot has a single draw: it is compared with each.
+    """
+    left = whole.get(ours, {}).get(task, [])
+    right_hand = whole.get(theirs, {}).get(task, [])
+    if len(right_hand) == 1:
+        right_hand = right_hand * len(left)
+    n = min(len(left), len(right_hand))
+    return left[:n], right_hand[:n]
+
+
+# --- cells ---
+
+
+def difference(ours, theirs, templates=ALL):
+    """The cells of a comparison of equal draws: both accuracies, the difference, and its interval over draws."""
+    ours = [draw[templates] for draw in ours]
+    theirs = [draw[templates] for draw in theirs]
+    value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours, theirs)]
+    accuracies = [f"{100 * accuracy_of(draws):.1f}" for draws in (ours, theirs)]
+    return [*accuracies, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
+
+
+def range_of_draws(draws):
+    """The mean accuracy of the draws, the lowest and the highest, and how many there are."""
+    each = [100 * accuracy_of([draw]) for draw in draws]
+    return f"{lab.spread(100 * accuracy_of(draws), min(each), max(each), '.1f')}, {len(each)}"
+
+
+def templates_of_draws(draws):
+    """The mean accuracy of the draws by template."""
+    means = np.mean([draw.mean(-1) for draw in draws], 0)  # (templates,)
+    return " / ".join(f"{100 * mean:.1f}" for mean in means)
+
+
+def quartiles(draws):
+    """The paper's summary: the median over templates and draws and, in brackets, its quartiles, in %."""
+    accuracies = 100 * np.stack(draws).mean(-1)  # (draws, templates)
+    low, middle, high = np.quantile(accuracies, (0.25, 0.5, 0.75))
+    return middle, lab.spread(middle, low, high, ".1f")
+
+
+# --- tables ---
+
+
+def primary(settings, chosen, k=None):
+    """The two rows that are compared: (IA)³ at the paper's rate, and in-context learning as products chose it."""
+    k = k or settings.k
+    return Row("ia3", k=k, lr=settings.rate, steps=settings.steps), Row("icl", chosen.form, k, by=chosen.by)
+
+
+def comparison(whole, settings, chosen, templates=ALL):
+    """The primary comparison, one line per task."""
+    lines = []
+    for task in settings.tasks:
+        ours, theirs = paired(whole, *primary(settings, chosen), task)
+        if ours:
+            lines.append([task, *difference(ours, theirs, templates)])
+        else:
+            lines.append([task, "not all draws are run", "", "", ""])
+    head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
+    return lab.markdown(head, lines)
+
+
+def other_counts(whole, settings, chosen):
+    """The primary difference beside what it would be if it were counted otherwise, one line per task."""
+    ours, in_context = primary(settings, chosen)
+    lines = []
+    for task in settings.tasks:
+        left, right_hand = paired(whole, ours, in_context, task)
+        batch_left, by_batch = paired(whole, ours, in_context._replace(by="beta"), task)
+        if left and batch_left:
+            (our_middle, our_cell), (their_middle, their_cell) = quartiles(left), quartiles(right_hand)
+            counted = [
+                difference(left, right_hand),
+                difference(left, right_hand, FIRST),
+                difference(batch_left, by_batch),
+            ]
+            cells = [cells[2] for cells in counted]
+            lines.append([task, *cells, our_cell, their_cell, f"{our_middle - their_middle:+.1f}"])
+    head = ["task", "as compared", "first template alone", "in context batch-calibrated"]
+    head += ["(IA)³, median over templates and draws (quartiles)", "in context, likewise", "their difference"]
+    return lab.markdown(head, lines)
+
+
+def beside_rivals(whole, settings, chosen):
+    """(IA)³, at the paper's rate and at the one that products chose, less every rival."""
+    lines = []
+    for rate in dict.fromkeys((settings.rate, chosen.rates.get("ia3", settings.rate))):
+        ours = Row("ia3", k=settings.k, lr=rate, steps=settings.steps)
+        for rival in RIVALS:
+            if rival not in chosen.rates:
+                continue
+            row = Row(rival, k=settings.k, lr=chosen.rates[rival], steps=settings.steps)
+            for task in settings.tasks:
+                left, right_hand = paired(whole, ours, row, task)
+                if left:
+                    first = difference(left, right_hand, FIRST)[2:]
+                    lines.append([f"{rate:g}", rival, task, *difference(left, right_hand), *first])
+    head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
+    return lab.markdown([*head, "first template (95 %, draws and items)", "t, over draws"], lines)
+
+
+def pairs_to_compare(settings, chosen):
+    """The pairs of rows whose differences are shown, in the order in which they are shown."""
+    k, rate, steps, form = settings.k, settings.rate, settings.steps, chosen.form
+    papers, in_context = primary(settings, chosen)
+    best = papers._replace(lr=chosen.rates.get("ia3", rate))
+    by_batch = in_context._replace(by="beta")
+    probe = Row("probe", k=k)
+    zero = Row("zero", form)
+    calibrated_zero = Row("zero", form, by=chosen.by)
+
+    pairs = [(papers, probe), (best, probe), (best, papers), (papers, Row("biases", k=k))]
+    pairs += [(in_context, calibrated_zero), (in_context, zero), (papers, zero), (best, in_context)]
+    pairs += [(papers, by_batch), (best, by_batch), (by_batch, zero._replace(by="beta"))]
+
+    # other K
+    for other in settings.ks:
+        if other != k:
+            ours, theirs = primary(settings, chosen, other)
+            pairs += [(ours, theirs), (ours, Row("probe", k=other))]
+    most = in_context._replace(k=max(settings.ks))
+    fewest = in_context._replace(k=min(settings.ks))
+    pairs.append((most, fewest))
+
+    # other orders
+    orders = [in_context._replace(order=order) for order in (1, 2)]
+    pairs += [(in_context, other) for other in orders]
+    pairs += [(papers, other) for other in orders]
+
+    # losses, transfer, more steps
+    pairs += [(papers, papers._replace(method=method)) for method in LOSSES if method != "ia3"]
+    transfer = Row("transfer", k=k, lr=rate, steps=steps)
+    pairs.append((transfer._replace(k=0), in_context._replace(method="icl-other")))
+    pairs += [(transfer, papers), (transfer, best)]
+    long = papers._replace(steps=10 * steps)
+    pairs += [(long, other) for other in (papers, best, in_context, by_batch, probe)]
+    return [(ours, theirs) for ours, theirs in dict.fromkeys(pairs) if ours != theirs]
+
+
+def other_differences(whole, settings, chosen):
+    """Whatever else can be compared, one line per pair and task: over all templates, and on the first alone."""
+    lines = []
+    for ours, theirs in pairs_to_compare(settings, chosen):
+        for task in settings.tasks:
+            left, right_hand = paired(whole, ours, theirs, task)
+            if left:
+                cells = difference(left, right_hand)[2:] + difference(left, right_hand, FIRST)[2:]
+                lines.append([ours.words(), theirs.words(), task, f"{len(left)}", *cells])
+    interval = "(95 %, draws and items)"
+    head = ["row", "less row", "task", "draws", f"difference {interval}", "t, over draws"]
+    return lab.markdown([*head, f"first template {interval}", "t, over draws"], lines)
+
+
+def by_order(whole, settings, chosen):
+    """How far the order of the examples moves a draw's accuracy in context: a table, and a line on all of it."""
+    _, in_context = primary(settings, chosen)
+    lines = []
+    ranges = []
+    for task in settings.tasks:
+        orders = [whole.get(in_context._replace(order=order), {}).get(task, []) for order in (0, 1, 2)]
+        cells = []
+        for draws in zip(*orders, strict=False):  # the first order has more draws than the others
+            accuracies = [100 * accuracy_of([draw]) for draw in draws]
+            cells.append(" / ".join(f"{accuracy:.1f}" for accuracy in accuracies))
+            ranges.append(max(accuracies) - min(accuracies))
+        if cells:
+            lines.append([task, *cells])
+    pieces = [lab.markdown(["task", *[f"draw {seed}" for seed in settings.seeds[:3]]], lines)]
+    if ranges:
+        low, middle, high = np.quantile(ranges, (0, 0.5, 1))
+        pieces.append(
+            f"The best of the three orders is {low:.1f} to {high:.1f} points above the worst of the same draw, "
+            f"{middle:.1f} in the median."
+        )
+    return pieces
+
+
+def all_rows(rows, settings, cell):
+    """A line per row and a column per task; cell: a function of the draws."""
+    lines = []
+    for row, of_task in rows.items():
+        lines.append([row.words(), *[cell(of_task[task]) if task in of_task else "" for task in settings.tasks]])
+    return lab.markdown(["", *settings.tasks], lines)
+
+
+def choices_on_products(tried):
+    """What products chose among: the mean accuracy of the draws. tried: of fewshot.tried_on_products."""
+    lines = []
+    for method, options in tried.items():
+        cells = []
+        for option, draws in options.items():
+            if method == "icl":
+                form, by = option
+                name = form + CALIBRATED[by]
+            else:
+                name = f"at {option:g}"
+            cells.append(f"{100 * accuracy_of(draws):.1f} {name}")
+        lines.append([method, "; ".join(cells)])
+    return lab.markdown(["", "accuracy in %, means of the draws"], lines)
+
+
+def cost_table(costs):
+    """What a prediction costs: a table, and what it means. costs: fewshot's Costs, the first of K = 0."""
+    ours = costs[0]
+    lines = []
+    for cost in costs:
+        anew = cost.flops + cost.prefix_flops
+        counts = [cost.flops, anew, cost.by_2n, cost.by_2n + cost.prefix_by_2n]
+        line = [f"{cost.k}", f"{cost.prefix_tokens:,}", *[f"{n:.2e}" for n in counts]]
+        line += [f"{cost.seconds:.3f}", f"{cost.cache_bytes:,}"]
+        # training costs FLOPs once, as filling the cache does; each prediction then saves some
+        for once, each in ((ours.training_flops - cost.prefix_flops, cost.flops), (ours.training_flops, anew)):
+            saved = each - ours.flops
+            line.append(f"{math.ceil(once / saved):,} predictions" if saved > 0 else "")
+        lines.append(line)
+    head = ["K in context", "tokens", "FLOPs of a prediction, cached", "read anew", "by 2N", "read anew, by 2N"]
+    head += ["seconds", "cache, bytes", "(IA)³ cheaper after, cached", "read anew"]
+    paper = math.ceil(PAPER_TRAINING / (PAPER_IN_CONTEXT - PAPER_PREDICTION))
+    at_equal_size = math.ceil(PAPER_TRAINING / PAPER_CONTEXT_AT_EQUAL_SIZE)
+    return [
+        lab.markdown(head, lines),
+        f"(IA)³'s prediction is that of K = 0. Its training: {ours.training_flops:.2e} FLOPs. A task: "
+        f"{ours.task_bytes:,} bytes; a thousand, {ours.task_bytes / 1e3:,.0f} MB. FLOPs and seconds are those of "
+        "products' questions. With a cache that is kept, filling it once is counted on in-context learning's side.",
+        f"The paper (table 1, section 4.2): T-Few takes {PAPER_PREDICTION:.1e} FLOPs per prediction, counted as N per "
+        f"token, {PAPER_TRAINING:.1e} to train, as 3N, and 4.2 MB; GPT-3 175B in context {PAPER_IN_CONTEXT:.1e}, as "
+        f"2N. By these figures training is paid back after {paper} predictions. That compares models of 11e9 and "
+        f"175e9 parameters: with in-context learning on the same 11e9, read anew, it would be {at_equal_size}. "
+        "Section 4.2 discusses keeping a cache, too.",
+    ]
+
+
+def tables(found, diverged, wanted, tried, chosen, settings, costs):
+    """All tables, in Markdown.
+
+    found, diverged: of fewshot.read_runs; wanted: the protocol's Runs; tried: of fewshot.tried_on_products; chosen: a
+    fewshot.Choice; costs: fewshot's Costs, none where they are not measured.
+    """
+    rows = rows_of(found, settings)
+    whole = only_whole(rows, wanted)
+    n_made = sum(run in found for run in wanted)
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in chosen.rates.items())
+    pieces = [
+        f"Chosen on products: in context {chosen.form}{CALIBRATED[chosen.by]}; rates {rates or 'not yet'}. "
+        f"{n_made} of {len(wanted)} runs are made, not counting those that chose the format.",
+        comparison(whole, settings, chosen),
+        "This was the comparison planned. The tasks come from four sets of sentences: movies, movies-ab and "
+        "movies-flipped ask the same sentences, and source asks some of each set. The 200 sentences of news come from "
+        "77 articles, so its interval over items is too narrow. The model may have read the movie reviews.",
+        "The same on the first template alone, whose answers are single tokens; descriptive:",
+        comparison(whole, settings, chosen, FIRST),
+        "The same difference, counted otherwise; descriptive. Batch-calibrated: in-context learning's probabilities "
+        "are divided, without labels, by their mean over the questions themselves. This was tried afterwards; it needs "
+        "many questions at once, and here these are balanced. The last three columns are the paper's summary. Unlike "
+        "the paper's, our draws are balanced by label, and an epoch of training passes through all templates:",
+        other_counts(whole, settings, chosen),
+        "Beside the rivals, each at the rate that products chose, on the same draws; descriptive. Neither interval "
+        "covers all: the first is too narrow for few draws, the second takes test's sentences as given. A difference "
+        "is clear where both exclude 0. (IA)³'s rate was chosen among four, by three draws, the rivals' among three, "
+        "by two:",
+        beside_rivals(whole, settings, chosen),
+        "Other differences between rows of the tables below, in points; descriptive. Nothing is corrected for their "
+        "number, so some intervals exclude 0 by chance:",
+        other_differences(whole, settings, chosen),
+        f"In context, K = {settings.k}, accuracy in %: a draw's examples in one order / in another / in a third:",
+        *by_order(whole, settings, chosen),
+        "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
+        all_rows(rows, settings, range_of_draws),
+        "The same by template, means of the draws. The answers of two templates are of unequal length. Scored per "
+        "token, a longer phrase is favoured, since its later words follow from its first: without calibration this "
+        "small a model gives the longer of two answers to nearly every question:",
+        all_rows(rows, settings, templates_of_draws),
+        f"What products chose by, on its val, K = {settings.k}:",
+        choices_on_products(tried),
+        f"Training diverged in: {', '.join(str(run) for run in diverged) or 'no run'}.",
+    ]
+    if costs:
+        pieces += cost_table(costs)
+    return "\n\n".join(pieces)
+
+
+# --- pictures ---
+
+
+def draw_panels(settings, draw_panel, path):
+    """A picture with one panel per task, each drawn by draw_panel(ax, task)."""
+    n_columns = min(len(settings.tasks), 3)
+    n_rows = math.ceil(len(settings.tasks) / n_columns)
+    size = (3.4 * n_columns + 1.8, 3 * n_rows)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    for ax, task in zip(axes.flat, settings.tasks, strict=True):
+        draw_panel(ax, task)
+        ax.set_title(task)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    save_picture(figure, path)
+
+
+def draw_pictures(found, wanted, chosen, settings, costs, folder):
+    """Accuracy against K and, where costs are measured, against the FLOPs of a prediction.
+
+    A point is the mean of all draws, its bar the lowest and the highest; where draws are missing there is none.
+    """
+    whole = only_whole(rows_of(found, settings), wanted)
+
+    def accuracies(row, task):
+        return [100 * accuracy_of([draw]) for draw in whole.get(row, {}).get(task, [])]
+
+    def curve(ax, points, label):  # points: [(x, accuracies of the draws)]
+        means = [np.mean(draws) for _, draws in points]
+        below = [np.mean(draws) - min(draws) for _, draws in points]
+        above = [max(draws) - np.mean(draws) for _, draws in points]
+        ax.errorbar([x for x, _ in points], means, [below, above], fmt="o-", ms=4, capsize=2, label=label)
+
+    def zero_shot(ax, task):
+        draws = accuracies(Row("zero"), task)
+        if draws:
+            ax.axhline(draws[0], color="gray", ls=":", label="zero-shot, uncalibrated")
+
+    def against_k(ax, task):
+        rows = {k: primary(settings, chosen, k) for k in settings.ks}
+        curves = {
+            "(IA)³": {k: ours for k, (ours, _) in rows.items()},
+            "in context": {k: in_context for k, (_, in_context) in rows.items()},
+            "logistic regression": {k: Row("probe", k=k) for k in settings.ks},
+        }
+        for label, row_at in curves.items():
+            points = [(k, accuracies(row, task)) for k, row in row_at.items()]
+            curve(ax, [(k, draws) for k, draws in points if draws], label)
+        zero_shot(ax, task)
+        ax.set(xscale="log", xlabel="labelled examples")
+        ax.minorticks_off()
+        ax.set_xticks(settings.ks, [str(k) for k in settings.ks])
+
+    def against_flops(ax, task):
+        curves = {"(IA)³": [], "in context, from a cache": [], "in context, read anew": []}
+        for cost in costs[1:]:
+            ours, in_context = primary(settings, chosen, cost.k)
+            curves["(IA)³"].append((cost.k, costs[0].flops, ours))
+            curves["in context, from a cache"].append((cost.k, cost.flops, in_context))
+            curves["in context, read anew"].append((cost.k, cost.flops + cost.prefix_flops, in_context))
+        for label, places in curves.items():
+            points = []
+            for k, flops, row in places:
+                draws = accuracies(row, task)
+                if draws:
+                    points.append((flops, draws))
+                    ax.annotate(f" {k}", (flops, np.mean(draws)), fontsize=7)
+            curve(ax, points, label)
+        zero_shot(ax, task)
+        ax.set(xscale="log", xlabel="FLOPs of a prediction")
+
+    draw_panels(settings, against_k, folder / "accuracy.png")
+    if costs:
+        draw_panels(settings, against_flops, folder / "costs.png")
