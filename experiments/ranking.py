@@ -1,17 +1,27 @@
 """Learn to choose: labelled choices, the paper's three losses (section 3.2), rank classification (section 3.1).
 
-    python -m experiments.ranking --data FOLDER --out DIR
-    python -m experiments.ranking --data FOLDER --k 32 --losses lm    # 32 training examples, the first loss alone
+    python -m experiments.ranking --data FOLDER --out DIR                        # learn, then rank val
+    python -m experiments.ranking --data FOLDER --out DIR --k 32 --seeds 0 1 2   # from 32 examples, three times
+    python -m experiments.ranking --data FOLDER --out DIR --evaluate --test      # rank test by the untouched base
+    python -m experiments.ranking --data FOLDER --out DIR --evaluate --test --ia3 ia3.npz    # or by saved vectors
 
-FOLDER holds train.jsonl and val.jsonl, one {"prompt": text, "choices": [text, text, ...], "label": n} a line, n being
-the right choice, counted from 0. The model scores every choice by its log-likelihood after the prompt, divided by its
-length in tokens, and answers with the best. (The authors' choices end in an end token, ours do not.) DIR gets ia3.npz,
-metrics.csv and last.pt, as from train.py.
+FOLDER holds train.jsonl, val.jsonl and, for --test, test.jsonl, one {"prompt": text, "choices": [text, text, ...],
+"label": n} per line, n being the right choice, counted from 0. The model scores every choice by its log-likelihood
+after the prompt, divided by its length in tokens, and answers with the best. (The authors' choices end in an end token,
+ours do not.)
+
+DIR gets ia3.npz, metrics.csv and last.pt, as from train.py, and predictions-val.csv or predictions-test.csv: each
+item's right choice, the choice made, and the mean log-likelihood per token of every choice, in nats. Several seeds get
+a folder each in DIR. The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The
+interval over seeds is Student's.
 """
 
 import argparse
 import copy
+import csv
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -89,10 +99,21 @@ def load_choices(path, tokenizer, block_size):
 
 
 def draw(split, k, seed):
-    """K of split's examples, drawn from the seed. Raises ValueError where there are fewer."""
+    """Draw k of split's examples, equally many per label as far as there are. For one seed, smaller draws begin larger.
+
+    Raises ValueError where there are fewer than k.
+    """
     if not 1 <= k <= len(split):
         raise ValueError(f"k must be from 1 to the data's {len(split)} examples, not {k}")
-    return Choices([split.examples[i] for i in np.random.default_rng(seed).permutation(len(split))[:k]])
+    order = np.random.default_rng(seed).permutation(len(split)).tolist()
+    n_before = Counter()
+    turns = {}  # of each example, among those of its label
+    for i in order:
+        _, _, label = split.examples[i]
+        turns[i] = n_before[label]
+        n_before[label] += 1
+    by_turn = sorted(order, key=turns.get)  # the labels take turns
+    return Choices([split.examples[i] for i in by_turn[:k]])
 
 
 def token_log_likelihoods(model, x, y):
@@ -219,42 +240,114 @@ def accuracy(model, split):
     return (scores(model.eval(), split).argmax(-1) == split.labels()).double().mean().item()
 
 
+# --- the command ---
+
+
+def wilson(share, n):
+    """Wilson's 95 % interval for a share of n items: (low, high)."""
+    z = 1.96
+    middle = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
+def read(args, names, model):
+    """Return {name: Choices} of the files NAME.jsonl in --data."""
+    if model.tokenizer is None:
+        raise ValueError(f"{args.base} names no tokenizer")
+    splits = {}
+    for name in names:
+        splits[name] = load_choices(args.data / f"{name}.jsonl", model.tokenizer, model.config.block_size)
+    return splits
+
+
+def learn(model, train_split, val, args, seed, folder):
+    """Train vectors, from ones or from --ia3. They stay in model and are saved into folder."""
+    attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
+    if args.k is not None:
+        train_split = draw(train_split, args.k, seed)
+    config = TrainConfig(
+        steps=args.steps,
+        lr=default_lr(model) if args.lr is None else args.lr,
+        batch_size=args.batch_size,
+        seed=seed,
+        schedule="linear",
+        eval_interval=max(args.steps, 1),
+        out=str(folder),
+    )
+    train(model, {"train": train_split, "val": val}, config, make_loss(args.losses.split(",")))
+    model.ia3.save(folder / "ia3.npz")
+
+
+def predict(model, split, path):
+    """Rank split's choices and write what was chosen to the CSV path. Returns the share that is right."""
+    beta = scores(model.eval(), split)  # (examples, most choices)
+    chosen = beta.argmax(-1)
+    with common.replace_file(path, text=True) as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(["item", "gold", "chosen", *[f"log_likelihood_{n}" for n in range(beta.size(1))]])
+        for item, (_, choices, label) in enumerate(split.examples):
+            log_likelihoods = beta[item].tolist()[: len(choices)]
+            blanks = [""] * (beta.size(1) - len(choices))
+            writer.writerow([item, label, chosen[item].item(), *log_likelihoods, *blanks])
+    return (chosen == split.labels()).double().mean().item()
+
+
 def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl, val.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl, val.jsonl, test.jsonl")
     parser.add_argument("--base", default=lab.BASE, help="a checkpoint (default: data/base.pt)")
-    parser.add_argument("--ia3", metavar="NPZ", help="vectors to start from, instead of ones")
+    parser.add_argument("--ia3", metavar="NPZ", help="vectors to start from instead of ones, or to evaluate")
+    parser.add_argument("--evaluate", action="store_true", help="learn nothing: rank by --ia3, or by the base")
+    parser.add_argument("--test", action="store_true", help="rank test.jsonl instead of val.jsonl")
     parser.add_argument("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")
-    parser.add_argument("--k", type=int, help="train on so many examples, drawn from the seed (default: all)")
+    parser.add_argument("--k", type=int, help="learn from so many examples, balanced by label (default: all)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.003, the paper's; 0.1 on a small GPT)")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples a step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the examples and their order (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples per step (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws examples and their order (0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
     parser.add_argument("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.out:
         raise ValueError("the name of the output is empty")
+    if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > 10:
+        raise ValueError("--seeds takes at most ten numbers, each once")
+    make_loss(args.losses.split(","))  # refuses other names before anything is read
     device, _ = common.pick_device(args.device)
-    loss_fn = make_loss(args.losses.split(","))
-    if (Path(args.out) / "last.pt").exists() or (Path(args.out) / "ia3.npz").exists():
-        raise ValueError(f"{args.out} holds a run: remove it or name another")
+    ranked = "test" if args.test else "val"
+    table = f"predictions-{ranked}.csv"
+    folders = [Path(args.out)]
+    if len(args.seeds) > 1 and not args.evaluate:
+        folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
+    for folder in folders:
+        for name in [table] if args.evaluate else [table, "ia3.npz", "last.pt"]:
+            if (folder / name).exists():
+                raise ValueError(f"{folder} holds a run's {name}: remove it or name another --out")
+
     model = common.load(args.base).to(device)
-    if model.tokenizer is None:
-        raise ValueError(f"{args.base} names no tokenizer")
-    lr = default_lr(model) if args.lr is None else args.lr
-    settings = {"steps": args.steps, "lr": lr, "batch_size": args.batch_size, "seed": args.seed}
-    config = TrainConfig(**settings, schedule="linear", eval_interval=max(args.steps, 1), out=args.out)
-    splits = {}
-    for name in ("train", "val"):
-        splits[name] = load_choices(args.data / f"{name}.jsonl", model.tokenizer, model.config.block_size)
-    if args.k is not None:
-        splits["train"] = draw(splits["train"], args.k, args.seed)
-    attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
-    before = accuracy(model, splits["val"])
-    train(model, splits, config, loss_fn)
-    model.ia3.save(f"{args.out}/ia3.npz")
-    print(f"val accuracy of {len(splits['val'])}: {before:.1%} → {accuracy(model, splits['val']):.1%}")
+    shares = []  # of right answers, one per seed
+    if args.evaluate:
+        split = read(args, [ranked], model)[ranked]
+        if args.ia3 is not None:
+            model.ia3 = IA3.load(args.ia3, model)
+        folders[0].mkdir(parents=True, exist_ok=True)
+        shares.append(predict(model, split, folders[0] / table))
+    else:
+        splits = read(args, {"train", "val", ranked}, model)
+        split = splits[ranked]
+        for seed, folder in zip(args.seeds, folders, strict=True):
+            learn(model, splits["train"], splits["val"], args, seed, folder)
+            shares.append(predict(model, split, folder / table))
+            print(f"seed {seed}: {shares[-1]:.1%} of {ranked} right", flush=True)
+
+    n = len(split)
+    share = sum(shares) / len(shares)
+    low, high = wilson(share, n)
+    print(f"{ranked} accuracy: {share:.1%}, 95 % over {n} items {low:.1%} to {high:.1%}")
+    if len(shares) > 1:
+        _, low, high = lab.student(shares)
+        print(f"95 % over {len(shares)} seeds {low:.1%} to {high:.1%}")
     return 0
 
 

@@ -1,7 +1,9 @@
 """Rank classification and the paper's three losses (sections 3.1, 3.2), against brute force, and their command."""
 
+import csv
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -80,30 +82,81 @@ def test_ranking_is_by_length_normalized_likelihood(split):
     assert ranking.accuracy(model, split) == right
 
 
+LEARNABLE = [
+    {"prompt": "\n", "choices": ["aXb", "aYb"], "label": 1},
+    {"prompt": "\n", "choices": ["cYd", "cXd"], "label": 0},
+]
+
+
 def test_training_learns_the_right_choices(tmp_path, capsys):
-    rows = [
-        {"prompt": "\n", "choices": ["aXb", "aYb"], "label": 1},
-        {"prompt": "\n", "choices": ["cYd", "cXd"], "label": 0},
-    ]
-    folder = write(tmp_path / "d", rows)
+    folder = write(tmp_path / "d", LEARNABLE)
     common.save(make_gpt(), tmp_path / "base.pt")
     flags = f"--data {folder} --base {tmp_path}/base.pt --device cpu --steps 30 --lr 0.1"
     for losses in ("lm", "ul", "ln"):
         assert ranking.main([*flags.split(), "--losses", losses, "--out", f"{tmp_path}/{losses}"]) == 0
-        assert capsys.readouterr().out.endswith("→ 100.0%\n"), losses
+        assert "accuracy: 100.0%, " in capsys.readouterr().out, losses
     before = (tmp_path / "lm/ia3.npz").read_bytes()
     assert ranking.main([*flags.split(), "--out", f"{tmp_path}/lm"]) == 2
-    assert "holds a run" in capsys.readouterr().err and (tmp_path / "lm/ia3.npz").read_bytes() == before
+    assert "another --out" in capsys.readouterr().err and (tmp_path / "lm/ia3.npz").read_bytes() == before
     go_on = ["--k", "1", "--ia3", f"{tmp_path}/lm/ia3.npz", "--out", f"{tmp_path}/on"]
     assert ranking.main([*flags.split(), *go_on]) == 0
 
 
-def test_the_k_examples_are_drawn_from_the_seed():
-    many = ranking.Choices(list(range(50)))
-    drawn = [tuple(ranking.draw(many, 8, seed).examples) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 8
+def read_predictions(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_predictions_are_the_scores_of_the_vectors_that_were_saved(tmp_path, capsys):
+    """Learned on three seeds, then evaluated again from the files, and by the base: only the named file is read."""
+    folder = write(tmp_path / "d", ROWS * 4, ("train",))
+    write(folder, ROWS, ("val",))
+    common.save(make_gpt(), tmp_path / "base.pt")
+    flags = [f"--data={folder}", f"--base={tmp_path}/base.pt", "--device=cpu", "--steps=3", "--lr=0.5"]
+    assert ranking.main([*flags, "--k=2", "--seeds", "0", "1", "2", f"--out={tmp_path}/run"]) == 0
+    shares = [float(share) for share in re.findall(r"seed \d: ([0-9.]+)%", capsys.readouterr().out)]
+
+    write(folder, ROWS, ("test",))
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").rename(tmp_path / f"{name}.jsonl")
+    for seed in range(3):
+        npz = f"{tmp_path}/run/seed-{seed}/ia3.npz"
+        assert ranking.main([*flags, "--evaluate", "--test", f"--ia3={npz}", f"--out={tmp_path}/on{seed}"]) == 0
+        learned = read_predictions(tmp_path / f"run/seed-{seed}/predictions-val.csv")
+        again = read_predictions(tmp_path / f"on{seed}/predictions-test.csv")
+        assert again == learned  # test holds the same rows
+        right = sum(row["gold"] == row["chosen"] for row in learned)
+        assert shares[seed] == pytest.approx(100 * right / 2, abs=0.05)
+        assert [path.name for path in (tmp_path / f"on{seed}").iterdir()] == ["predictions-test.csv"]
+    assert ranking.main([*flags, "--evaluate", "--test", f"--out={tmp_path}/base"]) == 0
+    row = read_predictions(tmp_path / "base/predictions-test.csv")[1]
+    assert (row["item"], row["gold"], row["log_likelihood_2"]) == ("1", "0", "")
+    found = [float(row[f"log_likelihood_{n}"]) for n in range(2)]
+    both = [log_p_by_hand(make_gpt(), ROWS[1]["prompt"], choice) for choice in ROWS[1]["choices"]]
+    assert found == pytest.approx([sum(lp) / len(lp) for lp in both], rel=1e-5)  # float32's rounding
+    assert ranking.main([*flags, "--evaluate", "--test", f"--out={tmp_path}/base"]) == 2
+    assert "predictions-test.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_right, n", [(0, 10), (3, 10), (50, 50), (160, 200)])
+def test_wilsons_interval_is_where_the_share_is_1_96_standard_errors_away(n_right, n):
+    """Its definition: at each end p, |share - p| = 1.96 sqrt(p (1 - p) / n); p = 0 or 1 where the share is."""
+    share = n_right / n
+    for end in ranking.wilson(share, n):
+        assert abs(share - end) == pytest.approx(1.96 * math.sqrt(abs(end * (1 - end)) / n), abs=1e-7)
+
+
+def test_the_k_examples_are_drawn_from_the_seed_as_many_of_each_label_as_there_are():
+    many = ranking.Choices([([i], [[1], [2], [3]], min(i % 10, 2)) for i in range(50)])  # 5, 5 and 40 of a label
+    drawn = [ranking.draw(many, 12, seed).examples for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for k, expected in ((12, [4, 4, 4]), (4, [2, 1, 1]), (20, [5, 5, 10]), (50, [5, 5, 40])):
+        found = ranking.draw(many, k, 0).examples
+        labels = [label for _, _, label in found]
+        assert sorted(labels.count(label) for label in range(3)) == sorted(expected)
+        assert len({prompt[0] for prompt, _, _ in found}) == k and found[:4] == drawn[0][:4]
     for k in (0, 51):
-        with pytest.raises(ValueError, match="k must be from 1 to the data's 50 examples"):
+        with pytest.raises(ValueError, match="50 examples, not"):
             ranking.draw(many, k, 0)
 
 
@@ -146,6 +199,8 @@ def test_choices_that_are_none_are_refused_with_their_line(tmp_path, line, messa
         ("--out=", "the name of the output is empty"),
         ("--losses lm,xx", "each once, not lm,xx"),
         ("--steps 0", "steps must be"),
+        ("--seeds 1 1", "--seeds"),
+        ("--test", "test.jsonl"),
         ("--data {folder}/nowhere", "nowhere"),
         ("--base {folder}/nowhere.pt", "nowhere.pt"),
     ],
