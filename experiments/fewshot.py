@@ -84,6 +84,7 @@ from experiments.shots import (
     LOSSES,
     N_TEMPLATES,
     RIVALS,
+    Result,
     Run,
     Settings,
     accuracy_of,
@@ -100,7 +101,7 @@ from ia3 import attach, fingerprint
 
 FORMS = ("plain", "chat")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-RUN_COLUMNS = Run.__annotations__ | {"accuracy": float, "diverged": int, "seconds": float}  # of results.csv
+RUN_COLUMNS = Run.__annotations__ | Result.__annotations__  # of results.csv
 
 
 # --- which runs ---
@@ -312,10 +313,16 @@ def cost_in(model, form, questions, examples, template):
 # --- the stages ---
 
 
+def measure_job(settings, **job):
+    """shots.measure, as lab.measure_all calls it."""
+    result, arrays = measure(settings, Run(**job))
+    return vars(result), arrays
+
+
 def make(runs, settings, folder, args):
     """Make the runs that folder lacks, for as long as the flags say, and print where it stands."""
     jobs = [run._asdict() for run in runs]
-    done = lab.measure_all(jobs, partial(measure, settings), RUN_COLUMNS, folder, args.workers, args.minutes)
+    done = lab.measure_all(jobs, partial(measure_job, settings), RUN_COLUMNS, folder, args.workers, args.minutes)
     n_left = len(jobs) - len(done)
     if n_left:
         print(f"{n_left} runs of {len(jobs)} are left: the same command goes on")

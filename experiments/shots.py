@@ -85,6 +85,15 @@ class Run(NamedTuple):
     seed: int = 0  # which draw
 
 
+@dataclass
+class Result:
+    """What a run found: results.csv's other columns."""
+
+    accuracy: float
+    diverged: int  # 1 where training did
+    seconds: float
+
+
 # --- sentences as token ids ---
 
 
@@ -428,12 +437,12 @@ def other_sets(settings, task):
     return sentences
 
 
-def measure(settings, **known):
-    """Make one run: learn from examples or put them into the context, then score a split.
+def measure(settings, run):
+    """Make one Run: learn from examples or put them into the context, then score a split.
 
-    known: the fields of a Run. Returns its results and its arrays, as lab.measure_all takes them.
+    Returns its Result and its arrays: 'beta', (templates, sentences, N), and 'labels'; without training also 'free',
+    the scores of the content-free sentences; for plain zero-shot also the floors' answers.
     """
-    run = Run(**known)
     started = time.time()
     torch.manual_seed(run.seed)  # initial values, where they are random
     dtype = getattr(torch, settings.dtype)
@@ -475,12 +484,7 @@ def measure(settings, **known):
         arrays["free"] = score(model, content_free(run.task), run.form, shots)
     if run.method == "zero" and run.form == "plain":
         arrays |= floors(model, train_sentences, sentences, beta, settings)
-    results = {
-        "accuracy": accuracy_of([right(arrays)]),
-        "diverged": int(diverged),
-        "seconds": time.time() - started,
-    }
-    return results, arrays
+    return Result(accuracy_of([right(arrays)]), int(diverged), time.time() - started), arrays
 
 
 # --- statistics ---
