@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data as datasets
+import disk
 from experiments import lab
 from ia3 import IA3, attach
 from sample import Cache
@@ -283,7 +284,7 @@ def predict(model, split, path):
     """Rank split's choices and write what was chosen to the CSV path. Returns the share that is right."""
     beta = scores(model.eval(), split)  # (examples, most choices)
     chosen = beta.argmax(-1)
-    with common.replace_file(path, text=True) as f:
+    with disk.replace_file(path, text=True) as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["item", "gold", "chosen", *[f"log_likelihood_{n}" for n in range(beta.size(1))]])
         for item, (_, choices, label) in enumerate(split.examples):
