@@ -1,15 +1,22 @@
 """What the scripts share and no reader needs first: checkpoints, devices, and how a mistake is reported."""
 
+import json
 import os
+import platform
+import subprocess
 import sys
 from dataclasses import asdict
 
+import numpy as np
 import torch
 
 from data import Tokenizer
 from disk import check_weight, is_out_of_memory, load_file, replace_file
-from ia3 import unwrap
+from ia3 import fingerprint, unwrap
 from model import GPT, GPTConfig
+
+if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which would ignore the vectors in silence
+    raise ImportError("Python found another model.py before nanoIA3's: put nanoIA3's folder first on sys.path")
 
 # Guess the tokenizer of a checkpoint that does not name one (nanoGPT's) from its vocabulary size: 257 is the 256 bytes
 # and one id that ends a text; 50304 is GPT-2's 50257 rounded up to a multiple of 64
@@ -101,12 +108,13 @@ def save(model, path):
 # --- devices ---
 
 
-def pick_device(name="auto", dtype="auto"):
+def pick_device(name="auto", dtype="auto", stored=torch.float32):
     """Return the torch.device and the name of the dtype that 'auto' stands for.
 
-    A device is cpu, cuda, cuda:1 or mps. auto is cuda if there is one, else cpu; its dtype is bfloat16 on a GPU that
-    has it, else float32. A GPU becomes the current device, and its float32 products are computed in TF32. Raises
-    ValueError for a device that is not here.
+    A device is cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu. The dtype of auto is bfloat16 on a GPU
+    that has it, and on a CPU that multiplies it natively if stored, the dtype of the base's file, is bfloat16; else it
+    is float32. A GPU becomes the current device, and its float32 products are computed in TF32. Raises ValueError for a
+    device that is not here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,9 +131,53 @@ def pick_device(name="auto", dtype="auto"):
         torch.cuda.set_device(device)  # NCCL exchanges tensors over the current device
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if dtype == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if has_bfloat16 else "float32"
+        if device.type == "cuda":
+            in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            in_bfloat16 = device.type == "cpu" and stored == torch.bfloat16 and cpu_multiplies_bfloat16()
+        dtype = "bfloat16" if in_bfloat16 else "float32"
     return device, dtype
+
+
+def cpu_multiplies_bfloat16():
+    """Whether this CPU has instructions for it; without them bfloat16 is slower than float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
+        return False
+    found = torch.cpu.get_capabilities()
+    return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+
+
+# --- what a run leaves beside its results ---
+
+
+def write_run(path, script, arguments, model, data_hash, figures):
+    """Write a run.json: what was run, on what, and what came out, as docs/authors.md describes it.
+
+    arguments, figures: dicts of plain values. data_hash: of the training data, or None. Raises OSError if it cannot be
+    written.
+    """
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
+    device = model.lm_head.weight.device
+    about = {
+        "script": script,
+        "arguments": arguments,
+        "fingerprint": fingerprint(model),
+        "data_hash": data_hash,
+        "figures": figures,
+        "commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+        },
+    }
+    with replace_file(path, text=True) as f:
+        json.dump(about, f, indent=1, default=str)
 
 
 # --- the end of every script ---

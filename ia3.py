@@ -90,8 +90,10 @@ class IA3(nn.Module):
         if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < n_tasks:
             raise ValueError(f"task_ids must be from 0 to {n_tasks - 1}")
 
-    def save(self, path):
+    def save(self, path, how=None):
         """Write one .npz: the matrices, and beside them 'about': the base's config and fingerprint, the names.
+
+        how: a dict of plain values that says how they were trained; it is kept in 'about' and not read again.
 
         Raises ValueError for vectors of no known base (attach them), for stacked ones (unstack them first), and for
         NaN or infinity.
@@ -101,6 +103,8 @@ class IA3(nn.Module):
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}
         check_finite(arrays)
         about = {"config": asdict(self.config), "vectors": list(arrays), "fingerprint": self.fingerprint}
+        if how is not None:
+            about["how"] = how
         with replace_file(path) as f:
             # JSON as a zero-dimensional array of bytes, so that np.load needs no pickle
             np.savez(f, about=np.bytes_(json.dumps(about)), **arrays)

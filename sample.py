@@ -162,8 +162,9 @@ def run(argv):
         raise ValueError(f"--tokens must be from 0 to a million, not {args.tokens}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
-    device, dtype = common.pick_device(args.device)
-    model = common.load(args.base, getattr(torch, dtype)).to(device)
+    model = common.load(args.base, dtype=None)
+    device, dtype = common.pick_device(args.device, stored=model.lm_head.weight.dtype)
+    model.to(device, getattr(torch, dtype))
     if model.tokenizer is None:
         vocab_size = model.config.vocab_size
         raise ValueError(f"{args.base} names no tokenizer, and none is known for its vocabulary of {vocab_size}")

@@ -439,7 +439,6 @@ def new_model(args):
 
 def build(args):
     """Return the model and the data that the flags ask for. Fills in the flags that depend on model and machine."""
-    device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
     if args.base == "scratch":
         args.method = "full"
         model = new_model(args)
@@ -447,7 +446,9 @@ def build(args):
         for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag(name)} goes with --base scratch: {args.base} has its own")
-        model = common.load(args.base)
+        model = common.load(args.base, dtype=None)
+    stored = model.lm_head.weight.dtype if args.method == "ia3" else torch.float32
+    device, args.dtype = common.pick_device(args.device, args.dtype or "auto", stored)
     if args.block_size is None:
         args.block_size = min(model.config.block_size, 256)
     check_bounds("block_size", args.block_size, 1, model.config.block_size)
@@ -457,7 +458,7 @@ def build(args):
         if args.ia3 is not None or args.sites is not None:
             raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
         args.lr = 0.001 if args.lr is None else args.lr
-        return model.to(device), data  # float32 weights, under autocast if --dtype is bfloat16
+        return model.to(device, torch.float32), data  # under autocast if --dtype is bfloat16
     if args.ia3 is None:
         vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
     elif args.sites is None:
@@ -476,7 +477,7 @@ def prepare_folder(args):
         args.out = f"out/{os.path.basename(os.path.abspath(args.data))}"
     if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
         raise ValueError(f"--out {args.out!r} does not name a folder of its own")
-    names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt")
+    names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt", "run.json")
     there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     if there and not (args.resume and "last.pt" in there):
         raise ValueError(f"{args.out} holds a run: --resume continues it; otherwise remove it or choose another --out")
@@ -538,21 +539,26 @@ def run(argv):
     loss = evaluate(model, data["val"], config)
     after = complete(model, prompt, temperature=0.5)
     if rank == 0:
-        report(args, model, data["val"], loss, before, after)
+        report(args, model, data, loss, before, after)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return 0
 
 
-def report(args, model, val, loss, before, after):
-    """Save what was trained, show the texts before and after, and say what to do next."""
+def report(args, model, data, loss, before, after):
+    """Save what was trained and how, show the texts before and after, and say what to do next."""
+    val = data["val"]
+    data_hash = data["train"].data_hash()
+    how = {"lr": args.lr, "steps": args.steps, "seed": args.seed, "data_hash": data_hash}
     if args.method == "ia3":
         made = f"{args.out}/ia3.npz"
-        model.ia3.save(made)
+        model.ia3.save(made, how)
     else:
         made = f"{args.out}/ckpt.pt"
         common.save(model, made)
+    figures = {"val_loss": loss, "n_values": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    common.write_run(f"{args.out}/run.json", "train.py", vars(args), model, data_hash, figures)
     bits = ""
     if val.n_bytes:
         bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits per byte"

@@ -429,6 +429,15 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path, share):
         common.load(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_base_in_bfloat16_stays_in_it_on_a_cpu_that_multiplies_it(monkeypatch, native):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
+    expected = "bfloat16" if native else "float32"
+    assert common.pick_device("cpu", stored=torch.bfloat16) == (torch.device("cpu"), expected)
+    assert common.pick_device("cpu")[1] == "float32"  # data/base.pt, GPT-2: the same figures everywhere
+    assert common.pick_device("cpu", "float32", torch.bfloat16)[1] == "float32"
+
+
 def test_vectors_that_are_not_finite_are_not_saved(tmp_path):
     vectors = make_ia3(make_gpt())
     vectors.l_v.data[1, 3] = torch.nan

@@ -56,9 +56,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused_in_one_line(folder, tmp_path, capsys, name):
-    n = (
-        DAMAGES // 5 if name.startswith(("text", "bin")) else DAMAGES
-    )
+    n = DAMAGES // 5 if name.startswith(("text", "bin")) else DAMAGES
     damage_and_read(folder, tmp_path / "work", name, READERS[name], capsys, n)
 
 

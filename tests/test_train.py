@@ -20,7 +20,7 @@ import data as datasets
 import merge
 import sample
 from conftest import load_vectors, make_gpt, make_llama, read_metrics, same, write_run
-from ia3 import IA3, attach
+from ia3 import IA3, attach, fingerprint
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from train import TrainConfig, build, evaluate, get_batch, learning_rate, lm_loss, main, parse, prepare_folder, train
@@ -306,7 +306,7 @@ def test_the_train_loss_is_the_mean_since_the_evaluation_before(text):
 def test_a_run_leaves_vectors_metrics_and_a_checkpoint(make_model, tmp_path, capsys):
     folder, flags = write_run(tmp_path, make_model())
     assert main([*flags, "--out", f"{folder}/run"]) == 0
-    assert sorted(p.name for p in (folder / "run").iterdir()) == ["ia3.npz", "last.pt", "metrics.csv"]
+    assert sorted(p.name for p in (folder / "run").iterdir()) == ["ia3.npz", "last.pt", "metrics.csv", "run.json"]
     assert [row["step"] for row in read_metrics(folder / "run")] == ["0", "2", "4"]
     out = capsys.readouterr().out
     assert "before:\nAnd God" in out and "after:\nAnd God" in out and "bits per byte" in out and "\r" not in out
@@ -765,6 +765,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to_and_the_way_out_is_said(tin
     assert "holds a run" in capsys.readouterr().err
     (folder / "run/ia3.npz").unlink()
     (folder / "run/metrics.csv").unlink()
+    (folder / "run/run.json").unlink()
     assert main([*flags, "--resume"]) == 0  # there is no run: it starts at step 0
     assert same(before, load_vectors(folder / "run/ia3.npz"))
 
@@ -788,6 +789,20 @@ def test_a_compiled_model_trains_as_itself_and_resumes(text, tmp_path):
     assert (
         train(torch.compile(fresh(), backend="eager"), text, config(out=f"{tmp_path}/b", resume=True))[-1]["step"] == 3
     )
+
+
+def test_a_run_says_what_it_was(tiny_run):
+    """run.json beside the results, and the rate, steps, seed and data in the file of vectors itself."""
+    folder, flags = tiny_run
+    assert main([*flags, "--out", f"{folder}/run", "--seed", "7"]) == 0
+    about = json.loads((folder / "run/run.json").read_text())
+    with np.load(folder / "run/ia3.npz") as file:
+        saved = json.loads(file["about"].item())
+    assert about["arguments"]["seed"] == 7 and about["arguments"]["lr"] == 0.1 and about["arguments"]["steps"] == 4
+    assert about["fingerprint"] == saved["fingerprint"] == fingerprint(make_gpt())
+    assert saved["how"] == {"lr": 0.1, "steps": 4, "seed": 7, "data_hash": about["data_hash"]}
+    assert about["figures"]["n_values"] == 192 and about["figures"]["val_loss"] > 0
+    assert about["versions"]["torch"] == torch.__version__
 
 
 # Settings
