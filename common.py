@@ -139,6 +139,11 @@ def pick_device(name="auto", dtype="auto", stored=torch.float32):
     return device, dtype
 
 
+def stored_dtype(model):
+    """What pick_device takes as stored: float32 for a GPT, whose figures are to be the same on every CPU."""
+    return torch.float32 if isinstance(model, GPT) else model.lm_head.weight.dtype
+
+
 def cpu_multiplies_bfloat16():
     """Whether this CPU has instructions for it; without them bfloat16 is slower than float32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # an older torch

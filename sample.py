@@ -163,7 +163,7 @@ def run(argv):
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     model = common.load(args.base, dtype=None)
-    device, dtype = common.pick_device(args.device, stored=model.lm_head.weight.dtype)
+    device, dtype = common.pick_device(args.device, stored=common.stored_dtype(model))
     model.to(device, getattr(torch, dtype))
     if model.tokenizer is None:
         vocab_size = model.config.vocab_size

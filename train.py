@@ -447,7 +447,7 @@ def build(args):
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag(name)} goes with --base scratch: {args.base} has its own")
         model = common.load(args.base, dtype=None)
-    stored = model.lm_head.weight.dtype if args.method == "ia3" else torch.float32
+    stored = common.stored_dtype(model) if args.method == "ia3" else torch.float32
     device, args.dtype = common.pick_device(args.device, args.dtype or "auto", stored)
     if args.block_size is None:
         args.block_size = min(model.config.block_size, 256)

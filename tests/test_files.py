@@ -436,6 +436,8 @@ def test_a_base_in_bfloat16_stays_in_it_on_a_cpu_that_multiplies_it(monkeypatch,
     assert common.pick_device("cpu", stored=torch.bfloat16) == (torch.device("cpu"), expected)
     assert common.pick_device("cpu")[1] == "float32"  # data/base.pt, GPT-2: the same figures everywhere
     assert common.pick_device("cpu", "float32", torch.bfloat16)[1] == "float32"
+    assert common.stored_dtype(make_gpt().bfloat16()) == torch.float32  # data/base.pt is stored in bfloat16
+    assert common.stored_dtype(make_llama().bfloat16()) == torch.bfloat16
 
 
 def test_vectors_that_are_not_finite_are_not_saved(tmp_path):
