@@ -1,7 +1,7 @@
 """Vectors folded into quantized weights: by the scales in the file, or by floats that are quantized again?
 
     python -m tools.convert smollm2 && python data/prepare.py sentiment
-    python -m experiments.quantized --out experiments/results/quantized              # an hour of two cores
+    python -m experiments.quantized --out experiments/results/quantized              # about an hour
     python -m experiments.quantized --out experiments/results/quantized --tables     # again from the results alone
 
 This page is the protocol. It was committed before any run.
@@ -21,10 +21,10 @@ the file's own, and in the others they are rounded a second time. So formats are
 - columns: l_ff in W_down's columns instead, and quantized again.
 
 **Vectors.** Movies, tweets and source, 32 labels, draws 0, 1, 2, learned on the file's weights in float32, as in
-fewshot.py, but shorter: the first template only, 30 steps at 1e-2 (the rate that products chose there), so that all
-of it takes an hour of two slow cores. The same vectors serve every format.
+fewshot.py, but shorter: the first template only, 16 steps at 1e-2 (the rate that products chose there), so that all
+of it takes about an hour of a slow processor. The same vectors serve every format.
 
-**Measured** after the first 40 questions of test in the first template, whose answers are single tokens: each question
+**Measured** after the first 24 questions of test in the first template, whose answers are single tokens: each question
 is read once, and the logits that follow it are kept. From them come the root mean square of Δlogit over the vocabulary,
 KL(unmerged ‖ merged) in nats, the share of questions with the same answer, and the accuracy. Of the files: the share
 of the layers' bytes that differ from the base's, and the size.
@@ -53,7 +53,7 @@ from tools.plot import plt, save_picture
 TASKS = ("movies", "tweets", "source")
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 WAYS = ("scales", "rows", "columns")
-K, RATE, STEPS, N_ITEMS = 32, 1e-2, 30, 40
+K, RATE, STEPS, N_ITEMS = 32, 1e-2, 16, 24
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 JOB = {"task": str, "form": str, "seed": int}

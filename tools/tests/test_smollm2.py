@@ -1,6 +1,6 @@
 """data/smollm2.pt, the real base, against transformers' and tokenizers' reading of the same GGUF file.
 
-Only where `python -m tools.convert smollm2` has made it; the GGUF itself is fetched once more, for these tests.
+Only where `python -m tools.convert smollm2` has made it, and fetched the file that stands beside it.
 """
 
 import random
@@ -14,24 +14,20 @@ from transformers import LlamaForCausalLM
 
 import common
 from sample import generate
-from tools import smollm2
+from tools.convert import from_gguf
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "data/smollm2.pt"
+GGUF = ROOT / "data/smollm2.gguf"
 
 pytestmark = pytest.mark.skipif(
-    not CHECKPOINT.exists(), reason="no data/smollm2.pt: python -m tools.convert smollm2 makes it"
+    not GGUF.exists(), reason="no data/smollm2.gguf: python -m tools.convert smollm2 fetches it"
 )
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return Path(smollm2.fetch(tmp_path_factory.mktemp("smollm2")))
-
-
-@pytest.fixture(scope="module")
-def theirs(path):
-    return LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+def theirs():
+    return LlamaForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +35,8 @@ def ours():
     return common.load(CHECKPOINT)
 
 
-def test_the_dequantized_weights_are_theirs_bit_for_bit_and_the_file_holds_them_rounded(path, theirs, ours):
-    read = smollm2.read_gguf(path)
+def test_the_dequantized_weights_are_theirs_bit_for_bit_and_the_file_holds_them_rounded(theirs, ours):
+    read = from_gguf(GGUF)
     expected = theirs.state_dict()
     assert read.state_dict().keys() == expected.keys()
     for name, t in read.state_dict().items():
@@ -88,11 +84,11 @@ def make_texts():
     return [*texts, (ROOT / "data/plays/val.txt").read_text()[:100_000]]
 
 
-def test_ids_are_those_of_the_tokenizers_library(path, ours):
+def test_ids_are_those_of_the_tokenizers_library(ours):
     """transformers' GGUF reader forgets the file's rule for digits, so the oracle is put together from its parts."""
     import gguf
 
-    fields = gguf.GGUFReader(path).fields
+    fields = gguf.GGUFReader(GGUF).fields
     vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
     theirs = Tokenizer(BPE(vocab, merges))
