@@ -26,11 +26,11 @@ import disk
 from ia3 import IA3
 from merge import merge
 from model import GPT
-from tools import bpe, hf_gpt2, hf_llama, smollm2
+from tools import bpe, gguf_llama, hf_gpt2, hf_llama, smollm2
 from tools.adapters import adapter_files, from_peft, to_peft
 from tools.count import PUBLISHED, count
 from tools.files import each_tensor, find, read_json, shards, write_json
-from tools.gguf_llama import from_gguf, to_gguf
+from tools.gguf_llama import from_gguf, to_gguf  # noqa: F401 - to_gguf is for who imports this
 from tools.hf_gpt2 import SIZES
 from tools.hub import cache_folder, fetch_published
 
@@ -175,7 +175,8 @@ def run(argv):
 
     elif args.command == "to-gguf":
         disk.check_output(args.out, [args.gguf, args.ia3])
-        to_gguf(args.gguf, IA3.load(args.ia3, from_gguf(args.gguf)), args.out)
+        base, _ = gguf_llama.read(args.gguf)
+        gguf_llama.fold(args.gguf, IA3.load(args.ia3, base), args.out)
         print(f"{args.gguf} + {args.ia3} → {args.out}")
 
     elif args.command == "to-hf":

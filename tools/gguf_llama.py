@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import common
+import disk
 from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from ia3 import fingerprint
 from llama import Llama, LlamaConfig
@@ -198,17 +199,22 @@ def from_gguf(path):
     Where its tokenizer is not one that data.Tokenizer computes, the model has none, and a line on stderr says why.
     Raises OSError where there is no such file and ValueError, with its name, for what is no LLaMA or not ours.
     """
-    about, tensors = read_header(path)
-    try:
-        model = llama(about, tensors)
-    except (ValueError, TypeError, OverflowError, RuntimeError) as e:  # the latter of sizes that no tensor can have
-        raise ValueError(f"{path}: {str(e).splitlines()[0]}") from None
+    model, about = read(path)
     try:
         model.tokenizer = Tokenizer(tokenizer(about), model.config.vocab_size)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         print(f"{path}: without a tokenizer, since {why}", file=sys.stderr)
-    return model.eval()
+    return model
+
+
+def read(path):
+    """from_gguf without the tokenizer: return the model and the file's metadata."""
+    about, tensors = read_header(path)
+    try:
+        return llama(about, tensors), about
+    except (ValueError, TypeError, OverflowError, RuntimeError) as e:  # the latter of sizes that no tensor can have
+        raise ValueError(f"{path}: {str(e).splitlines()[0]}") from None
 
 
 def llama(about, tensors):
@@ -230,7 +236,7 @@ def llama(about, tensors):
         ours = names[theirs]
         if tensor.shape != list(shapes[ours]):  # before it is unpacked: a small file may claim any shape
             raise ValueError(f"{theirs} is {tuple(tensor.shape)}, where {tuple(shapes[ours])} is wanted")
-        t = common.check_weight(dequantize(tensor), theirs)
+        t = disk.check_weight(dequantize(tensor), theirs)
         if ".attn_q." in theirs:
             t = from_interleaved(t, config.n_head)
         elif ".attn_k." in theirs:
@@ -238,10 +244,8 @@ def llama(about, tensors):
         weights[ours] = t
     if config.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights, assign=True)
-    if config.tied:
-        model.model.embed_tokens.weight = model.lm_head.weight  # one matrix again
-    return model
+    common.load_weights(model, weights)
+    return model.eval()
 
 
 def gguf_name(name):
@@ -356,7 +360,7 @@ def to_gguf(source, vectors, path):
     for its fingerprint, then a tensor at a time. Raises OSError where source is not there or path cannot be written,
     and ValueError as from_gguf does, for vectors of another base, for stacked ones, and as scale_rows does.
     """
-    model = from_gguf(source)
+    model, _ = read(source)
     if vectors.is_stacked() or vectors.fingerprint not in (None, fingerprint(model)):
         raise ValueError(f"these vectors are stacked, or of another base than {source}")
     fold(source, vectors, path)
@@ -365,9 +369,9 @@ def to_gguf(source, vectors, path):
 @torch.no_grad()
 def fold(source, vectors, path):
     """to_gguf's work, once the vectors are known to be source's."""
-    common.check_output(path, [source])
+    disk.check_output(path, [source])
     _, tensors = read_header(source)
-    with common.replace_file(path) as out:
+    with disk.replace_file(path) as out:
         with open(source, "rb") as f:
             shutil.copyfileobj(f, out)
         for layer, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):

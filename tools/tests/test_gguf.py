@@ -15,16 +15,13 @@ import torch
 import common
 from conftest import make_bpe, make_gpt, make_ia3, make_idx, make_llama
 from ia3 import IA3
-from merge import merge
 from tools import bpe, convert
 from tools.gguf_llama import SCALES, VALUES, Tensor, dequantize, gguf_name, interleaved, read_header, scale_rows
 
 TYPES = gguf.GGMLQuantizationType
 SIZES = {"n_embd": 256, "n_hidden": 256, "n_head": 4, "n_kv_head": 2, "n_layer": 1, "vocab_size": 280, "block_size": 8}
-PLACES = (("attn_k", "l_k"), ("attn_v", "l_v"), ("ffn_up", "l_ff"))
-SITES = [name for name, _ in PLACES]
+SITES = ("attn_k", "attn_v", "ffn_up")  # what l_k, l_v and l_ff scale
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # of the types in SCALES, those that gguf's Python can make
-TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
 
 
 def blocks_of(kind, weight, seed=0):
@@ -202,9 +199,17 @@ def test_powers_of_two_are_exact_and_only_scales_change(tmp_path, kind):
     model = convert.from_gguf(base)
     vectors = make_ia3(model, powers_of_two=True)
     convert.to_gguf(base, vectors, merged)
-    folded = merge(model)
-    for name, t in convert.from_gguf(merged).state_dict().items():
-        assert torch.equal(t, folded.state_dict()[name]), name
+    expected = weights_of(base)
+    for layer, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
+        l_k = interleaved(l_k, 2)
+        for site, l in zip(SITES, (l_k, l_v, l_ff), strict=True):
+            expected[f"blk.{layer}.{site}.weight"] *= l.detach().unsqueeze(1)
+            expected[f"blk.{layer}.{site}.bias"] *= l.detach()
+    found = weights_of(merged)
+    for name, t in expected.items():
+        if kind == "F16" and name.startswith("blk."):
+            t = t.half().float()  # a value may become too small for float16's full precision
+        assert torch.equal(found[name], t), name
 
     allowed = set()
     _, tensors = read_header(base)
@@ -275,8 +280,8 @@ def check(folder, capsys, flags, word):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     capsys.readouterr()
     assert convert.main(flags.split()) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("convert.py: ")]
-    assert len(lines) == 1 and word in lines[0], lines
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and word in err, err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -330,7 +335,7 @@ def test_a_type_without_float_scales(tmp_path, capsys):
         ({"llama.block_count": 2}, "blk.1"),
         ({"llama.block_count": 10**9}, "1000000000"),
         ({"llama.embedding_length": None}, "n_embd"),
-        ({"llama.embedding_length": 64}, "token_embd"),
+        ({"llama.feed_forward_length": 64}, "ffn_gate"),
         ({"llama.attention.head_count": [4, 4]}, "n_head"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "base.gguf"),
         ({"split.count": 3}, "3 parts"),
@@ -367,7 +372,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(small, capsys):
     header = min(tensor.start for tensor in read_header(small / "base.gguf")[1].values())
     flags = f"to-gguf --gguf {small}/bad.gguf --ia3 {small}/ia3.npz --out {small}/new.gguf"
     refused = 0
-    for seed in range(300):
+    for seed in range(75):
         dice = random.Random(seed)
         raw = bytearray(good)
         if seed % 3 == 0:
@@ -379,11 +384,10 @@ def test_damaged_files_are_read_or_refused_in_one_line(small, capsys):
         capsys.readouterr()
         status = convert.main(flags.split())
         err = capsys.readouterr().err
-        lines = [line for line in err.splitlines() if "without a tokenizer" not in line]
-        assert status in (0, 2) and len(lines) == (status == 2), (seed, err)
+        assert status in (0, 2) and err.count("\n") == (status == 2), (seed, err)
         assert not (small / "new.gguf.tmp").exists() and (small / "new.gguf").exists() == (status == 0)
         if status == 2:
             refused += 1
         else:
             (small / "new.gguf").unlink()
-    assert refused > 200
+    assert refused > 50
