@@ -207,7 +207,7 @@ def test_powers_of_two_are_exact_and_only_scales_change(tmp_path, kind):
             expected[f"blk.{layer}.{site}.bias"] *= l.detach()
     found = weights_of(merged)
     for name, t in expected.items():
-        if kind == "F16" and name.startswith("blk."):
+        if kind == "F16" and name.startswith("blk.") and t.dim() == 2:
             t = t.half().float()  # a value may become too small for float16's full precision
         assert torch.equal(found[name], t), name
 
