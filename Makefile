@@ -24,10 +24,10 @@ demo: .venv/run
 	$(BIN)/python -m tools.plot out/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m "slow or not slow" tests */tests
+	$(BIN)/python -m pytest -n auto -m "slow or not slow" tests */tests
 
 fewshot: .venv/dev data/smollm2.pt $(SENTIMENT)
 	$(BIN)/python -m experiments.fewshot_demo

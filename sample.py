@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import common
@@ -72,6 +73,17 @@ class LayerCache:
         if T > 1:  # row i, one of the last T tokens, sees columns 0 to end - T + i
             seen = torch.ones(T, end, dtype=torch.bool, device=k.device).tril(end - T)
         return self.k[:, :, :end], self.v[:, :, :end], seen
+
+
+@torch.no_grad()
+def store_by_columns(model):
+    """Lay the weights of all linear maps out in memory column by column: the same values, shapes and names.
+
+    A CPU multiplies one token's activations by them faster so (experiments/results/generation).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 @torch.no_grad()
@@ -165,6 +177,8 @@ def run(argv):
     model = common.load(args.base, dtype=None)
     device, dtype = common.pick_device(args.device, stored=common.stored_dtype(model))
     model.to(device, getattr(torch, dtype))
+    if device.type == "cpu":
+        store_by_columns(model)
     if model.tokenizer is None:
         vocab_size = model.config.vocab_size
         raise ValueError(f"{args.base} names no tokenizer, and none is known for its vocabulary of {vocab_size}")

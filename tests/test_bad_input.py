@@ -45,7 +45,7 @@ def check(folder, script, flags, message, capsys):
     err = capsys.readouterr().err
     assert status == 2
     *usage, line = err.splitlines()
-    assert line.startswith(f"{script.__name__}.py: ") or (usage and ".py: error: " in line), err
+    assert line.startswith(f"{script.__name__}.py: ") or (usage and ": error: " in line), err
     assert not usage or usage[0].startswith("usage: "), err
     assert message in line, err
     assert snapshot(folder) == before
@@ -239,6 +239,7 @@ def test_help_teaches(script, capsys):
     assert end.value.code == 0 and not err and f"python {script.__name__}.py" in out
 
 
+@pytest.mark.slow
 def test_as_a_process_into_a_pipe_that_is_closed(tiny_run):
     """What main() is told in-process is what a shell sees: its status, and no traceback when head has seen enough."""
     flags = f"--base {tiny_run[0]}/base.pt --prompt A --tokens 9 --device cpu".split()

@@ -49,6 +49,7 @@ print(sorted({name.split(".")[0] for name, m in sys.modules.items() if getattr(m
 """
 
 
+@pytest.mark.slow
 def test_the_card_in_an_empty_folder_trains_merges_and_compares(tmp_path):
     for name in CARD:
         shutil.copy(ROOT / name, tmp_path)

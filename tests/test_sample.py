@@ -7,7 +7,7 @@ import common
 import sample
 from conftest import make_gpt, make_ia3, write_run
 from data import Tokenizer
-from ia3 import IA3, attach, stack
+from ia3 import IA3, attach, fingerprint, stack
 
 
 @pytest.fixture
@@ -98,3 +98,17 @@ def test_side_by_side_prints_columns_under_their_names(folder, capsys):
     out = run_sample(folder, capsys, f"--ia3 {folder}/1.npz {folder}/2.npz")
     assert out.split()[:4] == ["1", "2", "-", "-"]  # of 1.npz and 2.npz
     assert [sample.task_name(path) for path in ("out/kjv/ia3.npz", "kjv.npz", "ia3.npz")] == ["kjv", "kjv", "ia3"]
+
+
+def test_weights_stored_by_columns_are_the_same_model(make_model):
+    model = make_model()
+    make_ia3(model)
+    idx = torch.arange(12).view(2, 6)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    expected = model.double()(idx)[0]
+    base = fingerprint(model)
+    sample.store_by_columns(model)
+    assert model.lm_head.weight.stride() == (1, 257)
+    assert all(torch.equal(t.float(), before[name]) for name, t in model.state_dict().items())
+    assert fingerprint(model) == base
+    assert (model(idx)[0] - expected).abs().max() <= 1e-12  # sums in another order, in float64

@@ -571,6 +571,7 @@ def test_a_run_without_out_goes_into_a_folder_of_its_datas_name(tmp_path, monkey
         assert args.out == f"out/{(tmp_path / name).resolve().name}"
 
 
+@pytest.mark.slow
 def test_compile_compiles_the_model_that_is_trained(tiny_run, monkeypatch):
     folder, flags = tiny_run
     compiled = []
@@ -778,6 +779,7 @@ def test_train_itself_writes_over_no_run(text, tmp_path):
     assert (tmp_path / "run/last.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_itself_and_resumes(text, tmp_path):
     plain = fresh()
     train(plain, text, config(out=f"{tmp_path}/a"))

@@ -190,20 +190,18 @@ def test_the_command_writes_what_peft_reads_without_a_warning(tmp_path, capsys, 
     assert (l_q == 1).all() and torch.equal(again.l_ff, vectors.l_ff.float())
 
 
-def test_their_lora_and_their_adapter_of_another_shape_are_refused(tmp_path):
+def test_their_lora_is_refused_and_an_adapter_of_one_layer_leaves_the_others_at_ones(tmp_path):
     theirs, ours = make_both(tmp_path / "base")
-    make_theirs(n_layer=3).save_pretrained(tmp_path / "deeper")
-    deeper = convert.from_hf(tmp_path / "deeper")
     get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)).save_pretrained(tmp_path / "lora")
-    fewer = IA3Config(task_type="CAUSAL_LM", target_modules=["h.1.attn.c_attn"], feedforward_modules=[])
-    get_peft_model(make_theirs(), fewer).save_pretrained(tmp_path / "fewer")
-    get_peft_model(make_theirs(), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "all")
     with pytest.raises(ValueError, match="of type 'LORA', not 'IA3'"):
         convert.from_peft(tmp_path / "lora", ours)
-    with pytest.raises(ValueError, match=r"has no h\.0\.attn\.c_attn\.ia3_l"):
-        convert.from_peft(tmp_path / "fewer", ours)
-    with pytest.raises(ValueError, match=r"has no h\.2\.attn\.c_attn\.ia3_l"):
-        convert.from_peft(tmp_path / "all", deeper)
+    one = IA3Config(task_type="CAUSAL_LM", target_modules=["h.1.attn.c_attn"], feedforward_modules=[])
+    peft = get_peft_model(make_theirs(), one)
+    scales = peft.base_model.model.transformer.h[1].attn.c_attn.ia3_l["default"].data.uniform_(0.5, 2)
+    peft.save_pretrained(tmp_path / "one")
+    vectors, l_q = convert.from_peft(tmp_path / "one", ours)
+    assert (vectors.l_k[0] == 1).all() and (vectors.l_v[0] == 1).all() and vectors.l_ff is None
+    assert torch.equal(vectors.l_v[1], scales[2 * C :, 0]) and torch.equal(l_q[1], scales[:C, 0].double())
 
 
 @pytest.mark.slow
