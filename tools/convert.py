@@ -31,8 +31,8 @@ from tools.adapters import adapter_files, from_peft, to_peft
 from tools.count import PUBLISHED, count
 from tools.files import each_tensor, find, read_json, shards, write_json
 from tools.gguf_llama import from_gguf, to_gguf  # noqa: F401 - to_gguf is for who imports this
-from tools.hf_gpt2 import SIZES
-from tools.hub import cache_folder, fetch_published
+from tools.hf_gpt2 import SIZES, published
+from tools.hub import cached, fetch_published
 
 # --- Hugging Face's layout ---
 
@@ -220,13 +220,13 @@ def run(argv):
         save_checkpoint(from_gguf(gguf).bfloat16(), gguf, args.out)  # SmolLM2 was published in bfloat16
 
     else:  # a published GPT-2's name
-        folder = cache_folder(args.command)
-        disk.check_output(args.out, [f"{folder}/config.json", f"{folder}/pytorch_model.bin"])
+        path = cached(args.command)
+        disk.check_output(args.out, [path])
         fetch_published(args.command)
         try:
-            model = from_hf(folder)
+            model = hf_gpt2.gpt2(published(args.command), dict(each_tensor({path: None})))
         except ValueError as e:
-            raise ValueError(f"{e}; if it is damaged, remove it, and the next run fetches it again") from None
+            raise ValueError(f"{e}; if {path} is damaged, remove it, and the next run fetches it again") from None
         save_checkpoint(model, args.command, args.out)
     return 0
 

@@ -1,4 +1,4 @@
-"""How many values (IA)³ trains, and of how many: a table, a line a model."""
+"""How many values (IA)³ trains, and what share of the model they are: a table with one line per model."""
 
 import os
 import tempfile
@@ -19,28 +19,20 @@ LLAMAS = {  # (n_layer, n_head, n_kv_head, n_embd, n_hidden), vocabulary, tied
     # its config.json on the hub
     "SmolLM2-135M": ((30, 9, 3, 576, 1536), 49152, True),
 }
-# T0 (Sanh et al. 2021, arXiv:2110.08207) has the shape of T5 1.1 XL and XXL: an encoder and a decoder, no biases, a
-# gated MLP, an embedding apart from the head. These are its config.json's sizes on the hub, bigscience/T0_3B and T0
-T0 = {  # n_embd, n_hidden, n_head
-    "T0-3B": (2048, 5120, 32),
-    "T0-11B": (4096, 10240, 64),
-}
-T0_LAYERS, T0_D_HEAD, T0_VOCAB, T0_BUCKETS = 24, 64, 32128, 32  # layers of each; buckets of relative positions
-PUBLISHED = [*SIZES, *LLAMAS, *T0]
-EMPTY = "-"  # a column that holds for other models only
+PUBLISHED = [*SIZES, *LLAMAS]
 
 
 def count(names):
     """Return the table as text. names: checkpoints, or published models' (PUBLISHED).
 
-    Published models are counted from their sizes; nothing is fetched. The blocks are all that stands in the layers,
-    biases and norms too. The law 1/(2·n_embd) is of the matrices of GPT-2's blocks alone, 6·n_embd of 12·n_embd² a
-    layer, so it is a little larger. Bytes are those of the .npz.
+    Published models are counted from their sizes, without fetching. The blocks include biases and norms. The formula
+    1/(2·n_embd) counts only the matrices of GPT-2's blocks, 6·n_embd values for 12·n_embd² weights, so it is slightly
+    larger. Bytes are those of the .npz.
     """
     head = ("model", "layers", "n_embd", "parameters", "trained", "of all", "of the blocks", "1/(2·n_embd)", "bytes")
     rows = [head]
     for name in names:
-        rows.append(row_of_t0(name) if name in T0 else row(name, find_model(name)))
+        rows.append(row(name, find_model(name)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for cells in rows:
@@ -76,21 +68,5 @@ def row(name, model):
         vectors.save(f"{folder}/ia3.npz")
         n_bytes = os.path.getsize(f"{folder}/ia3.npz")
     sizes = (f"{config.n_layer}", f"{config.n_embd}", f"{n_all:,}", f"{n:,}")
-    law = f"{1 / (2 * config.n_embd):.4%}" if is_gpt2 else EMPTY
+    law = f"{1 / (2 * config.n_embd):.4%}" if is_gpt2 else "-"
     return (name, *sizes, f"{n / n_all:.4%}", f"{n / n_blocks:.4%}", law, f"{n_bytes:,}")
-
-
-def row_of_t0(name):
-    """The line of a T0, by arithmetic: no model here has its shape."""
-    n_embd, n_hidden, n_head = T0[name]
-    inner = n_head * T0_D_HEAD  # the width of keys and of values
-    attention = 4 * n_embd * inner  # W_q, W_k, W_v, W_o
-    mlp = 3 * n_embd * n_hidden  # two up, one of them the gate, and one down
-    encoder_layer = attention + mlp + 2 * n_embd  # a norm before each
-    decoder_layer = 2 * attention + mlp + 3 * n_embd  # attention to itself and to the encoder
-    positions = 2 * T0_BUCKETS * n_head  # in the first layer of each
-    n_blocks = T0_LAYERS * (encoder_layer + decoder_layer) + positions
-    n_all = n_blocks + 2 * T0_VOCAB * n_embd + 2 * n_embd  # embedding and head; the last norms
-    n = T0_LAYERS * (2 * inner + n_hidden) + T0_LAYERS * (4 * inner + n_hidden)  # l_k, l_v of each attention, and l_ff
-    sizes = (f"{T0_LAYERS}+{T0_LAYERS}", f"{n_embd}", f"{n_all:,}", f"{n:,}")
-    return (name, *sizes, f"{n / n_all:.4%}", f"{n / n_blocks:.4%}", EMPTY, EMPTY)

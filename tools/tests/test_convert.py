@@ -4,7 +4,6 @@ That the numbers are GPT-2's, LLaMA's and PEFT's is shown in tests/oracles/, tha
 in test_tokenizer.py.
 """
 
-import contextlib
 import hashlib
 import http.client
 import http.server
@@ -26,7 +25,7 @@ from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
 from data import GPT2, Tokenizer
 from ia3 import IA3
 from merge import merge
-from tools import bpe, convert, files
+from tools import bpe, convert, files, hf_gpt2
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -764,30 +763,23 @@ def test_sizes_of_a_llamas_checkpoint_that_are_none(llama, capsys):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """A hub: answers what is in self.server.files, after a redirect to /cdn/… where self.server.redirect says so."""
+    """A hub: announces the SHA-256 of self.server.body, and leads to /cdn/…, where the body is."""
 
     def do_GET(self):
         hub = self.server
-        hub.asked.append(self.path)
-        if hub.status != 200:
-            self.send_error(hub.status)
-            return
-        body = hub.files[self.path.rsplit("/", 1)[1]]
-        if hub.redirect is not None and not self.path.startswith("/cdn/"):
-            self.send_response(302)
+        hub.asked.append(f"{self.command} {self.path}")
+        is_file = self.path.startswith("/cdn/")
+        self.send_response(hub.status if is_file or hub.status != 200 else 302)
+        self.send_header("Content-Length", str(len(hub.body) if is_file else 0))
+        if not is_file:
             self.send_header("Location", hub.redirect + self.path)
-            self.send_header("Content-Length", "0")
-            self.send_header("X-Linked-ETag", f'"{hub.sha256 or hashlib.sha256(body).hexdigest()}"')
-            self.end_headers()
-            return
-        self.send_response(200)
-        if hub.announces:
-            self.send_header("Content-Length", str(len(body)))
-        if hub.redirect is None and hub.sha256:
-            self.send_header("X-Linked-ETag", f'"{hub.sha256}"')
+            if hub.sha256:
+                self.send_header("X-Linked-ETag", f'"{hub.sha256}"')
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # who refuses an answer hangs up before all of it is written
-            self.wfile.write(body[: hub.cut])
+        if is_file:
+            self.wfile.write(hub.body[: hub.cut])
+
+    do_HEAD = do_GET
 
     def log_message(self, *_):
         pass
@@ -796,132 +788,99 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A local hub that publishes a tiny 'gpt2', an empty cache, and an empty working directory."""
-    model = make_gpt(vocab_size=50257)
-    convert.to_hf(model, tmp_path / "published")
-    weights = torch.load(tmp_path / "published/pytorch_model.bin", weights_only=True)
-    bare = {name.removeprefix("transformer."): t for name, t in weights.items()}  # as it was published in 2019
-    torch.save(bare, tmp_path / "published/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    monkeypatch.setitem(convert.SIZES, "gpt2", (2, 2, 16))
+    model = make_gpt(vocab_size=50257, block_size=1024)
+    weights = {name.removeprefix("transformer."): t for name, t in hf_gpt2.describe(model)[1].items()}  # as in 2019
+    torch.save(weights, tmp_path / "published.bin", _use_new_zipfile_serialization=False)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.files = {path.name: path.read_bytes() for path in (tmp_path / "published").iterdir()}
-        server.asked = []
-        server.announces, server.cut, server.status, server.redirect, server.sha256 = True, None, 200, None, None
+        server.body = (tmp_path / "published.bin").read_bytes()
+        server.sha256 = hashlib.sha256(server.body).hexdigest()
+        server.asked, server.cut, server.status, server.redirect = [], None, 200, "/cdn"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        server.address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("HF_ENDPOINT", server.address + "/")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("no_proxy", "*")
-        server.cache = tmp_path / "cache/hub/checkpoints/gpt2"
+        server.path = tmp_path / "cache/hub/checkpoints/gpt2/pytorch_model.bin"
         yield server
         server.shutdown()
 
 
-def cached(hub):
-    return sorted(path.name for path in hub.cache.glob("*"))
-
-
-def test_published_weights_are_fetched_once(hub, capsys):
-    hub.redirect = "/cdn"  # as the hub does, with the SHA-256 on the way
-    for _ in range(2):
-        assert convert.main("gpt2 --out gpt2.pt".split()) == 0
-    expected = [f"/openai-community/gpt2/resolve/main/{file}" for file in ("config.json", "pytorch_model.bin")]
-    assert [path for path in hub.asked if not path.startswith("/cdn")] == expected
-    assert capsys.readouterr().err.count("fetching ") == 2  # of two files, once each
-    assert cached(hub) == ["config.json", "pytorch_model.bin"]
-    model = common.load("gpt2.pt")
-    assert is_same(model, make_gpt(vocab_size=50257)) and model.tokenizer.about == "gpt2"
-
-
-@pytest.mark.parametrize("redirect", [None, "/cdn"])
-def test_another_sha256_than_announced_is_refused(hub, tmp_path, capsys, redirect):
-    hub.redirect, hub.sha256 = redirect, "0" * 64
-    assert convert.main(["gpt2"]) == 2
-    assert "its SHA-256 is not the one" in capsys.readouterr().err and not cached(hub)
-    hub.sha256 = "0" * 40  # of a small file the hub tells git's hash, which is no SHA-256 of it
-    assert convert.main(["gpt2"]) == 0
-
-
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_a_connection_cut_half_way_leaves_nothing_and_the_next_run_fetches_again(hub, capsys, share):
-    convert.fetch_published("gpt2")
-    (hub.cache / "pytorch_model.bin").unlink()
-    size = len(hub.files["pytorch_model.bin"])
-    hub.cut = int(share * size)
+def refused(hub, capsys, message):
+    """The command fails with one last line that holds message, and nothing is in the cache or the working directory."""
     capsys.readouterr()
     assert convert.main(["gpt2"]) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert err[0].startswith("fetching ") and len(err) == 2
-    assert f"the connection ended after {hub.cut:,} of {size:,} bytes" in err[1] and str(hub.cache) in err[1]
-    assert cached(hub) == ["config.json"] and not os.listdir()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("convert.py: ") and message in line and str(hub.path) in line, line
+    assert not list(hub.path.parent.glob("*")) and not os.listdir()
+
+
+def test_published_weights_are_fetched_once(hub):
+    for _ in range(2):
+        assert convert.main("gpt2 --out gpt2.pt".split()) == 0
+    path = "/openai-community/gpt2/resolve/main/pytorch_model.bin"
+    assert hub.asked == [f"HEAD {path}", f"GET {path}", f"GET /cdn{path}"]
+    model = common.load("gpt2.pt")
+    assert is_same(model, make_gpt(vocab_size=50257, block_size=1024)) and model.tokenizer.about == "gpt2"
+
+
+def test_what_is_not_the_announced_file_leaves_nothing_and_the_next_run_fetches_again(hub, capsys):
+    sha256, hub.sha256 = hub.sha256, "0" * 64
+    refused(hub, capsys, "hash")
+    hub.sha256 = sha256
+    for cut in (0, len(hub.body) // 2):
+        hub.cut = cut
+        refused(hub, capsys, "hash")
     hub.cut = None
     assert convert.main(["gpt2"]) == 0
 
 
-@pytest.mark.parametrize("address", ["file://{published}", "ftp://127.0.0.1:9"])
-def test_only_http_is_fetched_and_redirects_go_nowhere_else(hub, tmp_path, capsys, monkeypatch, address):
-    published = tmp_path / "openai-community/gpt2/resolve/main"  # so that file: would find what it names
-    published.parent.mkdir(parents=True)
-    (tmp_path / "published").rename(published)
-    address = address.format(published=tmp_path)
-    hub.redirect = address
-    line = check(tmp_path, capsys, "gpt2", "could not be fetched")
-    # urllib itself refuses file: behind a redirect, but would go on to ftp:
-    assert "is not allowed" in line or f"only http and https are fetched, not {address}" in line
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    check(tmp_path, capsys, "gpt2", f"only http and https are fetched, not {address}")
+def test_a_server_that_announces_no_sha256_is_refused(hub, capsys):
+    for sha256 in (None, "0" * 40):  # git's hash, which the hub announces for small files
+        hub.sha256 = sha256
+        refused(hub, capsys, "SHA-256")
+    assert not any(line.startswith("GET") for line in hub.asked)
+
+
+def test_no_network_says_what_was_tried_and_what_would_do(hub, capsys, monkeypatch):
+    hub.status = 503
+    refused(hub, capsys, "HTTP Error 503")
+    # 9: no one listens there
+    for endpoint in ("hub", "http://127.0.0.1:port", "http://127.0.0.1:9"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        refused(hub, capsys, f"{endpoint}/openai-community/gpt2/resolve")
+
+
+def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
+    hub.path.parent.mkdir(parents=True)
+    for damaged in (hub.body[:-1000], b"<html>Sign in to this network</html>", b""):
+        hub.path.write_bytes(damaged)
+        check(tmp_path, capsys, "gpt2", str(hub.path))
+    check(tmp_path, capsys, f"gpt2 --out {hub.path}", "which this command reads")
+    assert not hub.asked
 
 
 def test_memory_that_is_short_costs_no_cached_file(hub, tmp_path, capsys, monkeypatch):
-    convert.fetch_published("gpt2")
-    for short in (
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    ):
+    hub.path.parent.mkdir(parents=True)
+    hub.path.write_bytes(hub.body)
+    for short in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
 
         def load(*_, short=short, **__):
             raise short
 
         monkeypatch.setattr(torch, "load", load)
-        check(tmp_path, capsys, "gpt2", "pytorch_model.bin does not fit into memory, or is damaged")
-
-
-def test_a_damaged_file_in_the_cache_is_named_and_stays(hub, tmp_path, capsys):
-    convert.fetch_published("gpt2")
-    whole = hub.files["pytorch_model.bin"]
-    for damaged in (whole[:-1000], b"<html>Sign in to this network</html>", b""):
-        (hub.cache / "pytorch_model.bin").write_bytes(damaged)
-        line = check(tmp_path, capsys, "gpt2", "if it is damaged, remove it, and the next run fetches it again")
-        assert str(hub.cache / "pytorch_model.bin") in line
+        check(tmp_path, capsys, "gpt2", "memory")
 
 
 def test_ctrl_c_while_fetching_leaves_nothing(hub, capsys, monkeypatch):
-    def press(response, amount):
+    def press(response, amount=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(http.client.HTTPResponse, "read", press)
     assert convert.main(["gpt2"]) == 130
-    assert capsys.readouterr().err.splitlines()[1:] == ["convert.py: stopped"] and not cached(hub)
-
-
-def test_the_output_is_not_the_cached_file(hub, tmp_path, capsys):
-    check(tmp_path, capsys, f"gpt2 --out {hub.cache}/pytorch_model.bin", "which this command reads")
-    assert not hub.asked
-
-
-def test_no_network_says_what_was_tried_and_what_would_do(hub, tmp_path, capsys, monkeypatch):
-    hub.status = 503
-    check(tmp_path, capsys, "gpt2", "HTTP Error 503")
-    hub.status, hub.announces = 200, False
-    check(tmp_path, capsys, "gpt2", "its length is not announced")
-    monkeypatch.setenv("HF_ENDPOINT", "hub")
-    check(tmp_path, capsys, "gpt2", "only http and https are fetched, not hub/openai-community")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:port")
-    check(tmp_path, capsys, "gpt2", "nonnumeric port")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no one listens there
-    line = check(tmp_path, capsys, "gpt2", "Connection refused")
-    for part in ("http://127.0.0.1:9/openai-community/gpt2/resolve", f"a copy of it at {hub.cache}"):
-        assert part in line
+    assert capsys.readouterr().err.splitlines()[1:] == ["convert.py: stopped"]
+    assert not list(hub.path.parent.glob("*"))
 
 
 # --- the count ---
@@ -942,17 +901,14 @@ def test_the_count(folder, capsys):
     assert rows[4][8] == f"{os.path.getsize('ia3.npz'):,}"
 
 
-def test_the_count_of_llamas_and_t0(llama, capsys):
-    """Under a hundredth of a percent at a width of 4096, where GPT-2's block would want more than 5000.
-
-    The paper's table 4 has 540K for T0-3B.
-    """
-    assert convert.main("count LLaMA-7B Llama-3-8B SmolLM2-135M T0-11B base.pt T0-3B".split()) == 0
+def test_the_count_of_llamas(llama, capsys):
+    """Under a hundredth of a percent at a width of 4096, where GPT-2's block needs more than 5000."""
+    assert convert.main("count LLaMA-7B Llama-3-8B SmolLM2-135M base.pt".split()) == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[4] for row in rows] == ["614,400", "524,288", "57,600", "1,081,344", "112", "540,672"]
-    assert [row[5] for row in rows[:4]] == ["0.0091%", "0.0065%", "0.0428%", "0.0097%"]
+    assert [row[4] for row in rows] == ["614,400", "524,288", "57,600", "112"]
+    assert [row[5] for row in rows[:3]] == ["0.0091%", "0.0065%", "0.0428%"]
     base = make_llama_with_bpe()
     blocks = sum(p.numel() for p in base.model.layers.parameters())
-    assert rows[4][3:7] == [f"{sum(p.numel() for p in base.parameters()):,}", "112", rows[4][5], f"{112 / blocks:.4%}"]
-    assert [row[7] for row in rows] == ["-"] * 6  # the law is of GPT-2's blocks
-    assert rows[4][8] == f"{os.path.getsize('ia3.npz'):,}" and rows[3][8] == "-"
+    assert rows[3][3:7] == [f"{sum(p.numel() for p in base.parameters()):,}", "112", rows[3][5], f"{112 / blocks:.4%}"]
+    assert [row[7] for row in rows] == ["-"] * 4  # the formula is GPT-2's
+    assert rows[3][8] == f"{os.path.getsize('ia3.npz'):,}"
