@@ -144,9 +144,9 @@ def row(matrix, layer, task_ids):
     """One layer's vector: (width,) of a task, or (B, 1, width) of each row's task, or None for a site left out."""
     if matrix is None:
         return None
-    if task_ids is None:
-        return matrix[layer]  # (width,)
-    return matrix[task_ids, layer].unsqueeze(1)  # (B, 1, width)
+    if task_ids is not None:
+        return matrix[task_ids, layer].unsqueeze(1)  # (B, 1, width)
+    return matrix[layer]  # (width,)
 
 
 def layers_of(model, task_ids, n_rows):

@@ -2,6 +2,8 @@
 
     python classroom/make.py --out path/to/starter
     cd path/to/starter && make grade                # a score sheet, and results.json for Gradescope
+    python classroom/make.py --out path/to/starter --variant path/to/variant        # with your changes
+    python classroom/make.py --out path/to/grader --variant path/to/variant --grader    # and your private tests
 
 What an exercise is, and where, is the table EXERCISES below: add, drop and re-order rows there (classroom/TEACHING.md).
 A cut replaces the body of a function, or of one `if` in it, by `raise NotImplementedError("Exercise N: ...")`;
@@ -31,11 +33,15 @@ class Exercise:
     parts: dict = field(default_factory=dict)  # {part: points} where it is graded in parts, by test_NAME_PART.py each
 
 
+# what the last row runs end to end
+EVERYTHING = ("keys_and_values", "hidden_activations", "start_at_ones", "freeze_the_base", "count", "fold_rows")
+EVERYTHING += ("fold_columns", "save_and_load", "stack_tasks", "train", "llama")
+
 # in the order of their numbers, which start at 1
 EXERCISES = [
     Exercise(
         "keys_and_values",
-        6,
+        5,
         "Scale keys and values",
         [
             ("model.py", "CausalSelfAttention.forward", "l_k is not None"),
@@ -44,20 +50,20 @@ EXERCISES = [
     ),
     Exercise(
         "hidden_activations",
-        4,
+        3,
         "Scale the MLP's hidden activations",
         [("model.py", "MLP.forward", "l_ff is not None")],
     ),
-    Exercise("start_at_ones", 3, "Start at ones", [("ia3.py", "IA3.__init__.ones")]),
-    Exercise("freeze_the_base", 6, "Freeze the base", [("ia3.py", "attach")]),
+    Exercise("start_at_ones", 2, "Start at ones", [("ia3.py", "IA3.__init__.ones")]),
+    Exercise("freeze_the_base", 5, "Freeze the base", [("ia3.py", "attach")]),
     Exercise("count", 2, "Count the values", [("ia3.py", "IA3.count")]),
     Exercise(
         "gradient",
-        6,
+        4,
         "Derive and check the gradient",
         [("gradient.py", "gradient_of_l"), ("gradient.py", "central_difference")],
     ),
-    Exercise("fold_rows", 5, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
+    Exercise("fold_rows", 4, "Fold l_k and l_v into rows", [("merge.py", "fold_rows")]),
     Exercise(
         "fold_columns",
         6,
@@ -68,25 +74,25 @@ EXERCISES = [
         "save_and_load",
         7,
         "Save and load",
-        [("ia3.py", "IA3.save"), ("ia3.py", "IA3.load")],
+        [("ia3.py", "IA3.save"), ("ia3.py", "IA3.load"), ("ia3.py", "read_npz")],
         parts={"format": 2, "round_trip": 2, "refusal": 2, "atomic": 1},
     ),
     Exercise(
         "stack_tasks",
-        6,
+        5,
         "Stack tasks and mix them in a batch",
-        [("ia3.py", "stack"), ("ia3.py", "IA3.per_layer.of_layer", "task_ids is not None")],
+        [("ia3.py", "stack"), ("ia3.py", "row", "task_ids is not None")],
     ),
     Exercise(
         "train",
-        4,
+        3,
         "Warm up, decay, and learn",
         [("train.py", "learning_rate")],
         needs=("keys_and_values", "hidden_activations", "start_at_ones", "freeze_the_base"),
     ),
     Exercise(
         "llama",
-        5,
+        4,
         "The same three in a LLaMA",
         [
             ("llama.py", "LlamaConfig.widths"),
@@ -96,6 +102,7 @@ EXERCISES = [
             ("merge.py", "fold_llama"),
         ],
     ),
+    Exercise("all_together", 10, "All together", [], needs=EVERYTHING),
 ]
 
 # what a starter holds beside classroom/starter, the tests of its exercises and the handout: {there: here}
@@ -109,8 +116,9 @@ for task in ("folio", "sonnets", "kjv"):
 for text in ("plays", "folio", "sonnets", "kjv"):
     for split in ("train", "val", "test"):
         FILES[f"data/{text}/{split}.txt"] = f"data/{text}/{split}.txt"
-# these of them only where an exercise cuts them: as they are they would show other exercises' answers
+# these only if an exercise cuts them: whole, they would show the answers of others
 IF_CUT = ("gradient.py", "llama.py")
+PRIVATE = "private"  # the folder of a variant with tests that students do not get
 
 
 def find(source, function, condition=None):
@@ -124,13 +132,13 @@ def find(source, function, condition=None):
     for part in function.split("."):
         named = [n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part]
         if len(named) != 1:
-            raise ValueError(f"{len(named)} definitions of {part} on the way to {function}, and one is wanted")
+            raise ValueError(f"{len(named)} definitions of {part} on the way to {function}, where one is needed")
         node = named[0]
     body = node.body
     if condition is not None:
         bodies = [n.body for n in ast.walk(node) if isinstance(n, ast.If) and ast.unparse(n.test) == condition]
         if len(bodies) != 1:
-            raise ValueError(f"{len(bodies)} `if {condition}` in {function}, and one is wanted")
+            raise ValueError(f"{len(bodies)} `if {condition}` in {function}, where one is needed")
         body = bodies[0]
     elif ast.get_docstring(node) is not None:
         body = body[1:]
@@ -170,7 +178,7 @@ def first_table(path):
     text = path.read_text(encoding="utf-8")
     found = re.search(r"(?m)^(\|.*\n)+|^```.*\n(?s:.*?)^```\n", text)
     if found is None:
-        raise ValueError(f"HANDOUT.md wants a table of {path}, which has none")
+        raise ValueError(f"HANDOUT.md needs a table of {path}, which has none")
     return found[0]
 
 
@@ -261,12 +269,35 @@ def make(out, exercises=EXERCISES):
         shutil.copyfile(here, out / there)
 
 
+def add_variant(out, variant, for_grader=False):
+    """Copy a variant's files over those of the starter in out.
+
+    The variant is a folder laid out as a starter. Only a starter for the grader gets its private/, into grading/.
+    Raises ValueError where there is no such folder.
+    """
+    if not variant.is_dir():
+        raise ValueError(f"{variant} is not a folder")
+    for path in sorted(variant.rglob("*")):
+        where = path.relative_to(variant)
+        if path.is_dir() or (where.parts[0] == PRIVATE and not for_grader):
+            continue
+        if where.parts[0] == PRIVATE:
+            where = Path("grading", *where.parts[1:])
+        (out / where).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / where)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
-    out = parser.parse_args(argv).out
+    parser.add_argument("--variant", type=Path, help="a folder whose files replace or join the starter's")
+    parser.add_argument("--grader", action="store_true", help="with the variant's private tests: do not hand this out")
+    args = parser.parse_args(argv)
+    out = args.out
     try:
         make(out)
+        if args.variant is not None:
+            add_variant(out, args.variant, args.grader)
     except (ValueError, OSError) as e:
         print(f"make.py: {e}", file=sys.stderr)
         return 2

@@ -4,11 +4,12 @@
     python grade.py 3                   # one, in the sheet's words
     python -m pytest -m exercise3       # one, with all that pytest can say about it
 
-Every exercise is graded in a process of its own, with a time limit: what loops forever or ends the program costs that
-exercise only. The inputs are drawn anew every time; GRADE_SEED=... repeats those of an earlier grading.
+Every row of the sheet is graded in a process of its own, with a time limit: what loops forever or ends the program
+costs that row only. The inputs are drawn anew every time; GRADE_SEED=... repeats those of an earlier grading.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -31,16 +32,29 @@ json.dump(problem, open(sys.argv[1], "w"))
 """
 
 
+def read_sheet():
+    """The rows of the sheet: one for each exercise, or for each part of one."""
+    return json.loads((HERE / "grading/exercises.json").read_text(encoding="utf-8"))
+
+
 def explain(error, number):
-    """What went wrong, in a line or two: a test's own words, a missing exercise, or an exception and where."""
+    """What went wrong, in a line or two: a test's own words, a missing exercise, or an exception and where.
+
+    error: pytest's ExceptionInfo; number: that of the exercise that is graded.
+    """
     value = error.value
     if isinstance(value, pytest.fail.Exception):
         return str(value)
-    if isinstance(value, pytest.Collector.CollectError):  # a file that cannot be imported; its last line says why
-        return str(value).rstrip().splitlines()[-1].removeprefix("E").strip()
+    if isinstance(value, pytest.Collector.CollectError):  # a file that cannot be imported: pytest has the text only
+        text = str(value)
+        ours = re.findall(rf"(?m)(?:^|{re.escape(str(HERE))}/)(\w+\.py)\"?(?:, line |:)(\d+)", text)
+        last = text.rstrip().splitlines()[-1].removeprefix("E").strip()
+        return f"{last} ({ours[-1][0]}, line {ours[-1][1]})" if ours else last
     missing = re.match(r"Exercise (\d+):", str(value)) if isinstance(value, NotImplementedError) else None
     if missing:
         return "not done yet" if int(missing[1]) == number else f"needs exercise {missing[1]}"
+    if isinstance(value, SyntaxError):
+        return f"{type(value).__name__}: {value.msg} ({Path(value.filename).name}, line {value.lineno})"
     text = f"{type(value).__name__}: {next(iter(str(value).splitlines()), '')}"
     ours = [entry for entry in error.traceback if Path(entry.path).parent == HERE]  # not grading/, nor torch
     return f"{text} ({ours[-1].path.name}, line {ours[-1].lineno + 1})" if ours else text
@@ -49,8 +63,8 @@ def explain(error, number):
 class Recorder:
     """A pytest plugin that keeps what the sheet says: the first problem, and how many more cases of its test fail.
 
-    What stands behind a test that failed is not run: more often than not it would fail for the same reason, and say so
-    in words that mislead.
+    Once a test has failed, the tests after it are not run: most would fail for the same reason, and what they said
+    would mislead.
     """
 
     def __init__(self, number):
@@ -61,7 +75,7 @@ class Recorder:
         self.passed = 0
 
     def pytest_runtest_protocol(self, item):
-        """Leave out, by saying that it is seen to, what is not a case of the test that failed."""
+        """Skip every test but the cases of the one that failed: True tells pytest that the item is done."""
         return self.failed not in (None, item.originalname) or None
 
     def pytest_exception_interact(self, node, call):
@@ -75,14 +89,14 @@ class Recorder:
         self.passed += report.when == "call" and report.passed
 
 
-def run_tests(exercise):
-    """Run an exercise's tests in this process. Returns what is wrong with it, or None."""
+def run_tests(row):
+    """Run a row's tests in this process. Returns what is wrong, or None."""
     try:
         import ia3  # noqa: F401  as all tests do: pytest would not say what is wrong with it
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"
-    recorder = Recorder(exercise["number"])
-    file = f"{HERE}/grading/test_{exercise['name']}.py"
+    except Exception:
+        return explain(pytest.ExceptionInfo.from_current(), row["number"])
+    recorder = Recorder(row["number"])
+    file = f"{HERE}/grading/test_{row['name']}.py"
     status = pytest.main(["-p", "no:unraisableexception", file], plugins=[recorder])
     if recorder.problem is not None:
         return recorder.problem + (f" (and {recorder.alike} like it)" if recorder.alike else "")
@@ -91,65 +105,84 @@ def run_tests(exercise):
     return None
 
 
-def grade(exercise, limit):
-    """Run an exercise's tests in a process of their own, for limit seconds at most. Returns what is wrong, or None."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", CHILD, f"{folder}/problem", json.dumps(exercise)]
+def grade(row, limit, folder=HERE):
+    """Run the tests of a row of folder's sheet in a process of their own. Returns what is wrong, or None.
+
+    After limit seconds the process is ended. Whatever it has started and left running is ended in any case.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-c", CHILD, f"{place}/problem", json.dumps(row)]
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        process = subprocess.Popen(command, cwd=HERE, start_new_session=True, **quiet)
+        process = subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # it and what it started
-            process.wait()
             return f"not done after {limit:g} seconds: is there a loop that does not end?"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         try:
-            return json.loads(Path(folder, "problem").read_text())
+            return json.loads(Path(place, "problem").read_text())
         except (OSError, ValueError):
             return "the program ended before it was graded (os._exit, Ctrl-C or a crash)"
+
+
+def score(rows, problems, path=None, note=""):
+    """Yield each row's result, as Gradescope reads it, as soon as its problem is known.
+
+    problems: what is wrong with each row, or None. With path, results.json is written there after every row; rows that
+    are still to come stand in it with no points.
+    """
+    results = []
+    for row in rows:
+        result = {"number": str(row["number"]), "name": f"{row['number']}. {row['title']}", "score": 0}
+        result |= {"max_score": row["points"], "status": "failed", "output": "the grader was stopped before this"}
+        results.append(result)
+    wrong = set()
+    for row, result, problem in zip(rows, results, problems, strict=True):
+        if problem is None:
+            result |= {"score": row["points"], "status": "passed", "output": ""}
+        else:
+            wrong.add(row["number"])
+            needs = [f"needs exercise {number}" for number in row["needs"] if number in wrong]
+            result["output"] = "\n".join(dict.fromkeys([*needs, problem]))
+        if path is not None:
+            partial = Path(f"{path}.tmp")
+            partial.write_text(json.dumps({"tests": results, "output": note}, indent=1) + "\n")
+            partial.replace(path)
+        yield result
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", type=int, metavar="N", help="exercises to grade (default: all)")
     parser.add_argument("--out", default="results.json", help="where Gradescope looks (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=120, help="seconds for an exercise (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=120, help="seconds for a row of the sheet (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
-    exercises = json.loads((HERE / "grading/exercises.json").read_text(encoding="utf-8"))
+    rows = read_sheet()
     for number in args.numbers:
-        if number not in [e["number"] for e in exercises]:
+        if number not in [row["number"] for row in rows]:
             parser.error(f"there is no exercise {number}")
+    path = args.out
     if args.numbers:
-        exercises = [e for e in exercises if e["number"] in args.numbers]
+        rows = [row for row in rows if row["number"] in args.numbers]
+        path = None  # a part of the sheet is not a result
     seed = os.environ.setdefault("GRADE_SEED", str(secrets.randbelow(10**9)))
-    tests, wrong, total = [], set(), 0
+    total = 0
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        for e, problem in zip(exercises, pool.map(lambda e: grade(e, args.limit), exercises), strict=True):
-            number, points = e["number"], 0 if problem else e["points"]
-            problems = []
-            if problem:
-                wrong.add(number)
-                needs = [f"needs exercise {n}" for n in e["needs"] if n in wrong]
-                problems = list(dict.fromkeys([*needs, problem]))
-            print(f"{number:2d}. {e['title']:<40s} {points:3d} / {e['points']}", flush=True)
-            for problem in problems:
+        problems = pool.map(lambda row: grade(row, args.limit), rows)
+        for row, result in zip(rows, score(rows, problems, path, f"GRADE_SEED={seed}"), strict=True):
+            print(f"{row['number']:2d}. {row['title']:<40s} {result['score']:3d} / {row['points']}", flush=True)
+            for problem in result["output"].splitlines():
                 print(textwrap.fill(problem, 100, initial_indent="      - ", subsequent_indent="        "))
-            total += points
-            tests.append(
-                {
-                    "number": str(number),
-                    "name": f"{number}. {e['title']}",
-                    "score": points,
-                    "max_score": e["points"],
-                    "status": "failed" if problems else "passed",
-                    "output": "\n".join(problems),
-                }
-            )
-    print(f"{'total':>44s} {total:3d} / {sum(e['points'] for e in exercises)}")
+            total += result["score"]
+    print(f"{'total':>44s} {total:3d} / {sum(row['points'] for row in rows)}")
     print(f"\nInputs were drawn from GRADE_SEED={seed}. Written questions are graded by hand.")
-    if not args.numbers:  # a part of the sheet is no result
-        Path(args.out).write_text(json.dumps({"tests": tests, "output": f"GRADE_SEED={seed}"}, indent=1) + "\n")
-        print(f"{args.out} is written.")
+    if path is not None:
+        print(f"{path} is written.")
     return 0
 
 

@@ -6,7 +6,7 @@ The exercise of a test is that of its file: grading/exercises.json has the list.
 import json
 import os
 import secrets
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +50,14 @@ def refused(what, function, *given):
     check(False, f"{what} must be refused with a ValueError, but there is no error")
 
 
-def accepted(words, function, *given):
-    """function(*given) must not raise a ValueError; words say what was refused, and what should have been asked."""
+def runs(words, function, *given):
+    """Return function(*given), which must not raise; words say what is wrong if it does."""
     try:
-        function(*given)
-    except ValueError:
-        check(False, words)
+        return function(*given)
+    except NotImplementedError:
+        raise
+    except Exception as e:
+        check(False, f"{words} ({type(e).__name__}: {next(iter(str(e).splitlines()), '')[:80]})")
 
 
 def close(a, b):
@@ -71,6 +73,13 @@ def against(found, wanted):
     return f"{found:.{digits}g}, where {wanted:.{digits}g} is right"
 
 
+def check_digits(a, b, what):
+    """Fail if a agrees with b, both float64, to float32's digits only."""
+    rounded = not close(a, b) and a.shape == b.shape and bool((a - b).abs().max() < 1e-5 * (1 + b.abs().max()))
+    words = "in float64 it is right to float32's digits only: cast neither factor before the product"
+    check(not rounded, f"{what}: {words}")
+
+
 @pytest.fixture
 def dice():
     return np.random.default_rng(int(os.environ.get("GRADE_SEED") or secrets.randbelow(10**9)))
@@ -79,6 +88,15 @@ def dice():
 def draw(dice, *shape, mean=0.0, spread=1.0):
     """A float64 tensor of N(mean, spread)."""
     return torch.from_numpy(dice.normal(mean, spread, shape))
+
+
+def draw_scales(dice, *shape):
+    """Scales of N(1, 0.7), among them, in every vector, one below -0.5 and one above 2.5."""
+    scales = draw(dice, *shape, mean=1.0, spread=0.7)
+    low, high = dice.choice(shape[-1], 2, replace=False)
+    scales[..., low] = -0.5 - draw(dice, *shape[:-1]).abs()
+    scales[..., high] = 2.5 + draw(dice, *shape[:-1]).abs()
+    return scales
 
 
 def draw_short(dice, *shape):
@@ -95,12 +113,35 @@ def make_gpt(dice, **sizes):
     """A small GPT in float32 with random sizes and weights, biases and LayerNorms included."""
     n_head = int(dice.integers(1, 4))
     n_embd = n_head * 2 * int(dice.integers(2, 5))
-    sizes = {"n_layer": int(dice.integers(2, 5)), "n_head": n_head, "n_embd": n_embd} | sizes
-    model = GPT(GPTConfig(block_size=8, vocab_size=31, **sizes))
+    config = {"block_size": 8, "vocab_size": 31, "n_layer": int(dice.integers(2, 5))}
+    config |= {"n_head": n_head, "n_embd": n_embd} | sizes
+    model = GPT(GPTConfig(**config))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(draw(dice, *p.shape, mean=float("ln_" in name and "weight" in name), spread=0.3))
     return model.eval()
+
+
+@dataclass
+class OtherConfig:
+    """Of a base that is not a GPT-2: n_embd does not determine its widths."""
+
+    n_layer: int
+    n_embd: int
+    widths: tuple
+
+
+class Other(torch.nn.Module):
+    """A base that is not a GPT-2, as far as vectors know it: a config and weights."""
+
+    def __init__(self, dice, widths):
+        super().__init__()
+        self.config = OtherConfig(n_layer=2, n_embd=8, widths=widths)
+        self.ia3 = None
+        self.transformer = torch.nn.Linear(3, 3)  # whoever freezes only this leaves the other one trainable
+        self.outside = torch.nn.Linear(3, 3)
+        for p in self.parameters():
+            p.data = draw(dice, *p.shape).float()
 
 
 def put_vectors(vectors, dice, config, sites, spread, n_tasks=None, fingerprint=None):
@@ -143,12 +184,16 @@ def write(path, told, vectors, **changes):
 
 @pytest.fixture
 def given_start(dice, monkeypatch):
-    """IA3(config, sites) works, whether or not it is done: the exercise in which it is written is another one."""
+    """IA3(config, sites) and its count() work, whether or not they are done: they are other exercises."""
 
     def start(self, config, sites=ia3.SITES):
         put_vectors(self, dice, config, sites, spread=0)
 
+    def count(self):
+        return torch.nn.utils.parameters_to_vector(self.parameters()).numel()
+
     monkeypatch.setattr(ia3.IA3, "__init__", start)
+    monkeypatch.setattr(ia3.IA3, "count", count)
 
 
 def snapshot(model):

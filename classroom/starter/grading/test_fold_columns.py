@@ -6,7 +6,23 @@ import pytest
 import torch
 
 import merge
-from conftest import changed, check, close, draw, draw_short, make_gpt, make_vectors, product, refused, snapshot
+from conftest import (
+    SUBSETS,
+    changed,
+    check,
+    check_digits,
+    close,
+    draw,
+    draw_scales,
+    draw_short,
+    make_gpt,
+    make_vectors,
+    product,
+    refused,
+    runs,
+    snapshot,
+)
+from ia3 import fingerprint
 from model import GPT
 
 
@@ -16,17 +32,20 @@ def test_the_down_projection_scales_what_goes_in(dice):
     before = torch.nn.Linear(4 * C, C).double()
     after = copy.deepcopy(before)
     weight, bias = after.weight, after.bias
-    l_ff = draw(dice, 4 * C, mean=1.0, spread=0.7)
+    l_ff = draw_scales(dice, 4 * C)
     merge.fold_columns(after, None)
     check(torch.equal(after.weight, before.weight), "l_ff is None, but the weights have changed")
-    merge.fold_columns(after, l_ff)
+    words = "W_2' h must be W_2 (l_ff ⊙ h): entry j of h meets column j of W_2"
+    runs(words, merge.fold_columns, after, l_ff)
     check(after.weight is weight, "write into c_proj.weight, rather than putting another Parameter in its place")
-    words = "b_2 must stay: it is added after the scaled activations went through W_2"
-    check(torch.equal(after.bias, before.bias), words)
+    stays = "b_2 must stay: it is added after the scaled activations went through W_2"
+    check(torch.equal(after.bias, before.bias), stays)
     check(after.bias is bias, "leave linear.bias as it is, rather than putting another Parameter in its place")
     h = draw(dice, 5, 4 * C)
     check(not close(after(h), before(h)), "nothing is folded")
-    words = "W_2' h must be W_2 (l_ff ⊙ h): entry j of h meets column j of W_2"
+    check_digits(after(h), before(h * l_ff), "the columns of W_2")
+    check(not close(after(h), before(h / l_ff)), "the columns of W_2 are divided by l_ff, but must be multiplied")
+    check(not close(after(h), before(h * l_ff.abs())), "a negative entry of l_ff must stay negative")
     check(close(after(h), before(h * l_ff)), words)
 
 
@@ -53,35 +72,48 @@ def rows_folded(calls, c_attn):
     found = {}
     for linear, rows, l in calls:
         if linear is c_attn:
-            check(isinstance(rows, slice), f"fold_rows wants a slice of rows, not {rows!r}")
+            check(isinstance(rows, slice), f"fold_rows takes a slice of rows, not {rows!r}")
             part = range(c_attn.out_features)[rows]
             found[part.start, part.stop] = l
     return found
 
 
-def make_task(dice, **sizes):
-    model = make_gpt(dice, **sizes).double()
+def make_task(dice):
+    model = make_gpt(dice).double()
     model.ia3 = make_vectors(dice, model.config).requires_grad_()
     model.transformer.requires_grad_(False)
+    model.ia3.fingerprint = fingerprint(model)
     model.tokenizer = "its tokenizer"
     return model
 
 
+def state(model):
+    """What merge must leave as it was in the model that it is given, by the words for it."""
+    return {
+        "its vectors": id(model.ia3),
+        "its vectors' fingerprint": getattr(model.ia3, "fingerprint", None),
+        "its mode, train or eval": [module.training for module in model.modules()],
+        "which of its tensors are trainable": [p.requires_grad for p in model.parameters()],
+        "its weights": [t.numpy().tobytes() for t in model.state_dict().values()],
+    }
+
+
+def check_left(model, before, what):
+    now = state(model)
+    other = [words for words in before if now[words] != before[words]]
+    check(not other, f"{what} changed the model given, {(other or [''])[0]}: change a copy")
+
+
 def test_merge(dice, calls):
     model = make_task(dice)
-    vectors, before = model.ia3, snapshot(model)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    vectors, before, was = model.ia3, snapshot(model), state(model)
     try:
         merged = merge.merge(model)
     except AttributeError:  # what comes of vectors that are gone
         check(model.ia3 is vectors, "merge took the vectors off the model given: take them off a copy")
         raise
     check(isinstance(merged, GPT) and merged is not model, "merge must return another GPT, a copy with l_ff folded in")
-    check(model.ia3 is vectors, "merge took the vectors off the model given: take them off a copy")
-    words = "merge changed the model given in place"
-    check(not changed(model, before), f"{words}, {(changed(model, before) or [''])[0]}: fold into a copy")
-    words = "merge changed which tensors of the model given are trainable: it must be left as it was"
-    check({name: p.requires_grad for name, p in model.named_parameters()} == trainable, words)
+    check_left(model, was, "merge")
     check(merged.ia3 is None, "what comes out is a plain GPT: its ia3 must be None")
     check(all(p.requires_grad for p in merged.parameters()), "every weight of the merged model must be trainable again")
     check(merged.tokenizer == model.tokenizer, "the merged model has lost the tokenizer")
@@ -104,39 +136,55 @@ def test_merge(dice, calls):
             check(given is not None and torch.equal(given, l), f"block {i}: the rows of W_{name} get another vector")
         check(len(folded) == 2, f"block {i}: only the rows of W_k and W_v have a vector, not the queries'")
     n_layer = model.config.n_layer
-    words = "fold_rows must be called twice a block, with c_attn, for W_k and for W_v (their biases go along)"
+    words = "fold_rows must be called twice per block, with c_attn, for W_k and for W_v (their biases go along)"
     check(len(calls) == 2 * n_layer, f"{words}: in {n_layer} blocks it was called {len(calls)} times")
     other = set(changed(merged, {name: t for name, t in before.items() if not name.startswith("ia3.")})) - touched
     check(not other, f"merging l_ff changes W_2 of every block, and nothing else: but {sorted(other)[:1]} has changed")
     check(merged.lm_head.weight is merged.transformer.wte.weight, "the head must still be tied to the embedding")
 
 
-def test_merge_with_sites_left_out(dice, calls):
-    model = make_gpt(dice)
-    model.ia3 = make_vectors(dice, model.config, ("k",))
-    before = {name: t for name, t in snapshot(model).items() if not name.startswith("ia3.")}
+def test_a_model_in_train_mode(dice, calls):
+    model = make_task(dice).train()
+    was = state(model)
     merged = merge.merge(model)
-    check(not changed(merged, before), "without l_ff W_2 must stay")
+    check_left(model, was, "merge")
+    check(merged.training, "the model was in train mode, and what comes of merging it must be, too")
+
+
+@pytest.mark.parametrize("sites", SUBSETS)
+def test_merge_with_sites_left_out(dice, calls, sites):
+    model = make_gpt(dice)
+    model.ia3 = make_vectors(dice, model.config, sites)
+    before = {name: t for name, t in snapshot(model).items() if not name.startswith("ia3.")}
+    merged = runs(f"vectors of the sites {sites}: the others are None", merge.merge, model)
+    if "ff" not in sites:
+        check(not changed(merged, before), "without l_ff W_2 must stay")
     C = model.config.n_embd
     for block in merged.transformer.h:
         folded = rows_folded(calls, block.attn.c_attn)
-        check(folded.get((2 * C, 3 * C)) is None, "l_v is None where it is left out, but the rows of W_v get a vector")
+        for site, rows in (("k", (C, 2 * C)), ("v", (2 * C, 3 * C))):
+            words = f"l_{site} is None where it is left out, but the rows of W_{site} get a vector"
+            check(site in sites or folded.get(rows) is None, words)
 
 
 def test_what_cannot_be_merged_is_refused(dice, calls):
-    refused("a model without vectors", merge.merge, make_gpt(dice))
-    model = make_gpt(dice)
+    """And the model given is left as it was."""
+    wrong = {}
+    wrong["a model without vectors"] = make_gpt(dice)
+    model = wrong["a model with stacked vectors"] = make_gpt(dice)
     model.ia3 = make_vectors(dice, model.config, n_tasks=2)
-    refused("a model with stacked vectors", merge.merge, model)
+    model = wrong["a model with another base's vectors (their fingerprint tells)"] = make_gpt(dice)
     model.ia3 = make_vectors(dice, model.config, fingerprint="0" * 64)
-    refused("a model with another base's vectors (their fingerprint tells)", merge.merge, model)
     for tensor in ("transformer.h.1.mlp.c_proj.weight", "ia3.l_ff"):
-        model = make_task(dice)
+        model = wrong[f"NaN in {tensor}"] = make_task(dice)
         model.state_dict()[tensor].view(-1)[3] = float("nan")
-        words = f"NaN in {tensor}"
-        said = refused(words, merge.merge, model)
-        check(tensor in said, f"{words}: the error must name the tensor (check_finite does)")
-    model = make_task(dice).float()
+    model = wrong["a product that overflows float32"] = make_task(dice).float()
     model.transformer.h[1].mlp.c_proj.weight[0, 0] = 1e38
     model.ia3.l_ff.data[1, 0] = 100
-    refused("a product that overflows float32", merge.merge, model)
+    model.ia3.fingerprint = fingerprint(model)
+    for what, model in wrong.items():
+        was = state(model)
+        said = refused(what, merge.merge, model)
+        check_left(model, was, f"{what} is refused, but merge")
+        tensor = what.removeprefix("NaN in ")
+        check(tensor == what or tensor in said, f"{what}: the error must name the tensor (check_finite does)")

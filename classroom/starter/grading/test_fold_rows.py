@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from conftest import check, close, draw, draw_short, make_gpt, product
+from conftest import check, check_digits, close, draw, draw_scales, draw_short, make_gpt, product, runs
 from merge import fold_rows
 
 
@@ -17,7 +17,7 @@ def c_attn(dice):
     """A c_attn in float64, and a vector (C,)."""
     C = 2 * int(dice.integers(2, 6))
     linear = make_gpt(dice, n_head=2, n_embd=C).double().transformer.h[0].attn.c_attn
-    return linear, draw(dice, C, mean=1.0, spread=0.7)
+    return linear, draw_scales(dice, C)
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def test_keys_or_values_come_out_scaled(dice, c_attn, name):
     fold_rows(after, rows, None)
     check(torch.equal(after.weight, before.weight), "l is None, but the weights have changed")
     check(torch.equal(after.bias, before.bias), "l is None, but the bias has changed")
-    fold_rows(after, rows, l)
+    runs(f"l is (C,), and entry j must meet row j of W_{name}", fold_rows, after, rows, l)
     check(after.weight is weight, "write into linear.weight, rather than putting another Parameter in its place")
     check(after.bias is bias, "write into linear.bias, rather than putting another Parameter in its place")
 
@@ -45,18 +45,31 @@ def test_keys_or_values_come_out_scaled(dice, c_attn, name):
     columns = before(x * l)[:, rows] - was_bias
     words = f"columns of W_{name} are scaled, l_{name} ⊙ x going in, but its rows make the outputs"
     check(close(now, was * l) or not close(now, columns), words)
+    check_digits(now, was * l, f"the rows of W_{name}")
+    check(not close(now, was / l), f"the rows of W_{name} are divided by l_{name}, but must be multiplied")
+    check(not close(now, was * l.abs()), f"a negative entry of l_{name} must stay negative")
     check(close(now, was * l), f"entry j of W_{name} x must come out l_{name}[j] times what it was")
     words = f"b_{name} must be scaled by l_{name} as well: {name} = W_{name} x + b_{name}, and all of it is"
     check(close(now_bias, was_bias * l), words)
 
 
 @torch.no_grad()
+def test_all_rows(dice):
+    before = torch.nn.Linear(4, 7).double()
+    after, x, l = copy.deepcopy(before), draw(dice, 3, 4), draw_scales(dice, 7)
+    words = "rows may be slice(None), all of them, as in a Llama: index with rows, do not read its start and stop"
+    runs(words, fold_rows, after, slice(None), l)
+    check(close(after(x), before(x) * l), words)
+
+
+@torch.no_grad()
 def test_without_biases(dice):
     C = 8
     linear = make_gpt(dice, n_head=2, n_embd=C, bias=False).double().transformer.h[0].attn.c_attn
-    x, l = draw(dice, 3, C), draw(dice, C, mean=1.0)
+    x, l = draw(dice, 3, C), draw_scales(dice, C)
     was = linear(x)
-    fold_rows(linear, slice(C, 2 * C), l)
+    words = "a linear map may have no biases (linear.bias is None): look before you scale them"
+    runs(words, fold_rows, linear, slice(C, 2 * C), l)
     check(linear.bias is None, "a linear map without biases (bias None) must stay without")
     check(close(linear(x)[:, C : 2 * C], was[:, C : 2 * C] * l), "without biases (bias None) the keys come out wrong")
 

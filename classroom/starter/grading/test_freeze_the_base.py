@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import accepted, changed, check, make_gpt, make_vectors, refused, snapshot
+from conftest import Other, changed, check, make_gpt, make_vectors, refused, runs, snapshot
 from ia3 import IA3, attach, fingerprint
 
 
@@ -46,6 +46,18 @@ def test_vectors_are_made_where_none_are_given(dice, given_start, sites):
     check(found == wanted, f"attach(model, sites={sites}) leaves trainable: {sorted(found)}")
 
 
+def test_a_base_that_is_not_a_gpt2(dice):
+    """A Llama is not, either; here only what attach may know of it is there."""
+    model = Other(dice, (6, 6, 11))
+    attach(model, make_vectors(dice, model.config))
+    free = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("ia3.")]
+    check(not free, f"in a base that is not a GPT-2 (a Llama, say) {(free or [''])[0]} is left trainable")
+    for widths in ((4, 6, 11), (6, 4, 11), (6, 6, 10)):
+        vectors = make_vectors(dice, Other(dice, widths).config)
+        words = f"vectors for widths {widths} on a base of {model.config.widths}, both with n_embd 8 (compare widths)"
+        refused(words, attach, model, vectors)
+
+
 def test_what_does_not_belong_to_the_base_is_refused(dice):
     """And nothing is changed: a model that refuses keeps what it had, and so do the vectors."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8}
@@ -55,15 +67,17 @@ def test_what_does_not_belong_to_the_base_is_refused(dice):
         "vectors of another base of the same shape (vectors.fingerprint tells)": make_vectors(
             dice, other.config, fingerprint=fingerprint(other)
         ),
-        "what is no IA3 (here a dict of matrices)": snapshot(held),
+        "something that is not an IA3 (here a dict of matrices)": snapshot(held),
     }
     for change in ({"n_layer": 3}, {"n_embd": 12}):
         wrong[f"vectors for a base of another shape ({change})"] = make_vectors(
             dice, make_gpt(dice, **(sizes | change)).config
         )
+    wrong["a site that there is not, 'q'"] = None
     for what, vectors in wrong.items():
         theirs = getattr(vectors, "fingerprint", None)
-        refused(what, attach, model, vectors)
+        given = {"vectors": vectors} if vectors is not None else {"sites": ("q",)}
+        refused(what, lambda given=given: attach(model, **given))
         check(
             model.ia3 is held, f"{what}: refused, but the vectors of before are gone. Look before you change anything"
         )
@@ -73,11 +87,23 @@ def test_what_does_not_belong_to_the_base_is_refused(dice):
         check(getattr(vectors, "fingerprint", None) == theirs, words)
 
 
+def test_a_stack_may_be_attached(dice):
+    model = make_gpt(dice)
+    stacked = make_vectors(dice, model.config, n_tasks=2)
+    check(runs("stacked vectors may be attached", attach, model, stacked) is stacked, "attach must return the vectors")
+
+
+def test_vectors_and_sites_at_once_are_refused(dice):
+    model = make_gpt(dice)
+    vectors = make_vectors(dice, model.config)
+    refused("vectors and sites at once", lambda: attach(model, vectors, sites=("k", "v", "ff")))
+
+
 def test_another_block_size_or_dropout_is_no_other_base(dice):
     model = make_gpt(dice)
     config = replace(model.config, block_size=4, dropout=0.1)
     words = "refused: vectors of a config with another block_size and dropout. Compare n_layer, widths and fingerprints"
-    accepted(words, attach, model, make_vectors(dice, config, fingerprint=fingerprint(model)))
+    runs(words, attach, model, make_vectors(dice, config, fingerprint=fingerprint(model)))
 
 
 def test_vectors_are_float32_whatever_they_were(dice):

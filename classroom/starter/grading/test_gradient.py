@@ -28,7 +28,8 @@ def test_the_gradient(dice):
         truth[c] = (loss((l + e) * x) - loss((l - e) * x)) / 2e-5
     check(torch.equal(x, given[0]) and torch.equal(upstream, given[1]), "x or upstream was changed in place")
     check(
-        tuple(found.shape) == (C,), f"the gradient has an entry a channel, ({C},), but this one is {tuple(found.shape)}"
+        tuple(found.shape) == (C,),
+        f"the gradient has one entry per channel, ({C},), but this one is {tuple(found.shape)}",
     )
 
     def is_truth(scale):

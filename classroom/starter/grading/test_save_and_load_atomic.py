@@ -1,6 +1,7 @@
 """save(): there is the old file or the new one, whatever happens on the way."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,19 @@ def test_the_new_file_takes_the_place_of_the_old_one(dice, tmp_path):
         check(path.read_bytes() != b"the old file", "save(path) leaves what was at path before, and must replace it")
         words = "save wrote into the old file: write under another name, and rename that into place (replace_file does)"
         check(old.read() == b"the old file", words)
+
+
+def test_a_crash_before_the_new_file_is_in_place_leaves_the_old_one(dice, tmp_path, monkeypatch):
+    _, vectors = make_known(dice)
+    path = tmp_path / "task.npz"
+    path.write_bytes(b"the old file")
+
+    def crash(*_, **__):
+        raise OSError("stopped before the rename")
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, crash)
+    with contextlib.suppress(OSError):
+        vectors.save(path)
+    words = "a crash right before the rename must leave the old file: do not remove it first, the rename replaces it"
+    check(path.exists() and path.read_bytes() == b"the old file", words)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from conftest import accepted, check, make_gpt, make_vectors, refused
+from conftest import Other, check, make_gpt, make_vectors, refused, runs
 from ia3 import IA3, stack
 
 NAMES = ("l_k", "l_v", "l_ff")
@@ -15,6 +15,12 @@ def make_tasks(dice):
     config = make_gpt(dice).config
     subsets = (("k", "v", "ff"), ("ff",), ("k", "v"))
     return [make_vectors(dice, config, sites, fingerprint="one base") for sites in subsets]
+
+
+def test_the_base_may_stand_anywhere(dice, given_start):
+    a, b, _ = make_tasks(dice)
+    for place, order in {"first": [None, a], "in the middle": [a, None, b], "last": [a, None]}.items():
+        runs(f"the base (None) stands {place} in the list, and is in none of its tasks", stack, order)
 
 
 def test_the_stack(dice, given_start):
@@ -43,6 +49,16 @@ def test_the_stack(dice, given_start):
     check(all(torch.equal(getattr(tasks[0], name), t) for name, t in before.items()), "the stack must hold copies")
 
 
+def test_a_base_that_is_not_a_gpt2(dice, given_start):
+    """The widths are the config's, whatever n_embd is: as in two Llamas that differ in n_hidden alone."""
+    task, other = (make_vectors(dice, Other(dice, widths).config) for widths in ((6, 6, 11), (6, 6, 12)))
+    stacked = runs("the widths are those of config.widths, not multiples of n_embd", stack, [None, task])
+    found = tuple(l.size(-1) for l in (stacked.l_k, stacked.l_v, stacked.l_ff))
+    check(found == (6, 6, 11), f"tasks whose config.widths is (6, 6, 11) give a stack of the widths {found}")
+    words = "tasks whose configs differ in the last of the widths alone, as Llamas may in n_hidden (compare widths)"
+    refused(words, stack, [task, other])
+
+
 def test_what_no_task_scales_is_none(dice, given_start):
     config = make_gpt(dice).config
     stacked = stack([None, make_vectors(dice, config, ("k",)), make_vectors(dice, config, ("v",))])
@@ -63,7 +79,7 @@ def test_another_block_size_or_dropout_is_no_other_base(dice, given_start):
     config = make_gpt(dice).config
     tasks = [make_vectors(dice, c) for c in (config, replace(config, block_size=4, dropout=0.1))]
     words = "refused: tasks whose configs differ in block_size and dropout. Compare n_layer, widths and fingerprints"
-    accepted(words, stack, tasks)
+    runs(words, stack, tasks)
 
 
 def test_what_does_not_belong_together_is_refused(dice, given_start):
@@ -92,7 +108,8 @@ def test_every_row_of_a_batch_gets_its_own_tasks_vectors(dice):
     vectors = make_vectors(dice, config, n_tasks=int(dice.integers(config.n_layer + 1, 9)))
     n_tasks, B = len(vectors.l_k), 6
     ids = torch.from_numpy(dice.integers(0, n_tasks, B))
-    layers = vectors.per_layer(ids)
+    words = "a matrix is (n_tasks, n_layer, width) and task_ids are (B,): index with the ids first, then the layer"
+    layers = runs(words, vectors.per_layer, ids)
     for i, layer in enumerate(layers):
         for name, l in zip(NAMES, layer, strict=True):
             matrix = getattr(vectors, name)
@@ -126,7 +143,7 @@ def test_the_gather_has_no_loop_over_rows_or_tasks(dice):
     for n_tasks, B in ((2, 3), (7, 3), (7, 20)):
         ids = torch.from_numpy(dice.integers(0, n_tasks, B))
         counts.append(operations(make_vectors(dice, config, n_tasks=n_tasks).per_layer(ids)[0][0].grad_fn))
-    words = "2 tasks and 3 rows, 7 and 3, 7 and 20 take {}, {} and {} operations a layer: index once, without a loop"
+    words = "2 tasks and 3 rows, 7 and 3, 7 and 20 take {}, {} and {} operations per layer: index once, without a loop"
     check(len(set(counts)) == 1, words.format(*counts))
 
 
