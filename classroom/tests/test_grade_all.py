@@ -59,7 +59,7 @@ pathlib.Path({str(left)!r}).write_text(str(subprocess.Popen(["sleep", "600"]).pi
     (submissions / "eve/ia3.py").write_text(solution("ia3.py") + spoil)
     before = {path: path.read_bytes() for path in starter.rglob("*") if path.is_file()}
 
-    result = grade_all(submissions, "--starter", starter, "--out", tmp_path / "graded", "--limit", "60")
+    result = grade_all(submissions, "--starter", starter, "--out", tmp_path / "graded", "--limit", "300")
     assert result.returncode == 0, result.stderr
     table = list(csv.DictReader(io.StringIO(result.stdout)))
     points = next(row["points"] for row in SHEET if row["name"] == "count")
@@ -80,7 +80,7 @@ pathlib.Path({str(left)!r}).write_text(str(subprocess.Popen(["sleep", "600"]).pi
 
 
 LIMITS = {
-    "memory": ("import numpy; numpy.empty(2**33)", "allocate"),
+    "memory": ("import numpy; numpy.empty(6 * 2**30, 'int8')", "allocate"),
     "a file's size": ("open('large', 'wb').truncate(2**30)", "File too large"),
     "open files": ("[open('/dev/null') for _ in range(300)]", "Too many open files"),
     "processes": ("import resource as r; assert r.getrlimit(r.RLIMIT_NPROC)[0] > 4096", "AssertionError"),
@@ -92,7 +92,7 @@ def test_what_a_submission_uses_is_limited(starter, tmp_path, code, words):
     """One student's folder, as on Gradescope."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one/ia3.py").write_text(with_code(code))
-    flags = ("--one", tmp_path / "one", "--starter", starter, "--out", tmp_path / "results.json", "--limit", "60")
+    flags = ("--one", tmp_path / "one", "--starter", starter, "--out", tmp_path / "results.json", "--limit", "300")
     result = grade_all(*flags)
     assert result.returncode == 0, result.stderr
     (test,) = json.loads((tmp_path / "results.json").read_text())["tests"]
