@@ -30,8 +30,10 @@ import argparse
 import itertools
 import math
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,10 +53,25 @@ QUICK = {"lr": [0.03, 0.1], "steps": [15, 30]}
 UNNAMED = ("sites", "depth", "steps")  # the axes where none is named: the rates are compare's
 SEEDS = 3  # of each point; 1 where axes are crossed
 BATCH_SIZE = 16
-RUNS = {"sites": str, "depth": str, "lr": float, "steps": int, "seed": int, "values": int, "loss": float}
 
 
 # --- a run ---
+
+
+class Job(NamedTuple):
+    """What is known of a run in advance: a value on each of AXES, and the seed. Seed 0 stands for all: a point."""
+
+    sites: str  # 'none': the base, not trained
+    depth: str
+    lr: float
+    steps: int
+    seed: int = 0
+
+
+@dataclass
+class Result:
+    values: int  # trained
+    loss: float  # nats a byte, the mean of val's works; infinite where training diverged
 
 
 def in_order(text):
@@ -88,46 +105,60 @@ def hold(vectors, chosen):
     return vectors.count() // len(mask) * len(chosen)
 
 
-def measure(settings, sites, depth, lr, steps, seed):
-    """Train as the job says, not at all where its sites are 'none', and measure on val.
+def measure(settings, job):
+    """Train as the job says and measure on val. Returns its Result and lab.work_losses' arrays.
 
-    settings: base, data, device. Returns the results and lab.work_losses' arrays; infinite where training diverged.
+    settings: base, data, device.
     """
     device, dtype = common.pick_device(settings["device"])
     model = common.load(settings["base"], getattr(torch, dtype)).to(device)  # frozen, so it is stored as it computes
     data = lab.load_data(settings["data"], model, ("train", "val"))
     # what counts is measured below, so the run itself looks at one window of val
-    run = {"batch_size": BATCH_SIZE, "eval_interval": steps, "eval_windows": 1, "dtype": dtype}
-    config = TrainConfig(lr=lr, steps=steps, seed=seed, **run)
+    run = {"batch_size": BATCH_SIZE, "eval_interval": job.steps, "eval_windows": 1, "dtype": dtype}
+    config = TrainConfig(lr=job.lr, steps=job.steps, seed=job.seed, **run)
     values = 0
     diverged = False
-    try:
-        if sites != "none":
-            vectors = attach_sites(model, sites.split(","))
-            values = hold(vectors, layers(depth, model.config.n_layer))
+    if job.sites != "none":
+        vectors = attach_sites(model, job.sites.split(","))
+        values = hold(vectors, layers(job.depth, model.config.n_layer))
+        try:
             train(model, data, config)
-    except FloatingPointError:
-        diverged = True
+        except FloatingPointError:
+            diverged = True
     found = lab.work_losses(model, lab.read_works(settings["data"], "val", model), config, diverged=diverged)
-    return {"values": values, "loss": float(lab.stack_works([found]).mean())}, found
+    return Result(values, float(lab.stack_works([found]).mean())), found
 
 
-def all_jobs(axes, reference, seeds, cross):
-    """Every run once, a dict each: the base, then the axes' values, each axis alone or all of them crossed.
+def all_jobs(axes, reference, n_seeds, cross):
+    """Every run once: the base, then the axes' values, each axis alone or all of them crossed; seed by seed.
 
-    axes: {axis: values}, to which the reference's own is added. seeds: how many of every point, counted from 1.
+    axes: {axis: values}, to which the reference's own is added; reference: a Job of seed 0.
     """
-    axes = {axis: [*values, reference[axis]] for axis, values in axes.items()}
+    axes = {axis: [*values, getattr(reference, axis)] for axis, values in axes.items()}
     grids = [axes] if cross else [{axis: values} for axis, values in axes.items()]
-    jobs = [reference | {"sites": "none", "seed": 1}]
+    jobs = [reference._replace(sites="none", seed=1)]
     for grid in grids:
-        for seed in range(1, seeds + 1):
+        for seed in range(1, n_seeds + 1):
             for point in itertools.product(*grid.values()):
-                jobs.append(reference | dict(zip(grid, point, strict=True)) | {"seed": seed})
-    return list({lab.run_name(job): job for job in jobs}.values())
+                jobs.append(reference._replace(seed=seed, **dict(zip(grid, point, strict=True))))
+    return list(dict.fromkeys(jobs))
 
 
 # --- comparing, from the files alone ---
+
+
+@dataclass
+class Record:
+    """A point's runs, over the seeds that all points of its axis have."""
+
+    point: Job
+    values: int
+    loss: float  # the mean over works and seeds
+    n_seeds: int
+    n_diverged: int
+    difference: tuple | None  # to the reference, (value, low, high) over the seeds; None where either diverged
+    by_work: np.ndarray | None  # (works,) the same by work
+    is_reference: bool
 
 
 def place(axis, value):
@@ -141,98 +172,109 @@ def place(axis, value):
 
 
 def read_points(folder):
-    """Return the reference's point, {point: {seed: the run's row with its works' losses}}, and the base's row.
+    """Return {point: {seed: losses of the works}}, {point: values trained}, and the losses of the base.
 
-    A point is a tuple, a value an axis. Raises ValueError where the runs are not this command's.
+    Raises ValueError where the runs are not this command's.
     """
-    rows, arrays = lab.read_runs(folder, RUNS)
-    reference = tuple(lab.read_about(folder)["reference"][axis] for axis in AXES)
+    results, arrays = lab.load_runs(folder, Job, Result)
+    jobs = list(results)
+    losses = lab.stack_works([lab.arrays_of(job, arrays, folder) for job in jobs]) if jobs else []
     points = {}
+    values = {}
     base = None
-    losses = lab.stack_works([lab.arrays_of(row, arrays, folder) for row in rows]) if rows else []
-    for row, of_works in zip(rows, losses, strict=True):
-        row["works"] = of_works  # (works,) nats a byte
-        if row["sites"] == "none":
-            base = row
+    for job, of_works in zip(jobs, losses, strict=True):
+        if job.sites == "none":
+            base = of_works
             continue
-        if not set(row["sites"].split(",")) <= set(ORDER) or not (row["depth"] in HALVES or row["depth"].isdecimal()):
-            raise ValueError(f"{folder}/results.csv has a run of sites {row['sites']}, depth {row['depth']}: remove it")
-        points.setdefault(tuple(row[axis] for axis in AXES), {})[row["seed"]] = row
+        if not set(job.sites.split(",")) <= set(ORDER) or not (job.depth in HALVES or job.depth.isdecimal()):
+            raise ValueError(f"{folder}/results.csv has a run of sites {job.sites}, depth {job.depth}: remove it")
+        point = job._replace(seed=0)
+        points.setdefault(point, {})[job.seed] = of_works
+        values[point] = results[job].values
     points = {point: seeds for point, seeds in points.items() if 1 in seeds}  # others: a command that was stopped
-    if base is None or reference not in points:
+    if base is None or Job(**lab.read_about(folder)["reference"]) not in points:
         raise ValueError(f"{folder} lacks runs of the base or of the reference: the command measures them")
-    return reference, points, base
+    return points, values, base
 
 
 def summarize(folder):
-    """Compare the points of every axis with the reference. Returns {axes: records}: (axis,), or several if crossed.
+    """Compare the points of every axis with the reference. Returns {axes: Records}: (axis,), or several if crossed.
 
-    The first record is the base's. A record is a row of results.csv with the mean loss over works and seeds; the
-    difference to the reference, (value, low, high) over the seeds and 'by_work' over the works, None where either
-    diverged; the number of seeds and of those that diverged. All points of an axis are compared on the seeds that all
-    of them have.
+    The first Record is the base's.
     """
-    reference, points, base = read_points(folder)
-    varied = [axis for i, axis in enumerate(AXES) if any(point[i] != reference[i] for point in points)]
+    about = lab.read_about(folder)
+    reference = Job(**about["reference"])
+    points, values, base = read_points(folder)
+    varied = [axis for axis in AXES if any(getattr(point, axis) != getattr(reference, axis) for point in points)]
     summary = {}
-    for axes in [tuple(varied)] if lab.read_about(folder)["crossed"] else [(axis,) for axis in varied]:
-        fixed = [i for i, axis in enumerate(AXES) if axis not in axes]
-        along = [point for point in points if all(point[i] == reference[i] for i in fixed)]
-        along.sort(key=lambda point: [place(axis, value) for axis, value in zip(AXES, point, strict=True)])
+    for axes in [tuple(varied)] if about["crossed"] else [(axis,) for axis in varied]:
+        fixed = [axis for axis in AXES if axis not in axes]
+        along = [point for point in points if all(getattr(point, axis) == getattr(reference, axis) for axis in fixed)]
+        along.sort(key=lambda point: [place(axis, getattr(point, axis)) for axis in AXES])
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
-        theirs = np.stack([points[reference][seed]["works"] for seed in seeds])  # (seeds, works)
+        theirs = np.stack([points[reference][seed] for seed in seeds])  # (seeds, works)
         records = []
-        of_base = dict.fromkeys(seeds, base)  # it is not trained
-        for point, of_seed in [("base", of_base), *[(point, points[point]) for point in along]]:
-            row = of_seed[seeds[0]]
-            ours = np.stack([of_seed[seed]["works"] for seed in seeds])
-            record = row | {"loss": ours.mean(), "difference": None, "by_work": None, "seeds": len(seeds)}
-            record |= {"diverged": int((~np.isfinite(ours).all(1)).sum()), "reference": point == reference}
+        for point in (None, *along):  # None: the base, which is not trained
+            ours = np.stack([base if point is None else points[point][seed] for seed in seeds])
+            difference = by_work = None
             if np.isfinite(ours).all() and np.isfinite(theirs).all():
-                record["difference"] = lab.student((ours - theirs).mean(1))
-                record["by_work"] = (ours - theirs).mean(0)
+                difference = lab.student((ours - theirs).mean(1))
+                by_work = (ours - theirs).mean(0)
+            record = Record(
+                point=point,
+                values=0 if point is None else values[point],
+                loss=ours.mean(),
+                n_seeds=len(seeds),
+                n_diverged=int((~np.isfinite(ours).all(1)).sum()),
+                difference=difference,
+                by_work=by_work,
+                is_reference=point == reference,
+            )
             records.append(record)
         summary[axes] = records
     return summary
 
 
-def cell(axis, record):
+def cell(axis, point):
     """A point's value on an axis, as tables and pictures have it."""
-    if axis == "depth" and record["depth"] not in HALVES:
-        return f"layer {record['depth']}"
-    return f"{record[axis]:g}" if isinstance(record[axis], float) else str(record[axis])
+    value = getattr(point, axis)
+    if axis == "depth" and value not in HALVES:
+        return f"layer {value}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def tables(folder):
     """The Markdown tables, one an axis, of the runs in folder, a Path, from its files alone."""
     about = lab.read_about(folder)
+    reference = Job(**about["reference"])
     pieces = []
-    for axes, (base, *records) in summarize(folder).items():
+    for axes, records in summarize(folder).items():
         head = [*[AXES[axis] for axis in axes], "values trained", "nats a byte", "difference", "95 %, over seeds"]
         head.append("difference, by work")
         rows = []
-        for record in (base, *records):
-            names = [cell(axis, record) for axis in axes]
-            if record is base:
+        for record in records:
+            if record.point is None:
                 names = ["the base", *[""] * (len(axes) - 1)]
-            loss = f"{record['loss']:.4f}"
+            else:
+                names = [cell(axis, record.point) for axis in axes]
+            loss = f"{record.loss:.4f}"
             change = interval = by_work = ""
-            if record["diverged"]:
-                loss = f"diverged, {record['diverged']} of {record['seeds']}"
-            elif record["difference"] is not None:
-                value, low, high = record["difference"]
+            if record.n_diverged:
+                loss = f"diverged, {record.n_diverged} of {record.n_seeds}"
+            elif record.difference is not None:
+                value, low, high = record.difference
                 change = f"{value:+.4f}"
-                by_work = ", ".join(f"{value:+.4f}" for value in record["by_work"])
-                if record["seeds"] > 1:
+                by_work = ", ".join(f"{value:+.4f}" for value in record.by_work)
+                if record.n_seeds > 1:
                     interval = f"{low:+.4f} to {high:+.4f}"
                     if low <= 0 <= high:
                         interval += ", not distinguished"
-            if record["reference"]:
+            if record.is_reference:
                 change = "reference"
                 interval = by_work = ""
-            rows.append([*names, f"{record['values']:,}", loss, change, interval, by_work])
-        fixed = [f"{AXES[axis]} {cell(axis, about['reference'])}" for axis in AXES if axis not in axes]
-        n = records[0]["seeds"]
+            rows.append([*names, f"{record.values:,}", loss, change, interval, by_work])
+        fixed = [f"{AXES[axis]} {cell(axis, reference)}" for axis in AXES if axis not in axes]
+        n = records[0].n_seeds
         seeds = "1 seed" if n == 1 else f"{n} seeds"
         told = [f"{about['data']}/val ({', '.join(about['works'])}), {seeds}", *fixed]
         told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step")
@@ -247,31 +289,33 @@ def draw(axes, records, path):
     numeric = last in ("lr", "steps")
     lines = {}
     for record in records:
-        lines.setdefault(", ".join(cell(axis, record) for axis in others), []).append(record)
+        label = ", ".join(cell(axis, record.point) for axis in others)
+        lines.setdefault(label, []).append(record)
 
     def at(record):
-        return record[last] if numeric else cell(last, record).replace("-", "\n")  # labels stand close together
+        # labels stand close together
+        return getattr(record.point, last) if numeric else cell(last, record.point).replace("-", "\n")
 
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
-    panel.axhline(base["loss"], color="k", ls="--", lw=1, label="the base")
+    panel.axhline(base.loss, color="k", ls="--", lw=1, label="the base")
     for i, (label, line) in enumerate(lines.items()):
-        losses = [math.nan if record["diverged"] else record["loss"] for record in line]
+        losses = [math.nan if record.n_diverged else record.loss for record in line]
         half = np.zeros((2, len(line)))  # of the interval
         for n, record in enumerate(line):
-            if record["difference"] and record["seeds"] > 1:
-                half[:, n] = record["difference"][0] - record["difference"][1]  # Student's interval is symmetric
+            if record.difference is not None and record.n_seeds > 1:
+                half[:, n] = record.difference[0] - record.difference[1]  # Student's interval is symmetric
         style = "o-" if numeric or others else "o"
         panel.errorbar([at(r) for r in line], losses, half, fmt=style, color=f"C{i}", ms=4, capsize=3, label=label)
     for record in records:
-        if record["diverged"]:
+        if record.n_diverged:
             panel.plot(at(record), 0.5, "kx", transform=panel.get_xaxis_transform())
     if numeric:
-        ticks = {at(record): cell(last, record) for record in records}
+        ticks = {at(record): cell(last, record.point) for record in records}
         panel.set_xscale("log")
         panel.minorticks_off()
         panel.set_xticks(list(ticks), list(ticks.values()))
     panel.set(xlabel=AXES[last], ylabel="loss on val (nats a byte)")
-    bars = "bars: 95 % of the difference to the reference, over seeds" if records[0]["seeds"] > 1 else "one seed"
+    bars = "bars: 95 % of the difference to the reference, over seeds" if base.n_seeds > 1 else "one seed"
     panel.set_title(f"{bars}; ×: diverged", fontsize=8)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -299,7 +343,7 @@ def parse(argv):
     add("--workers", type=int, default=2, help="processes, a thread each; 1 on a GPU (default: %(default)s)")
     add("--out", type=Path, default=Path("out/ablation"), help="folder (default: %(default)s)")
     add("--quick", action="store_true", help="one seed, few values, 30 steps; into OUT/quick")
-    add("--plan", action="store_true", help="say how many runs and hours, and stop")
+    add("--plan", action="store_true", help="say how many runs and minutes are left, and stop")
     return parser.parse_args(argv)
 
 
@@ -323,35 +367,39 @@ def run(argv):
     defaults = {"sites": SUBSETS, "depth": [*(HALVES if n_layer > 1 else HALVES[:1]), *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
     axes = {axis: given.get(axis) or defaults[axis] for axis in given or UNNAMED}
-    reference = {"sites": SUBSETS[-1], "depth": HALVES[0], "lr": args.ref_lr, "steps": args.ref_steps}
-    if args.ref_steps is None:
-        reference["steps"] = 30 if args.quick else 100
-    if all(set(values) == {reference[axis]} for axis, values in axes.items()):
+    ref_steps = args.ref_steps
+    if ref_steps is None:
+        ref_steps = 30 if args.quick else 100
+    reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, ref_steps)
+    if all(set(values) == {getattr(reference, axis)} for axis, values in axes.items()):
         raise ValueError("nothing to compare: the axes named have the reference's own values only")
     seeds = args.seeds or (1 if args.quick or args.cross else SEEDS)
     jobs = all_jobs(axes, reference, seeds, args.cross)
     for job in jobs:  # a mistake is told before the first run, not after an hour
-        TrainConfig(lr=job["lr"], steps=job["steps"])
-        layers(job["depth"], n_layer)
+        TrainConfig(lr=job.lr, steps=job.steps)
+        layers(job.depth, n_layer)
+    out = args.out / "quick" if args.quick else args.out
+    there, _ = lab.load_runs(out, Job, Result)
+    left = [job for job in jobs if job not in there]
 
     about = {"fingerprint": fingerprint(model), "data": Path(args.data).name}
     about |= {"data_hash": data["train"].data_hash()[:16] + data["val"].data_hash()[:16]}
     works = lab.read_works(args.data, "val", model)
     about |= {"works": list(works), "block_size": min(model.config.block_size, 256)}
-    about |= {"dtype": dtype, "crossed": args.cross, "reference": reference}
-    steps = sum(job["steps"] for job in jobs if job["sites"] != "none")
+    about |= {"dtype": dtype, "crossed": args.cross}
+    about["reference"] = {axis: getattr(reference, axis) for axis in AXES}
+    steps = sum(job.steps for job in left if job.sites != "none")
     attach(model)
-    a_step, a_window = lab.pace(model, data["train"], TrainConfig(lr=0.1, batch_size=BATCH_SIZE, dtype=dtype))
-    seconds = steps * a_step + len(jobs) * sum(map(len, works.values())) * a_window
+    a_step, a_window = lab.pace(model, data["train"], TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype))
+    seconds = steps * a_step + len(left) * sum(map(len, works.values())) * a_window
     workers = 1 if device.type == "cuda" else args.workers
     minutes = seconds / workers / 60
-    print(f"{len(jobs)} runs, {steps:,} steps: about {minutes:.0f} minutes, {workers} at once", flush=True)
+    print(f"{len(left)} runs are left, {steps:,} steps: about {minutes:.0f} minutes, {workers} at once", flush=True)
     if args.plan:
         return 0
-    out = args.out / "quick" if args.quick else args.out
     lab.open_folder(out, about)
     settings = {"base": args.base, "data": args.data, "device": args.device}
-    lab.measure_all(jobs, partial(measure, settings), RUNS, out, workers)
+    lab.make_runs(jobs, partial(measure, settings), Result, out, workers)
     text = tables(out)
     lab.save_text(text, out / "table.md")
     print(f"\n{text}\n")

@@ -21,8 +21,10 @@ Each writes results.csv, table.md and a picture into --out. capacity and size go
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +41,24 @@ N_WINDOWS = 256
 BITS = math.log2(26**2)
 CAPACITY_RATES = {"ia3": (0.03, 0.1), "lora-all": (0.01, 0.03), "full": (1e-3, 3e-3)}
 NS = [2**i for i in range(3, 13)]
-HEADS = dict.fromkeys(("layer", "head"), int)
-HEADS |= dict.fromkeys(("l_k_mean", "l_k_std", "l_v_mean", "l_v_std", "rise", "standard_error"), float)
-PAIRS = {"method": str, "n": int, "lr": float, "steps": int, "seed": int, "values": int, "bits": float, "rank": float}
 SIZE_RATES = {200: (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 2000: (3e-3, 1e-2, 3e-2)}  # by steps
-TRAINED = {"lr": float, "steps": int, "seed": int, "loss": float, "negative": int, "values": int}
 
 
 # --- heads ---
+
+
+@dataclass
+class Head:
+    """A head of keys and values: its entries of l_k and l_v, and what the loss rises by when they are reset to ones."""
+
+    layer: int
+    head: int
+    l_k_mean: float
+    l_k_std: float
+    l_v_mean: float
+    l_v_std: float
+    rise: float
+    standard_error: float
 
 
 def losses_of(model, data, items):
@@ -63,7 +75,7 @@ def losses_of(model, data, items):
     split = lab.load_data(data, model, ("val",))["val"]
 
     def measure():
-        nats, targets = lab.window_losses(model, split, TrainConfig(lr=0.1, batch_size=32), items)
+        nats, targets = lab.window_losses(model, split, TrainConfig(lr=1e-3, batch_size=32), items)
         return nats / targets
 
     return measure
@@ -71,62 +83,59 @@ def losses_of(model, data, items):
 
 @torch.no_grad()
 def heads(args):
-    """A row a head, into results.csv; the table and the picture."""
+    """A line per head into results.csv; the table and the picture."""
     model = common.load(args.base)
     vectors = IA3.load(args.ia3, model)
     if vectors.l_k is None or vectors.l_v is None:
-        raise ValueError(f"{args.ia3} scales no keys, or no values: heads wants both")
+        raise ValueError(f"{args.ia3} scales no keys, or no values: heads needs both")
     model.ia3 = vectors
     measure = losses_of(model, args.data, args.items)
     before = measure()
     d_head = model.config.n_embd // model.config.n_head
-    rows = []
+    found = []
     for layer in range(model.config.n_layer):
-        for head in range(model.config.widths[0] // d_head):  # heads of keys and values
+        for head in range(model.config.widths[0] // d_head):
             entries = slice(head * d_head, (head + 1) * d_head)
-            row = {"layer": layer, "head": head}
-            kept = {}
-            for name in ("l_k", "l_v"):
-                part = vectors.matrices()[name][layer, entries]
-                kept[name] = part.clone()
-                row |= {f"{name}_mean": part.mean().item(), f"{name}_std": part.std().item()}
-                part.fill_(1)
+            l_k = vectors.l_k[layer, entries]
+            l_v = vectors.l_v[layer, entries]
+            kept = l_k.clone(), l_v.clone()
+            l_k.fill_(1)
+            l_v.fill_(1)
             rise = measure() - before
-            for name, values in kept.items():
-                vectors.matrices()[name][layer, entries] = values
-            row["rise"] = rise.mean()
-            row["standard_error"] = rise.std(ddof=1) / math.sqrt(len(rise))
-            rows.append(row)
-            print(f"layer {layer}, head {head}: {row['rise']:+.4f} nats", flush=True)
-    lab.write_csv(args.out / "results.csv", rows)
+            l_k.copy_(kept[0])
+            l_v.copy_(kept[1])
+            spreads = l_k.mean().item(), l_k.std().item(), l_v.mean().item(), l_v.std().item()
+            standard_error = rise.std(ddof=1) / math.sqrt(len(rise))
+            found.append(Head(layer, head, *spreads, rise.mean(), standard_error))
+            print(f"layer {layer}, head {head}: {rise.mean():+.4f} nats", flush=True)
+    lab.write_csv(args.out / "results.csv", [vars(head) for head in found])
 
     lines = []
     for name in ("l_k", "l_v"):
-        means = [row[f"{name}_mean"] for row in rows]
-        stds = [row[f"{name}_std"] for row in rows]
+        means = [getattr(head, f"{name}_mean") for head in found]
+        stds = [getattr(head, f"{name}_std") for head in found]
         low = sum(mean < 0.5 for mean in means)
         lines.append([name, f"{min(means):.2f} to {max(means):.2f}", f"{min(stds):.2f} to {max(stds):.2f}", f"{low}"])
     table = lab.markdown(["", "means of the heads", "spread within a head", "heads of mean below 0.5"], lines)
-    rises = sorted(row["rise"] for row in rows)
-    n_falling = sum(row["rise"] + 2 * row["standard_error"] < 0 for row in rows)
+    rises = sorted(head.rise for head in found)
+    n_falling = sum(head.rise + 2 * head.standard_error < 0 for head in found)
     where = f"{len(before)} windows or choices of {args.data}"
     text = (
-        f"{len(rows)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by "
+        f"{len(found)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by "
         f"{rises[0]:+.4f} to {rises[-1]:+.4f} nats, {np.median(rises):+.4f} in the middle; it falls by more than two "
         f"standard errors for {n_falling}."
     )
     lab.save_text(f"{table}\n\n{text}", args.out / "table.md")
+    draw_heads(found, args.out / "heads.png")
 
-    draw_heads(rows, args.out / "heads.png")
 
-
-def draw_heads(rows, path):
-    """rows: those of results.csv, layer by layer."""
-    n_layer = rows[-1]["layer"] + 1
+def draw_heads(found, path):
+    """found: the Heads, layer by layer."""
+    n_layer = found[-1].layer + 1
     panels = {"l_k_mean": "mean of l_k", "l_v_mean": "mean of l_v", "rise": "nats lost when both are reset"}
     figure, axes = plt.subplots(1, 3, figsize=(10, 1.5 + n_layer / 4), layout="constrained")
     for ax, (name, title) in zip(axes, panels.items(), strict=True):
-        grid = np.array([row[name] for row in rows]).reshape(n_layer, -1)
+        grid = np.array([getattr(head, name) for head in found]).reshape(n_layer, -1)
         middle = 0 if name == "rise" else 1
         most = np.abs(grid - middle).max() or 1
         shown = ax.imshow(grid, cmap="RdBu_r", vmin=middle - most, vmax=middle + most, aspect="auto")
@@ -136,6 +145,21 @@ def draw_heads(rows, path):
 
 
 # --- capacity ---
+
+
+class PairsJob(NamedTuple):
+    method: str
+    n: int  # pairs to learn
+    lr: float
+    steps: int
+    seed: int
+
+
+@dataclass
+class Recalled:
+    values: int  # trained
+    bits: float
+    rank: float  # of what merging changes
 
 
 def random_pairs(n, seed):
@@ -149,50 +173,48 @@ def random_pairs(n, seed):
 def effective_rank(before, after):
     """exp of the entropy of the singular values of what changed, the mean over the matrices that did; 0 for none."""
     ranks = []
-    for name, weight in before.named_parameters():
-        if weight.dim() == 2 and name.startswith(("transformer.h.", "model.layers.")):
-            s = torch.linalg.svdvals((after.get_parameter(name) - weight).double())
+    for old, new in zip(before.blocks.parameters(), after.blocks.parameters(), strict=True):
+        if old.dim() == 2:
+            s = torch.linalg.svdvals((new - old).double())
             if s.sum() > 0:
                 p = s[s > 0] / s.sum()
                 ranks.append((-(p * p.log()).sum()).exp().item())
     return float(np.mean(ranks)) if ranks else 0.0
 
 
-def memorize(settings, method, n, lr, steps, seed):
-    """Learn n pairs by heart. Returns the bits recalled and the effective rank of what merging changes."""
-    torch.manual_seed(seed)  # initial values, where they are random
-    model = common.load(settings["base"])
-    rivals.attach(model, rivals.METHODS[method].add)
-    pairs = random_pairs(n, seed).tolist()
+def memorize(base, job):
+    """Learn job.n pairs by heart. Returns what is Recalled, and the nats of each pair."""
+    torch.manual_seed(job.seed)  # initial values, where they are random
+    model = common.load(base)
+    rivals.attach(model, rivals.METHODS[job.method].add)
+    pairs = random_pairs(job.n, job.seed).tolist()
     split = datasets.Examples([(pair[:4], pair[4:]) for pair in pairs])
-    config = TrainConfig(
-        steps=steps, lr=lr, seed=seed, batch_size=min(n, 256), eval_interval=steps, eval_windows=1, weight_decay=0.0
-    )
+    batch = {"batch_size": min(job.n, 256), "eval_interval": job.steps, "eval_windows": 1}
+    config = TrainConfig(steps=job.steps, lr=job.lr, seed=job.seed, weight_decay=0.0, **batch)
     values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     try:
         train(model, {"train": split, "val": split}, config)
     except FloatingPointError:  # it diverged: nothing is recalled
-        return {"values": values, "bits": 0.0, "rank": 0.0}, {}
+        return Recalled(values, 0.0, 0.0), {}
     nats, _ = lab.window_losses(model, split, config)
-    bits = max(BITS * n - nats.sum() / math.log(2), 0.0)
-    rank = effective_rank(common.load(settings["base"]), rivals.METHODS[method].merge(model))
-    return {"values": values, "bits": bits, "rank": rank}, {"nats": nats}
+    bits = max(BITS * job.n - nats.sum() / math.log(2), 0.0)
+    rank = effective_rank(common.load(base), rivals.METHODS[job.method].merge(model))
+    return Recalled(values, bits, rank), {"nats": nats}
 
 
 def capacity(args):
-    settings = {"base": args.base}
     lab.open_folder(args.out, {"fingerprint": fingerprint(common.load(args.base)), "quick": args.quick})
     ns, steps = ((8, 16), 5) if args.quick else (NS, 1000)
     jobs = []
     for n in ns:
         for method, rates in CAPACITY_RATES.items():
-            jobs += [{"method": method, "n": n, "lr": lr, "steps": steps, "seed": 1} for lr in rates]
-    rows = lab.measure_all(jobs, partial(memorize, settings), PAIRS, args.out, args.workers)
-    best = {}
-    for row in rows:
-        key = row["method"], row["n"]
-        if key not in best or row["bits"] > best[key]["bits"]:
-            best[key] = row
+            jobs += [PairsJob(method, n, lr, steps, seed=1) for lr in rates]
+    found = lab.make_runs(jobs, partial(memorize, args.base), Recalled, args.out, args.workers)
+    best = {}  # {(method, n): Recalled at the better rate}
+    for job, recalled in found.items():
+        key = job.method, job.n
+        if key not in best or recalled.bits > best[key].bits:
+            best[key] = recalled
     head = ["pairs", "bits"]
     for method in CAPACITY_RATES:
         head += [f"{method}: recalled", "a number", "rank"]
@@ -200,18 +222,18 @@ def capacity(args):
     for n in ns:
         line = [f"{n:,}", f"{BITS * n:,.0f}"]
         for method in CAPACITY_RATES:
-            row = best[method, n]
-            share = row["bits"] / (BITS * n)
-            line += [f"{share:.0%}", f"{row['bits'] / row['values']:.3f}", f"{row['rank']:.1f}"]
+            recalled = best[method, n]
+            share = recalled.bits / (BITS * n)
+            line += [f"{share:.0%}", f"{recalled.bits / recalled.values:.3f}", f"{recalled.rank:.1f}"]
         lines.append(line)
-    values = ", ".join(f"{method} {best[method, ns[0]]['values']:,}" for method in CAPACITY_RATES)
+    values = ", ".join(f"{method} {best[method, ns[0]].values:,}" for method in CAPACITY_RATES)
     text = f"Numbers trained: {values}. {steps} steps of up to 256 pairs, one seed, the better of two rates."
     lab.save_text(f"{lab.markdown(head, lines)}\n\n{text}", args.out / "table.md")
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for method in CAPACITY_RATES:
-        found = [best[method, n] for n in ns]
-        left.plot(ns, [row["bits"] / (BITS * row["n"]) for row in found], "o-", label=method)
-        right.plot(ns, [row["bits"] / row["values"] for row in found], "o-", label=method)
+        left.plot(ns, [best[method, n].bits / (BITS * n) for n in ns], "o-", label=method)
+        right.plot(ns, [best[method, n].bits / best[method, n].values for n in ns], "o-", label=method)
     left.set(xscale="log", xlabel="random pairs", ylabel="share of their bits recalled")
     right.set(xscale="log", yscale="log", xlabel="random pairs", ylabel="bits recalled a trained number")
     left.legend()
@@ -219,6 +241,19 @@ def capacity(args):
 
 
 # --- size ---
+
+
+class RateJob(NamedTuple):
+    lr: float
+    steps: int
+    seed: int
+
+
+@dataclass
+class Learned:
+    loss: float  # nats a token
+    negative: int  # how many scales are
+    values: int
 
 
 def to_int8(l):
@@ -244,16 +279,20 @@ def small_versions(vectors):
     return versions
 
 
-def learn_once(settings, lr, steps, seed):
-    """(IA)³ at a rate, for so many steps."""
+def learn_once(settings, job):
+    """(IA)³ at a rate, for so many steps. settings: base, data, items."""
     model = common.load(settings["base"])
     vectors = attach(model)
     data = lab.load_data(settings["data"], model, ("train", "val"))
-    config = TrainConfig(steps=steps, lr=lr, seed=seed, batch_size=16, eval_interval=steps, eval_windows=1)
+    run = {"batch_size": 16, "eval_interval": job.steps, "eval_windows": 1}
+    config = TrainConfig(steps=job.steps, lr=job.lr, seed=job.seed, **run)
     train(model, data, config)
     loss = evaluate(model, data["val"], config, n_windows=settings["items"])
-    negative = sum((p < 0).sum().item() for p in vectors.parameters())
-    return {"loss": loss, "negative": negative, "values": vectors.count()}, {}
+    return Learned(loss, n_negative(vectors), vectors.count()), {}
+
+
+def n_negative(vectors):
+    return sum((p < 0).sum().item() for p in vectors.parameters())
 
 
 @torch.no_grad()
@@ -266,9 +305,9 @@ def size(args):
     lab.open_folder(args.out, about)
 
     def loss():
-        return evaluate(model, data["val"], TrainConfig(lr=0.1, batch_size=32), n_windows=args.items)
+        return evaluate(model, data["val"], TrainConfig(lr=1e-3, batch_size=32), n_windows=args.items)
 
-    negative = sum((p < 0).sum().item() for p in vectors.parameters())
+    negative = n_negative(vectors)
     base = loss()
     model.ia3 = vectors
     kept = {}  # bytes and loss
@@ -283,13 +322,13 @@ def size(args):
     sizes = lab.markdown(["kept", "bytes", "nats a token", "of the gain"], lines)
 
     rates = {2: (0.1,), 4: (0.1,)} if args.quick else SIZE_RATES
-    jobs = [{"lr": lr, "steps": steps, "seed": 1} for steps, some in rates.items() for lr in some]
+    jobs = [RateJob(lr, steps, seed=1) for steps, some in rates.items() for lr in some]
     settings = {"base": args.base, "data": args.data, "items": args.items}
-    rows = lab.measure_all(jobs, partial(learn_once, settings), TRAINED, args.out, args.workers)
+    found = lab.make_runs(jobs, partial(learn_once, settings), Learned, args.out, args.workers)
     lines = []
-    for row in rows:
-        cells = [f"{row['steps']:,}", f"{row['lr']:g}", f"{row['loss']:.4f}"]
-        lines.append([*cells, f"{row['negative']:,} of {row['values']:,}"])
+    for job, learned in found.items():
+        cells = [f"{job.steps:,}", f"{job.lr:g}", f"{learned.loss:.4f}"]
+        lines.append([*cells, f"{learned.negative:,} of {learned.values:,}"])
     text = f"{Path(args.ia3).name} on {args.data}'s val, {args.items} windows. {negative:,} of its {vectors.count():,}"
     text += " scales are negative. Below, runs of 1 seed at other rates:"
     table = lab.markdown(["steps", "rate", "nats a token", "negative scales"], lines)
@@ -302,8 +341,8 @@ def size(args):
     left.axhline(base, color="gray", ls=":", label="the base")
     left.set(xscale="log", xlabel="bytes of a task", ylabel="nats a token")
     for steps in rates:
-        some = [row for row in rows if row["steps"] == steps]
-        right.plot([row["lr"] for row in some], [row["loss"] for row in some], "o-", label=f"{steps:,} steps")
+        losses = {job.lr: learned.loss for job, learned in found.items() if job.steps == steps}
+        right.plot(losses.keys(), losses.values(), "o-", label=f"{steps:,} steps")
     right.set(xscale="log", xlabel="learning rate", ylabel="nats a token")
     for ax in (left, right):
         ax.legend()

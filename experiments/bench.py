@@ -37,8 +37,11 @@ import shutil
 import statistics
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -100,12 +103,49 @@ CONTESTS = ("training", "inference", "mixed")
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
 FLOORS = ("FLOPs: linear maps", "and attention", "clock over floor")  # columns
-RESULTS = {"shape": str, "what": str, "contestant": str, "values": int, "linear_flops": int, "attention_flops": int}
-RESULTS |= {"saved_bytes": int, "peak_bytes": int, "over_plain": float, "over_plain_low": float}
-RESULTS |= {"over_plain_high": float, "ours_over": float, "ours_over_low": float, "ours_over_high": float}
-RESULTS |= {"seconds": float, "tokens_per_second": float, "n_layer": int, "n_head": int, "n_embd": int}
-RESULTS |= {"vocab_size": int, "rows": int, "tokens": int, "repeats": int, "hardware": str, "dtype": str}
-RESULTS |= {"torch": str, "transformers": str, "peft": str, "date": str}
+
+
+@dataclass
+class Row:
+    """A line of results.csv: a contestant. None: not counted, or no GPU."""
+
+    shape: str
+    what: str  # of CONTESTS
+    contestant: str
+    values: int | None  # trained
+    linear_flops: int | None  # a token
+    attention_flops: int | None
+    saved_bytes: int | None
+    peak_bytes: int | None
+    over_plain: float  # the median of the time over the first contestant's, with quartiles
+    over_plain_low: float
+    over_plain_high: float
+    ours_over: float  # of ours over this one's time
+    ours_over_low: float
+    ours_over_high: float
+    seconds: float
+    tokens_per_second: float
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    rows: int
+    tokens: int
+    repeats: int
+    hardware: str
+    dtype: str
+    torch: str
+    transformers: str
+    peft: str
+    date: str
+
+    def flops(self):
+        return self.linear_flops + self.attention_flops
+
+
+class Contestant(NamedTuple):
+    call: Callable  # what is timed
+    counts: dict  # of Row: values, FLOPs, bytes
 
 
 def their_packages():
@@ -197,11 +237,11 @@ def variants(name, model, compiled):
 
 
 def trainer(name, config, batch, dtype, compiled):
-    """Return {contestant: (a training step, its counts)}: build's, if it is ours also compiled."""
+    """Return {name: Contestant} of a training step: build's, if it is ours also compiled."""
     device = batch[0].device
     before = lab.allocated(device)
     model, loss_fn = build(name, config, device, dtype)
-    settings = TrainConfig(lr=0.1, dtype=str(dtype).removeprefix("torch."))
+    settings = TrainConfig(lr=1e-5, dtype=str(dtype).removeprefix("torch."))
     counts = lab.count_step(model, batch, loss_fn, settings)
     alone = lab.allocated(device)
     found = {}
@@ -214,12 +254,12 @@ def trainer(name, config, batch, dtype, compiled):
             with autocast(called, settings):
                 saved = lab.count_saved(partial(loss_fn, called, *batch), called)
         peak = lab.peak_bytes(step, device, before + others)
-        found[variant] = step, counts | {"saved_bytes": saved, "peak_bytes": peak}
+        found[variant] = Contestant(step, counts | {"saved_bytes": saved, "peak_bytes": peak})
     return found
 
 
 def reader(name, config, batch, dtype, compiled):
-    """Return {contestant: (a forward pass without gradients, its counts)}: one of INFERENCE, also compiled."""
+    """Return {name: Contestant} of a forward pass without gradients: one of INFERENCE, also compiled."""
     idx = batch[0]
     before = lab.allocated(idx.device)
     with torch.device(idx.device):
@@ -242,12 +282,12 @@ def reader(name, config, batch, dtype, compiled):
         read = partial(forward, called, idx)
         read()  # compiles
         peak = lab.peak_bytes(read, idx.device, before)
-        found[variant] = read, counts | {"saved_bytes": 0, "peak_bytes": peak}
+        found[variant] = Contestant(read, counts | {"saved_bytes": 0, "peak_bytes": peak})
     return found
 
 
 def mixers(config, device, dtype):
-    """Return {contestant: (forward passes of MIXED_ROWS rows, its counts)}: one task, several at once or in turn.
+    """Return {name: Contestant} of forward passes of MIXED_ROWS rows: one task, several at once or in turn.
 
     Nothing is counted: the linear maps are the same for all.
     """
@@ -275,47 +315,68 @@ def mixers(config, device, dtype):
         calls[f"{n} tasks, mixed"] = partial(forward, stack(tasks[:n]), idx, task_ids)
         calls[f"{n} tasks, one after another"] = partial(in_turn, [idx[task_ids == i] for i in range(n)])
     counts = dict.fromkeys(("values", "linear_flops", "attention_flops", "saved_bytes", "peak_bytes"))
-    return {name: (call, counts) for name, call in calls.items()}
+    return {name: Contestant(call, counts) for name, call in calls.items()}
 
 
-def measure(shape, what, rounds, device, dtype, compiled):
-    """Return the rows of one of a shape's CONTESTS, dicts."""
+def measure(shape, what, rounds, device, dtype, compiled, about):
+    """Return the Rows of one of a shape's CONTESTS. about: a Row's last fields, a dict from hardware on."""
     n_rows, tokens, _ = WORK[device.type][shape]
     config = SHAPES[shape](tokens)
     batch = make_batch(config, n_rows, device)
-    sizes = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    sizes |= {"rows": n_rows, "tokens": tokens, "repeats": rounds}
     torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
-    ours = {"training": OURS, "inference": UNMERGED, "mixed": ONE_TASK}[what]
-    contestants = {}
     print(f"{shape}, {what}: {rounds} rounds", flush=True)
+    contestants = {}
     if what == "training":
+        ours = OURS
         for name in TRAINING if isinstance(config, GPTConfig) else TRAINING_LLAMA:
             contestants |= trainer(name, config, batch, dtype, compiled)
     elif what == "inference":
+        ours = UNMERGED
         for name in INFERENCE:
             contestants |= reader(name, config, batch, dtype, compiled)
     else:
+        ours = ONE_TASK
         contestants = mixers(config, device, dtype)
-        sizes |= {"rows": MIXED_ROWS, "tokens": min(tokens, MIXED_TOKENS)}
-    times = lab.interleave({name: call for name, (call, _) in contestants.items()}, rounds, device)
+        n_rows = MIXED_ROWS
+        tokens = min(tokens, MIXED_TOKENS)
+    times = lab.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
     plain = next(iter(contestants))
     found = []
-    for name, (_, counts) in contestants.items():
-        row = {"shape": shape, "what": what, "contestant": name} | counts
-        for column, one, other in (("over_plain", name, plain), ("ours_over", ours, name)):
-            middle, low, high = lab.ratio(times[one], times[other])
-            row |= {column: middle, f"{column}_low": low, f"{column}_high": high}
-        row["seconds"] = statistics.median(times[name])
-        row["tokens_per_second"] = sizes["rows"] * sizes["tokens"] / row["seconds"]
-        found.append(row | sizes)
+    for name, contestant in contestants.items():
+        seconds = statistics.median(times[name])
+        row = Row(
+            shape,
+            what,
+            name,
+            **contestant.counts,
+            **lab.ratio("over_plain", times[name], times[plain]),
+            **lab.ratio("ours_over", times[ours], times[name]),
+            seconds=seconds,
+            tokens_per_second=n_rows * tokens / seconds,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            rows=n_rows,
+            tokens=tokens,
+            repeats=rounds,
+            **about,
+        )
+        found.append(row)
     return found
 
 
+# --- tables, from results.csv alone ---
+
+
+def read_rows(folder):
+    return [Row(**row) for row in lab.read_csv(folder / "results.csv", Row.__annotations__)]
+
+
 def table(rows):
-    """Markdown of one kind of contest, all shapes. rows: results.csv's, of that kind."""
-    what = rows[0]["what"]
-    gpu = rows[0]["peak_bytes"] is not None
+    """Markdown of one kind of contest, all shapes."""
+    what = rows[0].what
+    gpu = rows[0].peak_bytes is not None
     head = {
         "training": ["", "time over full's", *FLOORS, "saved", "ours over it"],
         "inference": ["", "time over the base's", *FLOORS],
@@ -325,41 +386,39 @@ def table(rows):
         head += ["tokens/s", "peak GiB"]
     lines = []
     for row in rows:
-        if row["contestant"] in (FULL, BASE, ONE_TASK):  # the first of its shape
+        if row.contestant in (FULL, BASE, ONE_TASK):  # the first of its shape
             plain = row
-            about = f"{row['n_layer']} layers × {row['n_embd']}, {row['rows']} × {row['tokens']} tokens"
-            lines.append([f"**{row['shape']}**: {about}", *[""] * (len(head) - 1)])
-        cells = [row["contestant"], lab.spread(row["over_plain"], row["over_plain_low"], row["over_plain_high"])]
+            about = f"{row.n_layer} layers × {row.n_embd}, {row.rows} × {row.tokens} tokens"
+            lines.append([f"**{row.shape}**: {about}", *[""] * (len(head) - 1)])
+        cells = [row.contestant, lab.spread(row.over_plain, row.over_plain_low, row.over_plain_high)]
         if what == "mixed":
-            cells.append(f"{1000 * row['seconds']:.2f}")
+            cells.append(f"{1000 * row.seconds:.2f}")
         else:
-            linear = row["linear_flops"] / plain["linear_flops"]
-            floor = (row["linear_flops"] + row["attention_flops"]) / (plain["linear_flops"] + plain["attention_flops"])
-            cells += [f"{linear:.3f}", f"{floor:.3f}", f"{row['over_plain'] / floor:.2f}"]
+            linear = row.linear_flops / plain.linear_flops
+            floor = row.flops() / plain.flops()
+            cells += [f"{linear:.3f}", f"{floor:.3f}", f"{row.over_plain / floor:.2f}"]
         if what == "training":
-            unit = 4 * row["rows"] * row["tokens"] * row["n_layer"] * row["n_embd"]
-            ours = lab.spread(row["ours_over"], row["ours_over_low"], row["ours_over_high"])
-            cells += [f"{row['saved_bytes'] / unit:.1f}", ours]
+            unit = 4 * row.rows * row.tokens * row.n_layer * row.n_embd
+            cells.append(f"{row.saved_bytes / unit:.1f}")
+            cells.append(lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high))
         if gpu:
-            cells += [f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.2f}"]
+            cells += [f"{row.tokens_per_second:,.0f}", f"{row.peak_bytes / 2**30:.2f}"]
         lines.append(cells)
     return lab.markdown(head, lines)
 
 
 def tables(folder):
     """The tables, in Markdown, from results.csv in folder, a Path, alone."""
-    rows = lab.read_csv(folder / "results.csv", RESULTS)
+    rows = read_rows(folder)
     if not rows:
         raise ValueError(f"{folder}/results.csv holds no results yet")
     first = rows[0]
-    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "peft"))
-    dates = " and ".join(sorted({row["date"] for row in rows}))
-    rounds = ", ".join(str(n) for n in dict.fromkeys(row["repeats"] for row in rows))
-    pieces = [
-        f"{first['hardware']}, {first['dtype']}, {versions}, {dates}; medians (quartiles) of {rounds} rounds' ratios"
-    ]
+    made = f"{first.hardware}, {first.dtype}, torch {first.torch}, transformers {first.transformers}, peft {first.peft}"
+    dates = " and ".join(sorted({row.date for row in rows}))
+    rounds = ", ".join(str(n) for n in dict.fromkeys(row.repeats for row in rows))
+    pieces = [f"{made}, {dates}; medians (quartiles) of {rounds} rounds' ratios"]
     for what in CONTESTS:
-        contest = [row for row in rows if row["what"] == what]
+        contest = [row for row in rows if row.what == what]
         if contest:
             pieces.append(table(contest))
     return "\n\n".join(pieces)
@@ -392,20 +451,16 @@ def run(argv):
     about = {"hardware": lab.device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
-    path = args.out / "results.csv"
+    about["date"] = datetime.date.today().isoformat()
     for shape, what in itertools.product(shapes, CONTESTS):
-        rows = lab.read_csv(path, RESULTS)
-        if any((row["shape"], row["what"]) == (shape, what) for row in rows):
+        rows = read_rows(args.out)
+        if any((row.shape, row.what) == (shape, what) for row in rows):
             continue
-        today = {"date": datetime.date.today().isoformat()}
         rounds = args.repeats or work[shape][2]
-        found = measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile)
+        rows += measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile, about)
         gc.collect()  # its models: PEFT's hold themselves in circles
-        for row in found:
-            row |= about | today
-            rows.append({name: row[name] for name in RESULTS})
-        rows.sort(key=lambda row: (list(SHAPES).index(row["shape"]), CONTESTS.index(row["what"])))
-        lab.write_csv(path, rows)
+        rows.sort(key=lambda row: (list(SHAPES).index(row.shape), CONTESTS.index(row.what)))
+        lab.write_csv(args.out / "results.csv", [vars(row) for row in rows])
     text = tables(args.out)
     lab.save_text(text, args.out / "table.md")
     print(text)

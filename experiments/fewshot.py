@@ -101,7 +101,6 @@ from ia3 import attach, fingerprint
 
 FORMS = ("plain", "chat")
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-RUN_COLUMNS = Run.__annotations__ | Result.__annotations__  # of results.csv
 
 
 # --- which runs ---
@@ -174,14 +173,9 @@ def runs_to_report(settings, chosen):
 
 def read_runs(folder):
     """Return the runs that folder holds: {Run: its arrays}, and a list of the Runs whose training diverged."""
-    rows, arrays = lab.read_runs(folder, RUN_COLUMNS)
-    found = {}
-    diverged = []
-    for row in rows:
-        run = Run(*[row[name] for name in Run._fields])
-        found[run] = lab.arrays_of(row, arrays, folder)
-        if row["diverged"]:
-            diverged.append(run)
+    results, arrays = lab.load_runs(folder, Run, Result)
+    found = {run: lab.arrays_of(run, arrays, folder) for run in results}
+    diverged = [run for run, result in results.items() if result.diverged]
     return found, diverged
 
 
@@ -313,19 +307,12 @@ def cost_in(model, form, questions, examples, template):
 # --- the stages ---
 
 
-def measure_job(settings, **job):
-    """shots.measure, as lab.measure_all calls it."""
-    result, arrays = measure(settings, Run(**job))
-    return vars(result), arrays
-
-
 def make(runs, settings, folder, args):
     """Make the runs that folder lacks, for as long as the flags say, and print where it stands."""
-    jobs = [run._asdict() for run in runs]
-    done = lab.measure_all(jobs, partial(measure_job, settings), RUN_COLUMNS, folder, args.workers, args.minutes)
-    n_left = len(jobs) - len(done)
+    done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
+    n_left = len(set(runs)) - len(done)
     if n_left:
-        print(f"{n_left} runs of {len(jobs)} are left: the same command goes on")
+        print(f"{n_left} runs of {len(set(runs))} are left: the same command goes on")
     else:
         print("all runs are done")
 

@@ -14,6 +14,7 @@ import argparse
 import datetime
 import statistics
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +34,27 @@ SHAPES = {
 }
 READ, WRITTEN = 32, 256
 THEIRS, OURS, MERGED = "transformers", "nanoIA3, with vectors", "nanoIA3, merged"
-COLUMNS = {"shape": str, "rows": int, "contestant": str, "seconds": float, "over_theirs": float}
-COLUMNS |= {"over_theirs_low": float, "over_theirs_high": float, "tokens_per_second": float}
-COLUMNS |= {"weight_bytes": int, "bytes_per_second": float, "rounds": int, "hardware": str, "torch": str}
-COLUMNS |= {"transformers": str, "date": str}
+
+
+@dataclass
+class Row:
+    """A line of results.csv: a contestant, and what it shares with the others of its shape."""
+
+    shape: str
+    rows: int
+    contestant: str
+    seconds: float
+    over_theirs: float  # the median of the time over transformers', with quartiles
+    over_theirs_low: float
+    over_theirs_high: float
+    tokens_per_second: float
+    weight_bytes: int
+    bytes_per_second: float  # of this machine's memory
+    rounds: int
+    hardware: str
+    torch: str
+    transformers: str
+    date: str
 
 
 def their_model(config):
@@ -58,8 +76,8 @@ def bandwidth():
 
 
 @torch.no_grad()
-def measure(shape, n_rows, rounds):
-    """Return the rows of a shape: dicts without the columns that all shapes share."""
+def measure(shape, n_rows, about):
+    """Return the Rows of a shape. about: a Row's last fields, a dict from bytes_per_second on."""
     config = SHAPES[shape]
     model = bench.our_model(config).eval()
     for l in attach(model).parameters():
@@ -76,36 +94,45 @@ def measure(shape, n_rows, rounds):
         OURS: partial(generate, model, idx, WRITTEN, temperature=0),
         MERGED: partial(generate, merged, idx, WRITTEN, temperature=0),
     }
-    times = lab.interleave(contestants, rounds, idx.device, warmup=1)
+    times = lab.interleave(contestants, about["rounds"], idx.device, warmup=1)
     found = []
     for name, took in times.items():
-        middle, low, high = lab.ratio(took, times[THEIRS])
         seconds = statistics.median(took)
-        row = {"shape": shape, "rows": n_rows, "contestant": name, "seconds": seconds, "over_theirs": middle}
-        row |= {"over_theirs_low": low, "over_theirs_high": high, "tokens_per_second": n_rows * WRITTEN / seconds}
-        found.append(row | {"weight_bytes": weight_bytes(merged)})
+        row = Row(
+            shape,
+            n_rows,
+            name,
+            seconds,
+            **lab.ratio("over_theirs", took, times[THEIRS]),
+            tokens_per_second=n_rows * WRITTEN / seconds,
+            weight_bytes=weight_bytes(merged),
+            **about,
+        )
+        found.append(row)
     return found
+
+
+def read_rows(folder):
+    return [Row(**row) for row in lab.read_csv(folder / "results.csv", Row.__annotations__)]
 
 
 def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
-    rows = lab.read_csv(folder / "results.csv", COLUMNS)
+    rows = read_rows(folder)
     first = rows[0]
+    fastest = max(row.bytes_per_second for row in rows)
     about = (
-        f"{first['hardware']}, float32, torch {first['torch']}, transformers {first['transformers']}, {first['date']};"
+        f"{first.hardware}, float32, torch {first.torch}, transformers {first.transformers}, {first.date}; "
+        f"{READ} tokens read, {WRITTEN} written; medians (quartiles) of {first.rounds} rounds. "
+        f"Memory is read at {fastest / 1e9:.1f} GB a second."
     )
-    about += f" {READ} tokens read, {WRITTEN} written; medians (quartiles) of {first['rounds']} rounds."
-    fastest = max(row["bytes_per_second"] for row in rows)
-    about += f" Memory is read at {fastest / 1e9:.1f} GB a second."
     head = ["shape", "rows", "contestant", "tokens a second", "time over transformers'", "time over the floor"]
-    cells = []
+    lines = []
     for row in rows:
-        over = lab.spread(row["over_theirs"], row["over_theirs_low"], row["over_theirs_high"])
-        floor = f"{row['seconds'] * fastest / (WRITTEN * row['weight_bytes']):.2f}"
-        cells.append(
-            [row["shape"], str(row["rows"]), row["contestant"], f"{row['tokens_per_second']:.1f}", over, floor]
-        )
-    return f"{about}\n\n{lab.markdown(head, cells)}"
+        over = lab.spread(row.over_theirs, row.over_theirs_low, row.over_theirs_high)
+        floor = f"{row.seconds * fastest / (WRITTEN * row.weight_bytes):.2f}"
+        lines.append([row.shape, str(row.rows), row.contestant, f"{row.tokens_per_second:.1f}", over, floor])
+    return f"{about}\n\n{lab.markdown(head, lines)}"
 
 
 def run(argv):
@@ -123,18 +150,15 @@ def run(argv):
     shared = {"rounds": rounds, "hardware": lab.device_name(torch.device("cpu")), "torch": torch.__version__}
     shared |= {"transformers": transformers.__version__}
     lab.open_folder(out, shared)
-    rows = lab.read_csv(out / "results.csv", COLUMNS)
+    shared["date"] = datetime.date.today().isoformat()
+    rows = read_rows(out)
     for shape in shapes:
         for n_rows in (1, 8):
-            if any((row["shape"], row["rows"]) == (shape, n_rows) for row in rows):
+            if any((row.shape, row.rows) == (shape, n_rows) for row in rows):
                 continue
             print(f"{shape}, rows: {n_rows}", flush=True)
-            bytes_per_second = bandwidth()
-            for row in measure(shape, n_rows, rounds):
-                row |= {"bytes_per_second": bytes_per_second} | shared
-                row["date"] = datetime.date.today().isoformat()
-                rows.append({name: row[name] for name in COLUMNS})
-            lab.write_csv(out / "results.csv", rows)
+            rows += measure(shape, n_rows, {"bytes_per_second": bandwidth()} | shared)
+            lab.write_csv(out / "results.csv", [vars(row) for row in rows])
     text = tables(out)
     lab.save_text(text, out / "table.md")
     print(text)

@@ -1,8 +1,8 @@
 """What the experiments share: runs that go on where they were stopped, losses work by work and how sure one may be of
 their means, tables and pictures, clocks and counters.
 
-A folder of runs holds about.json, what all of them share; results.csv, a row a run; and windows.npz, each run's arrays
-under the run's name, which is what was known of it in advance: its row's cells up to the seed.
+A folder of runs holds about.json, what all of them share; results.csv, a line per run; and windows.npz, the arrays of
+each run. A run is known by its job, a NamedTuple of what was decided in advance; what it found is a dataclass.
 """
 
 import csv
@@ -59,15 +59,24 @@ STOPPED = "stopped; the same command goes on from here"
 
 
 def open_folder(folder, about):
-    """Make folder for the runs that about, a dict for JSON, describes. Raises ValueError where others' runs are."""
+    """Make folder for the runs that about, a dict for JSON, describes; or check that those in it are such runs.
+
+    A dict within about, such as the hashes of several data, may gain names. Raises ValueError where others' runs are.
+    """
     path = folder / "about.json"
-    if not path.exists():
+    found = read_about(folder) if path.exists() else about
+    merged = {}
+    for name in found | about:
+        theirs, ours = found.get(name), about.get(name)
+        merged[name] = ours
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            merged[name] = theirs | ours
+            theirs = theirs | {key: theirs.get(key, value) for key, value in ours.items()}
+        if merged[name] != theirs:
+            raise ValueError(f"{folder} holds runs with {name} {found.get(name)}, not {ours}: another --out")
+    if merged != found or not path.exists():
         with replace_file(path, text=True) as f:
-            f.write(json.dumps(about, indent=1) + "\n")
-    found = read_about(folder)
-    for name in about | found:
-        if found.get(name) != about.get(name):
-            raise ValueError(f"{folder} holds runs with {name} {found.get(name)}, not {about.get(name)}: another --out")
+            f.write(json.dumps(merged, indent=1) + "\n")
 
 
 def read_about(folder):
@@ -85,8 +94,8 @@ def read_about(folder):
 def read_csv(path, columns):
     """Return a CSV's rows as dicts; none where there is no such file.
 
-    columns: {name: int, float or str}, in the file's order. An empty cell is None. Raises ValueError, with the line,
-    for a file that is not so.
+    columns: {name: type} in the file's order, such as a dataclass's annotations. An empty cell is None. Raises
+    ValueError, with the line, for a file that does not fit.
     """
     if not os.path.exists(path):
         return []
@@ -101,6 +110,7 @@ def read_csv(path, columns):
                     raise ValueError("too many cells")
                 row = {}
                 for name, kind in columns.items():
+                    kind = getattr(kind, "__args__", (kind,))[0]  # of float | None: float
                     row[name] = None if cells[name] == "" else kind(cells[name])
                 rows.append(row)
         except (csv.Error, TypeError, ValueError) as e:  # TypeError: too few cells
@@ -117,36 +127,42 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def run_name(row):
-    """What a run is called: what was known of it in advance, the last of which is its seed. row: a dict."""
-    names = list(row)
-    return "_".join(str(row[name]) for name in names[: names.index("seed") + 1])
+def run_name(job):
+    """What windows.npz calls the run of a job."""
+    return "_".join(str(value) for value in job)
 
 
-def read_runs(folder, columns):
-    """Return results.csv's rows, and windows.npz's arrays as {run's name: {array's name: array}}.
+def load_runs(folder, job_type, result_type):
+    """Return the runs in folder: {job: result} in the file's order, and {job: {array's name: array}}.
 
-    Raises ValueError for files that measure_all did not write.
+    job_type: a NamedTuple, results.csv's first columns; result_type: a dataclass, the others. Raises ValueError for
+    files that make_runs did not write.
     """
-    rows = read_csv(folder / "results.csv", columns)
-    arrays = {}
+    results = {}
+    for row in read_csv(folder / "results.csv", job_type.__annotations__ | result_type.__annotations__):
+        values = list(row.values())
+        n = len(job_type._fields)
+        results[job_type(*values[:n])] = result_type(*values[n:])
+    by_name = {}
     path = folder / "windows.npz"
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
                 for key in file.files:
-                    run, _, name = key.partition("/")
-                    arrays.setdefault(run, {})[name] = file[key].astype(np.float64)
+                    name, _, array = key.rpartition("/")
+                    by_name.setdefault(name, {})[array] = file[key].astype(np.float64)
         except Exception as e:  # a damaged file makes zipfile and numpy raise nearly anything
             raise ValueError(f"{path} is damaged, or not what this command wrote ({type(e).__name__})") from None
-    return rows, arrays
+    arrays = {job: by_name[run_name(job)] for job in results if run_name(job) in by_name}
+    return results, arrays
 
 
-def arrays_of(row, arrays, folder):
-    """Return the arrays of a row's run. Raises ValueError where windows.npz lacks them."""
-    if run_name(row) not in arrays:
-        raise ValueError(f"{folder}/windows.npz lacks {run_name(row)}: remove its line in results.csv to measure again")
-    return arrays[run_name(row)]
+def arrays_of(job, arrays, folder):
+    """Return a run's arrays. Raises ValueError where windows.npz lacks them."""
+    if job not in arrays:
+        name = run_name(job)
+        raise ValueError(f"{folder}/windows.npz lacks {name}: remove its line in results.csv to measure again")
+    return arrays[job]
 
 
 def stack_works(runs, kind=""):
@@ -172,6 +188,86 @@ def start_worker():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - train()'s progress, of several processes at once
 
 
+def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
+    """Call measure(job) for every job that folder lacks, in so many processes, and write each run down at once.
+
+    jobs: NamedTuples of one type; measure: a function of a module's top level, which returns a result_type, a
+    dataclass, and a dict of arrays. Returns {job: result} of the jobs that are done. A call again goes on where one was
+    stopped. After so many minutes no more jobs are handed to the workers; those that they have are finished. Raises
+    OSError where a worker was killed.
+    """
+    results, arrays = load_runs(folder, type(jobs[0]), result_type)
+    left = [job for job in dict.fromkeys(jobs) if job not in results]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    try:
+        # Ctrl-C reaches every process of a terminal's command: workers inherit that they ignore it, and this one ends
+        # them. Else it would now and then see a dead worker before it heard of the Ctrl-C itself
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        running = {pool.submit(measure, job): job for job in left}
+        signal.signal(signal.SIGINT, heard)
+        start = time.time()
+        n = 0
+        for future in as_completed(running):
+            if future.cancelled():
+                continue
+            n += 1
+            job = running[future]
+            results[job], arrays[job] = future.result()
+            write_runs(folder, results, arrays)
+            took = (time.time() - start) / 60
+            cells = job._asdict() | vars(results[job])
+            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in cells.items())
+            print(f"{n}/{len(left)}  {text}  {took / n * (len(left) - n):.0f} min left", flush=True)
+            if took > minutes:
+                for other in running:
+                    other.cancel()
+    except BrokenProcessPool:
+        raise OSError("a worker was killed, perhaps for want of memory; the same command goes on from here") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+    return {job: results[job] for job in jobs if job in results}
+
+
+def write_runs(folder, results, arrays):
+    """Write windows.npz, then results.csv, whose line says that a run's arrays are there."""
+    packed = {}
+    for job in arrays:
+        for name, array in arrays[job].items():
+            packed[f"{run_name(job)}/{name}"] = array.astype(np.float32)
+    with replace_file(folder / "windows.npz") as f:
+        np.savez_compressed(f, **packed)
+    write_csv(folder / "results.csv", [job._asdict() | vars(result) for job, result in results.items()])
+
+
+# --- the same with dicts for jobs and results, as quantized.py has them ---
+
+
+def name_of(row):
+    names = list(row)
+    return "_".join(str(row[name]) for name in names[: names.index("seed") + 1])
+
+
+def read_runs(folder, columns):
+    """Return results.csv's rows, and windows.npz's arrays as {run's name: {array's name: array}}.
+
+    Raises ValueError for files that measure_all did not write.
+    """
+    rows = read_csv(folder / "results.csv", columns)
+    arrays = {}
+    path = folder / "windows.npz"
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                for key in file.files:
+                    run, _, name = key.partition("/")
+                    arrays.setdefault(run, {})[name] = file[key].astype(np.float64)
+        except Exception as e:  # a damaged file makes zipfile and numpy raise nearly anything
+            raise ValueError(f"{path} is damaged, or not what this command wrote ({type(e).__name__})") from None
+    return rows, arrays
+
+
 def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
     """Call measure(**job) for every job that folder lacks, in so many processes, and write each run down at once.
 
@@ -181,8 +277,8 @@ def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
     handed to the workers; those that they have are finished. Raises OSError where a worker was killed.
     """
     rows, arrays = read_runs(folder, columns)
-    done = {run_name(row): row for row in rows}
-    left = [job for job in jobs if run_name(job) not in done]
+    done = {name_of(row): row for row in rows}
+    left = [job for job in jobs if name_of(job) not in done]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
         # Ctrl-C reaches every process of a terminal's command: workers inherit that they ignore it, and this one ends
@@ -196,9 +292,9 @@ def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
             if future.cancelled():
                 continue
             n += 1
-            results, arrays[run_name(running[future])] = future.result()
+            results, arrays[name_of(running[future])] = future.result()
             row = running[future] | results
-            done[run_name(row)] = row
+            done[name_of(row)] = row
             with replace_file(folder / "windows.npz") as f:  # before the row, which says that they are there
                 packed = {f"{run}/{name}": a.astype(np.float32) for run in arrays for name, a in arrays[run].items()}
                 np.savez_compressed(f, **packed)
@@ -215,7 +311,7 @@ def measure_all(jobs, measure, columns, folder, workers, minutes=math.inf):
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
-    return [done[run_name(job)] for job in jobs if run_name(job) in done]
+    return [done[name_of(job)] for job in jobs if name_of(job) in done]
 
 
 # --- texts, and losses work by work ---
@@ -395,11 +491,14 @@ def equivalence(times, others):
     return ratios[cut - 1], ratios[-cut]
 
 
-def ratio(times, others):
-    """Median and quartiles of times over others, repeat by repeat: a slow moment of the machine cancels out."""
+def ratio(name, times, others):
+    """Median and quartiles of times over others, as {name: …, name_low: …, name_high: …}.
+
+    Repeat by repeat, so that a slow moment of the machine cancels out.
+    """
     ratios = [t / other for t, other in zip(times, others, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, low, high
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
 
 def device_name(device):

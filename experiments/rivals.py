@@ -96,7 +96,7 @@ class LoRA(nn.Module):
 
 def add_lora(model, r, maps):
     trained = []
-    for block in model.transformer.h:
+    for block in model.blocks:
         lora = LoRA(block.attn.c_attn, r, maps)
         block.attn.c_attn = lora
         trained += [lora.A, lora.B]
@@ -104,9 +104,10 @@ def add_lora(model, r, maps):
 
 
 @torch.no_grad()
-def merge_lora(model):
+def merge_c_attn(model):
+    """A copy of model whose every c_attn, a LoRA or a VeRA, is a plain one again."""
     model = copy.deepcopy(model)
-    for block in model.transformer.h:
+    for block in model.blocks:
         block.attn.c_attn = block.attn.c_attn.merged()
     return model
 
@@ -125,34 +126,24 @@ class LoRALinear(nn.Module):
         return self.linear(x) + F.linear(low, self.B.to(x.dtype))  # (…, out)
 
 
-def add_lora_llama(model, r, names):
-    """LoRA on those of a Llama's linear maps that names lists, such as ('q_proj', 'v_proj')."""
-    sublayers = [sublayer for block in model.model.layers for sublayer in (block.self_attn, block.mlp)]
-    return add_loras(sublayers, r, names)
+def add_lora_maps(model, r, names=None):
+    """LoRA on those linear maps of a GPT's or a Llama's blocks that names lists, ('q_proj', 'v_proj'); None: on all.
 
-
-def add_lora_all(model, r):
-    """LoRA on every linear map of a block; on a GPT that is 16·r·n_embd values a layer, c_attn being one map."""
-    if not hasattr(model, "transformer"):
-        return add_lora_llama(model, r, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-    sublayers = [sublayer for block in model.transformer.h for sublayer in (block.attn, block.mlp)]
-    return add_loras(sublayers, r, ("c_attn", "c_fc", "c_proj"))
-
-
-def add_loras(sublayers, r, names):
-    """LoRA on those of the sublayers' linear maps that names lists. Returns what it trains."""
+    On all maps of a GPT that is 16·r·n_embd values a layer, c_attn being one map.
+    """
     trained = []
-    for sublayer in sublayers:
-        for name in names:
-            if hasattr(sublayer, name):
-                lora = LoRALinear(getattr(sublayer, name), r)
-                setattr(sublayer, name, lora)
+    for block in model.blocks:
+        linears = {place: module for place, module in block.named_modules() if isinstance(module, nn.Linear)}
+        for place, linear in linears.items():
+            if names is None or place.split(".")[-1] in names:
+                lora = LoRALinear(linear, r)
+                block.set_submodule(place, lora)
                 trained += [lora.A, lora.B]
     return trained
 
 
 @torch.no_grad()
-def merge_lora_all(model):
+def merge_lora_maps(model):
     """W ← W + B A, in float64, rounded once."""
     model = copy.deepcopy(model)
     loras = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -189,9 +180,52 @@ class MixedLoRA(nn.Module):
 def mix_lora(models, task_ids):
     """One GPT of several that add_lora made of the same base: row b of its batch is computed as models[task_ids[b]]."""
     mixed = copy.deepcopy(models[0])
-    for i, block in enumerate(mixed.transformer.h):
-        block.attn.c_attn = MixedLoRA([model.transformer.h[i].attn.c_attn for model in models], task_ids)
+    for i, block in enumerate(mixed.blocks):
+        block.attn.c_attn = MixedLoRA([model.blocks[i].attn.c_attn for model in models], task_ids)
     return mixed
+
+
+# --- VeRA ---
+
+
+class VeRA(nn.Module):
+    """The fused c_attn plus b_m ⊙ B (d_m ⊙ A x) for each map m of 'qkv': W_m x + Λ_b B Λ_d A x.
+
+    Kopiczko et al. 2024, arXiv:2310.11454, sections 3.1, 3.2: A and B are random, frozen and the same in every layer;
+    b starts as zeros, so step 0 is the base, and d as 0.1.
+    """
+
+    def __init__(self, c_attn, A, B):
+        super().__init__()
+        self.c_attn = c_attn
+        self.register_buffer("A", A)  # (r, C)
+        self.register_buffer("B", B)  # (C, r)
+        self.d = nn.Parameter(torch.full((3, A.size(0)), 0.1))
+        self.b = nn.Parameter(torch.zeros(3, B.size(0)))
+
+    def forward(self, x):
+        low = F.linear(x, self.A)  # (B, T, r)
+        changes = [b * F.linear(d * low, self.B) for d, b in zip(self.d, self.b, strict=True)]  # 3 × (B, T, C)
+        return self.c_attn(x) + torch.cat(changes, -1)  # (B, T, 3C)
+
+    def merged(self):
+        """W_m ← W_m + diag(b_m) B diag(d_m) A, in float64, rounded once."""
+        A, B, d, b = [t.double() for t in (self.A, self.B, self.d, self.b)]
+        change = torch.cat([b[i].unsqueeze(1) * B @ (d[i].unsqueeze(1) * A) for i in range(3)])  # (3C, C)
+        weight = self.c_attn.weight
+        weight.copy_(weight.double() + change)
+        return self.c_attn
+
+
+def add_vera(model, r):
+    n_embd = model.config.n_embd
+    A = nn.init.kaiming_uniform_(torch.empty(r, n_embd))
+    B = nn.init.kaiming_uniform_(torch.empty(n_embd, r))
+    trained = []
+    for block in model.blocks:
+        block.attn.c_attn = VeRA(block.attn.c_attn, A, B)
+        trained += [block.attn.c_attn.d, block.attn.c_attn.b]
+    return trained
 
 
 # --- prompt tuning ---
@@ -258,9 +292,9 @@ def add_prompt(model, n_prompt):
     """
     wte = model.transformer.wte
     prompt = wte.weight[torch.randint(wte.num_embeddings, (n_prompt,))].detach().clone()
-    model.transformer.h[0] = PromptBlock(model.transformer.h[0], prompt)
+    model.blocks[0] = PromptBlock(model.blocks[0], prompt)
     model.transformer.ln_f = DropPrompt(model.transformer.ln_f, n_prompt)
-    return [model.transformer.h[0].prompt]
+    return [model.blocks[0].prompt]
 
 
 # --- bottleneck adapters ---
@@ -287,7 +321,7 @@ class Adapter(nn.Module):
 def add_adapters(model, width, layernorms=True):
     """An adapter behind each sublayer's projection, before the residual sum; the LayerNorms are trained too (2.1)."""
     trained = add_layernorm(model) if layernorms else []
-    for block in model.transformer.h:
+    for block in model.blocks:
         for sublayer in (block.attn, block.mlp):
             adapter = Adapter(model.config.n_embd, width)
             sublayer.c_proj = nn.Sequential(sublayer.c_proj, adapter)
@@ -337,7 +371,7 @@ def add_prefix(model, n_prefix):
     cache = Cache(model, 1, n_prefix)
     model.hidden(text, cache=cache)
     trained = []
-    for block, layer in zip(model.transformer.h, cache.layers, strict=True):
+    for block, layer in zip(model.blocks, cache.layers, strict=True):
         keys, values = [t[0].transpose(0, 1).flatten(1) for t in (layer.k, layer.v)]  # (P, C)
         block.attn = PrefixAttention(block.attn, keys, values)
         trained += [block.attn.keys, block.attn.values]
@@ -357,10 +391,11 @@ METHODS = {
     "full": Method("full fine-tuning", add_full, copy.deepcopy, "no"),
     "bitfit": Method("BitFit", add_bitfit, copy.deepcopy, "gathered biases"),
     "layernorm": Method("LayerNorm tuning", add_layernorm, copy.deepcopy, "gathered vectors"),
-    "lora1": Method("LoRA r = 1 on k, v", partial(add_lora, r=1, maps="kv"), merge_lora, "gathered matrices"),
-    "lora-qkv": Method("LoRA r = 1 on q, k, v", partial(add_lora, r=1, maps="qkv"), merge_lora, "gathered matrices"),
-    "lora4": Method("LoRA r = 4 on q, v", partial(add_lora, r=4, maps="qv"), merge_lora, "gathered matrices"),
-    "lora-all": Method("LoRA r = 1 on all maps", partial(add_lora_all, r=1), merge_lora_all, "gathered matrices"),
+    "lora1": Method("LoRA r = 1 on k, v", partial(add_lora, r=1, maps="kv"), merge_c_attn, "gathered matrices"),
+    "lora-qkv": Method("LoRA r = 1 on q, k, v", partial(add_lora, r=1, maps="qkv"), merge_c_attn, "gathered matrices"),
+    "lora4": Method("LoRA r = 4 on q, v", partial(add_lora, r=4, maps="qv"), merge_c_attn, "gathered matrices"),
+    "lora-all": Method("LoRA r = 1 on all maps", partial(add_lora_maps, r=1), merge_lora_maps, "gathered matrices"),
+    "vera": Method("VeRA r = 384 on q, k, v", partial(add_vera, r=384), merge_c_attn, "gathered vectors"),
     "adapters": Method("adapters of 8, and LayerNorms", partial(add_adapters, width=8), None, "gathered matrices"),
     "adapters-only": Method(
         "adapters of 8", partial(add_adapters, width=8, layernorms=False), None, "gathered matrices"

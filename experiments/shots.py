@@ -40,8 +40,8 @@ LOSSES = {  # the losses with which each kind of (IA)³ run learns
 }
 RIVALS = {  # name: (how to add it, the rates to choose from)
     "full": (rivals.add_full, (1e-5, 3e-5, 1e-4)),
-    "lora4": (partial(rivals.add_lora_llama, r=4, names=("q_proj", "v_proj")), (3e-4, 1e-3, 3e-3)),
-    "lora-all": (partial(rivals.add_lora_all, r=1), (3e-4, 1e-3, 3e-3)),
+    "lora4": (partial(rivals.add_lora_maps, r=4, names=("q_proj", "v_proj")), (3e-4, 1e-3, 3e-3)),
+    "lora-all": (partial(rivals.add_lora_maps, r=1), (3e-4, 1e-3, 3e-3)),
     "prompt": (partial(rivals.add_prompt_llama, n_prompt=N_PROMPT), (1e-2, 3e-2, 1e-1)),
 }
 

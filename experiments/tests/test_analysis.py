@@ -6,11 +6,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from here import Here
 
 import common
 from conftest import make_gpt, make_ia3, make_llama
 from experiments import analysis, lab
+from experiments.analysis import Head, PairsJob, Recalled
 from ia3 import IA3, attach
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
 
 
 def test_the_effective_rank_of_known_changes():
@@ -47,12 +54,12 @@ def test_pairs_are_random_letters_and_no_prompt_stands_twice():
 
 def test_what_is_recalled_is_what_the_answers_no_longer_cost(tmp_path):
     common.save(make_gpt(), tmp_path / "base.pt")
-    found, arrays = analysis.memorize({"base": str(tmp_path / "base.pt")}, "full", 8, 3e-3, 300, 1)
+    found, arrays = analysis.memorize(tmp_path / "base.pt", PairsJob("full", 8, 3e-3, 300, 1))
     left = arrays["nats"].sum() / math.log(2)
-    assert found["bits"] == pytest.approx(8 * 2 * math.log2(26) - left) and found["bits"] > 0.9 * 8 * analysis.BITS
-    assert found["values"] == sum(p.numel() for p in make_gpt().parameters())
-    untrained, _ = analysis.memorize({"base": str(tmp_path / "base.pt")}, "ia3", 8, 1e-6, 1, 1)
-    assert untrained["bits"] == 0  # a random model does not even know that answers are letters
+    assert found.bits == pytest.approx(8 * 2 * math.log2(26) - left) and found.bits > 0.9 * 8 * analysis.BITS
+    assert found.values == sum(p.numel() for p in make_gpt().parameters())
+    untrained, _ = analysis.memorize(tmp_path / "base.pt", PairsJob("ia3", 8, 1e-6, 1, 1))
+    assert untrained.bits == 0  # a random model does not even know that answers are letters
 
 
 def test_a_rate_at_which_it_diverges_recalls_nothing(tmp_path, monkeypatch):
@@ -61,8 +68,8 @@ def test_a_rate_at_which_it_diverges_recalls_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(analysis, "train", diverge)
     common.save(make_gpt(), tmp_path / "base.pt")
-    found, arrays = analysis.memorize({"base": str(tmp_path / "base.pt")}, "ia3", 8, 1e3, 300, 1)
-    assert found == {"values": IA3(make_gpt().config).count(), "bits": 0, "rank": 0} and arrays == {}
+    found, arrays = analysis.memorize(tmp_path / "base.pt", PairsJob("ia3", 8, 1e3, 300, 1))
+    assert found == Recalled(IA3(make_gpt().config).count(), 0, 0) and arrays == {}
 
 
 def test_int8_is_off_by_half_a_step_at_most_and_leaves_ones():
@@ -110,18 +117,18 @@ def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
     (tmp_path / "val.txt").write_bytes(bytes(range(256)) * 3)
     argv = ["heads", f"--base={tmp_path}/base.pt", f"--ia3={tmp_path}/task.npz", f"--data={tmp_path}"]
     assert analysis.main([*argv, f"--out={tmp_path}/out", "--items=4"]) == 0
-    rows = lab.read_csv(tmp_path / "out/results.csv", analysis.HEADS)
-    assert len(rows) == model.config.n_layer * model.config.widths[0] // d_head
+    heads = [Head(**row) for row in lab.read_csv(tmp_path / "out/results.csv", Head.__annotations__)]
+    assert len(heads) == model.config.n_layer * model.config.widths[0] // d_head
     before = analysis.losses_of(model, tmp_path, 4)()
     model.ia3 = None
     after = analysis.losses_of(model, tmp_path, 4)()
-    for row in rows:
-        if (row["layer"], row["head"]) == (1, 1):
-            assert (row["l_k_mean"], row["l_k_std"], row["l_v_mean"]) == (3, 0, pytest.approx(0, abs=1e-6))
-            assert row["rise"] == pytest.approx((after - before).mean(), rel=1e-5) and row["rise"] != 0
-            assert row["standard_error"] == pytest.approx((after - before).std(ddof=1) / 2, rel=1e-5)
+    for head in heads:
+        if (head.layer, head.head) == (1, 1):
+            assert (head.l_k_mean, head.l_k_std, head.l_v_mean) == (3, 0, pytest.approx(0, abs=1e-6))
+            assert head.rise == pytest.approx((after - before).mean(), rel=1e-5) and head.rise != 0
+            assert head.standard_error == pytest.approx((after - before).std(ddof=1) / 2, rel=1e-5)
         else:
-            assert (row["l_k_mean"], row["l_v_std"], row["rise"]) == (1, 0, 0)
+            assert (head.l_k_mean, head.l_v_std, head.rise) == (1, 0, 0)
     assert "| l_k | 1.00 to 3.00 |" in capsys.readouterr().out
 
 
@@ -155,9 +162,9 @@ def test_capacity_in_small_stopped_and_gone_on_with(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith(table.strip())
     assert analysis.main(argv) == 0
     assert capsys.readouterr().out.strip() == table.strip()  # no run is made again
-    rows = lab.read_csv(tmp_path / "quick/results.csv", analysis.PAIRS)
-    assert len(rows) == 12 and {row["values"] for row in rows if row["method"] == "ia3"} == {6912}
+    found, _ = lab.load_runs(tmp_path / "quick", PairsJob, Recalled)
+    assert len(found) == 12 and {recalled.values for job, recalled in found.items() if job.method == "ia3"} == {6912}
     assert "Numbers trained: ia3 6,912, lora-all 18,432, full 2,7" in table
-    for row in rows:  # a matrix of LoRA's changes by rank one, what full fine-tuning changes by more
-        assert row["method"] != "lora-all" or row["rank"] == pytest.approx(1, abs=0.2)
-        assert row["method"] != "full" or row["rank"] > 10
+    for job, recalled in found.items():  # a matrix of LoRA's changes by rank one, what full fine-tuning changes by more
+        assert job.method != "lora-all" or recalled.rank == pytest.approx(1, abs=0.2)
+        assert job.method != "full" or recalled.rank > 10

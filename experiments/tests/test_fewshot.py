@@ -250,24 +250,6 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_pages_method_is_a_rival_on_a_llama_too(tmp_path, dtype):
-    page = (lab.ROOT / "experiments/README.md").read_text(encoding="utf-8")
-    names = {"nn": torch.nn, "torch": torch, "RIVALS": {}}
-    for block in re.findall(r"```python\n((?:class Shift|def add_shift_llama).*?)```", page, re.S):
-        exec(block, names)
-    add, rates = names["RIVALS"]["shift"]
-    assert len(rates) > 1
-    rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:4]
-    model = make_llama(block_size=512).to(dtype).requires_grad_(False)
-    before = shots.score(model, rows)
-    trained = add(model)
-    np.testing.assert_array_equal(shots.score(model, rows), before)
-    assert not shots.learn(model, rows, to_learn(rates[-1]))
-    assert np.abs(shots.score(model.eval(), rows) - before).max() > 1e-5
-    assert sum(p.numel() for p in trained) == model.config.n_layer * model.config.n_hidden
-
-
 # --- the runs ---
 
 
@@ -305,10 +287,11 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert fewshot.choose(fewshot.read_runs(out / "quick")[0], quick).rates == {}
     status, text, _ = stage("rates", "--minutes", "0")
     assert status == 0 and "the same command goes on" in text
-    first = lab.read_csv(out / "quick/results.csv", fewshot.RUN_COLUMNS)
+    first, _ = lab.load_runs(out / "quick", shots.Run, shots.Result)
     status, text, _ = stage("rates")
     assert status == 0 and "all runs are done" in text
-    assert 0 < len(first) < 12 and lab.read_csv(out / "quick/results.csv", fewshot.RUN_COLUMNS)[: len(first)] == first
+    results, _ = lab.load_runs(out / "quick", shots.Run, shots.Result)
+    assert 0 < len(first) < 12 and list(results.items())[: len(first)] == list(first.items())
     chosen = fewshot.choose(fewshot.read_runs(out / "quick")[0], quick)
     assert chosen.rates.keys() == {"ia3", *shots.RIVALS}
     status, text, _ = stage("report")
@@ -326,18 +309,18 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
     assert "| movies |" in text and "draws are run" not in text and (out / "quick/accuracy.png").stat().st_size > 1000
     assert (out / "quick/costs.png").stat().st_size > 1000
 
-    rows, arrays = lab.read_runs(out / "quick", fewshot.RUN_COLUMNS)
-    for row in rows:  # the accuracy of every row again, from its arrays
-        run = arrays[lab.run_name(row)]
+    results, arrays = lab.load_runs(out / "quick", shots.Run, shots.Result)
+    for job, result in results.items():  # the accuracy of every run again, from its arrays
+        run = arrays[job]
         assert run["beta"].shape == (3, 8, 2) and run["labels"].tolist() == [0, 1] * 4
         medians = sorted((beta.argmax(-1) == run["labels"]).mean() for beta in run["beta"])
-        assert row["accuracy"] == medians[1] and row["diverged"] == 0
-    zero = next(row for row in rows if row["method"] == "zero" and row["split"] == "test" and row["form"] == "plain")
+        assert result.accuracy == medians[1] and result.diverged == 0
+    zero = next(job for job in results if (job.method, job.split, job.form) == ("zero", "test", "plain"))
     rows = [json.loads(line) for line in (data / "movies/choices-3/test.jsonl").read_text().splitlines()[:8]]
     examples = [([*row["prompt"].encode()], [[*c.encode()] for c in row["choices"]], 0) for row in rows]
     found = scores_without_cache(model, examples, [])
-    np.testing.assert_allclose(arrays[lab.run_name(zero)]["beta"][2], found.detach(), rtol=1e-4)
-    assert {"biases-4-0", "probe-6-0"} <= arrays[lab.run_name(zero)].keys()
+    np.testing.assert_allclose(arrays[zero]["beta"][2], found.detach(), rtol=1e-4)
+    assert {"biases-4-0", "probe-6-0"} <= arrays[zero].keys()
 
 
 def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, capsys):
