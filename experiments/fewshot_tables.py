@@ -124,10 +124,10 @@ def templates_of_draws(draws):
 
 
 def quartiles(draws):
-    """The paper's summary: the median over templates and draws and, in brackets, its quartiles, in %."""
+    """The paper's summary, in %: the median over templates and draws, and a cell of it with the quartiles."""
     accuracies = 100 * np.stack(draws).mean(-1)  # (draws, templates)
-    low, middle, high = np.quantile(accuracies, (0.25, 0.5, 0.75))
-    return middle, lab.spread(middle, low, high, ".1f")
+    low, median, high = np.quantile(accuracies, (0.25, 0.5, 0.75))
+    return median, lab.spread(median, low, high, ".1f")
 
 
 # --- tables ---
@@ -159,15 +159,15 @@ def other_counts(whole, settings, chosen):
     for task in settings.tasks:
         left, right_hand = paired(whole, ours, in_context, task)
         batch_left, by_batch = paired(whole, ours, in_context._replace(by="beta"), task)
-        if left and batch_left:
-            (our_middle, our_cell), (their_middle, their_cell) = quartiles(left), quartiles(right_hand)
-            counted = [
-                difference(left, right_hand),
-                difference(left, right_hand, FIRST),
-                difference(batch_left, by_batch),
-            ]
-            cells = [cells[2] for cells in counted]
-            lines.append([task, *cells, our_cell, their_cell, f"{our_middle - their_middle:+.1f}"])
+        if not left or not batch_left:
+            continue
+        *_, as_compared, _ = difference(left, right_hand)
+        *_, first, _ = difference(left, right_hand, FIRST)
+        *_, by_questions, _ = difference(batch_left, by_batch)
+        our_median, our_cell = quartiles(left)
+        their_median, their_cell = quartiles(right_hand)
+        medians = f"{our_median - their_median:+.1f}"
+        lines.append([task, as_compared, first, by_questions, our_cell, their_cell, medians])
     head = ["task", "as compared", "first template alone", "in context batch-calibrated"]
     head += ["(IA)³, median over templates and draws (quartiles)", "in context, likewise", "their difference"]
     return lab.markdown(head, lines)
