@@ -78,13 +78,13 @@ def load_choices(path, tokenizer, block_size):
     examples = []
     for where, row in datasets.json_lines(Path(path)):
         if not isinstance(row, dict) or not isinstance(row.get("choices"), list):
-            raise ValueError(f'{where}: wants {{"prompt": text, "choices": [text, text], "label": n}}')
+            raise ValueError(f'{where}: expected {{"prompt": text, "choices": [text, text], "label": n}}')
         texts = [row.get("prompt"), *row["choices"]]
         label = row.get("label")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{where}: the prompt and the choices must be texts")
         if len(row["choices"]) < 2:
-            raise ValueError(f"{where}: a choice takes at least two, not {len(row['choices'])}")
+            raise ValueError(f"{where}: there must be at least two choices, not {len(row['choices'])}")
         if type(label) is not int or not 0 <= label < len(row["choices"]):
             raise ValueError(f"{where}: label {label!r} is not one of 0 to {len(row['choices']) - 1}")
         prompt, *choices = [tokenizer.encode_ordinary(text) for text in texts]
@@ -189,9 +189,9 @@ def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
 
 
 def expand(cache, n):
-    """Return a copy of a Cache in which each row stands n times in a row, so that a text can be gone on from in n ways.
+    """Return a copy of a Cache with each row n times, so that every text can be continued in n ways.
 
-    Of one task's vectors: task_ids would be as many as before.
+    The copy is for one task's vectors: it does not multiply task_ids.
     """
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
@@ -205,35 +205,45 @@ def expand(cache, n):
 def scores(model, split, prefix=()):
     """β of every choice of every example, (len(split), most choices): rank classification's scores.
 
-    prefix: token ids before every example's prompt. It is read once, and a prompt once for all of its choices.
+    prefix: token ids before every example's prompt. They are read once, and each prompt once for all of its choices.
     """
     device = model.lm_head.weight.device
     most = max(len(choices) for _, choices, _ in split.examples)
     longest = max(len(prompt) + max(map(len, choices)) for prompt, choices, _ in split.examples)
-    shared = Cache(model, 1, len(prefix) + longest)
+    cache = Cache(model, 1, len(prefix) + longest)
     if len(prefix) > 0:
-        model.hidden(torch.tensor([list(prefix)], device=device), cache=shared)
-    piles = {}  # what can be read in one batch without padding: prompts of a length, with as many choices
+        model.hidden(torch.tensor([list(prefix)], device=device), cache=cache)
+
+    # prompts of one length, with as many choices, need no padding
+    groups = {}
     for i, (prompt, choices, _) in enumerate(split.examples):
-        piles.setdefault((len(prompt), len(choices)), []).append(i)
-    at_once = min(max(16384 // (len(prefix) + longest), 1), 16)  # each of them, and each choice, has a cache of its own
+        groups.setdefault((len(prompt), len(choices)), []).append(i)
+    # at most 16 at once, and fewer behind a long prefix: each has a cache of its own, and so has each choice
+    n_at_once = min(max(16384 // (len(prefix) + longest), 1), 16)
+
     beta = torch.full((len(split), most), -torch.inf)
-    for (_, n), pile in piles.items():
-        for ids in torch.tensor(pile).split(at_once):
-            rows = [split.examples[i] for i in ids.tolist()]
-            cache = expand(shared, len(rows))
-            prompts = torch.tensor([prompt for prompt, _, _ in rows], device=device)  # (B, T)
-            end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), which predicts a choice's first token
-            choices = [torch.tensor(choice) for _, choices, _ in rows for choice in choices]
-            y = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)  # (B·n, longest choice)
-            hidden = end.repeat_interleave(n, 0)
-            if y.size(1) > 1:
-                rest = model.hidden(y[:, :-1].clamp(min=0), cache=expand(cache, n))
-                hidden = torch.cat((hidden, rest), 1)  # (B·n, longest choice, n_embd)
-            found = normalized(*log_likelihoods(model, hidden, y))
+    for (_, n), group in groups.items():
+        for ids in torch.tensor(group).split(n_at_once):
+            found = score_group(model, [split.examples[i] for i in ids.tolist()], cache)
             beta = beta.to(found.dtype)
-            beta[ids, :n] = found.view(-1, n).cpu()
+            beta[ids, :n] = found.cpu()
     return beta
+
+
+def score_group(model, examples, cache):
+    """β of examples whose prompts are equally long and have equally many choices: (B, N). cache: the prefix's."""
+    device = model.lm_head.weight.device
+    n = len(examples[0][1])
+    cache = expand(cache, len(examples))
+    prompts = torch.tensor([prompt for prompt, _, _ in examples], device=device)  # (B, T)
+    end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), predicts a choice's first token
+    choices = [torch.tensor(choice) for _, choices, _ in examples for choice in choices]
+    y = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)  # (B·N, longest choice)
+    hidden = end.repeat_interleave(n, 0)
+    if y.size(1) > 1:
+        rest = model.hidden(y[:, :-1].clamp(min=0), cache=expand(cache, n))
+        hidden = torch.cat((hidden, rest), 1)  # (B·N, longest choice, n_embd)
+    return normalized(*log_likelihoods(model, hidden, y)).view(-1, n)
 
 
 def accuracy(model, split):

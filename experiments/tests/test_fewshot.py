@@ -434,13 +434,13 @@ def test_the_orders_of_a_draw_stand_side_by_side_by_hand():
     chosen = fewshot.Choice("plain", "free", {})
     first = Row("icl", k=32, by="free")
     rows = {
-        first: {"movies": draws_of(0.2, 0.2, 0.2, 0.2, 0.7), "news": draws_of(0.7, 0.7, 0.7, 0.7, 0.7)},
+        first: {"movies": draws_of(0.2, 0.2, 0.5, 0.2, 0.7), "news": draws_of(0.7, 0.7, 0.7, 0.7, 0.7)},
         first._replace(order=1): {"movies": draws_of(0.5, 0.7, 0.2), "news": draws_of(0.5, 0.5)},  # a draw is missing
         first._replace(order=2): {"movies": draws_of(0.7, 0.7, 0.5), "news": draws_of(0.5, 0.5)},
     }
     whole = fewshot_tables.only_whole(rows, fewshot.runs_to_report(settings, chosen))
     table, text = fewshot_tables.by_order(whole, settings, chosen)
-    assert table.splitlines()[2:] == ["| movies | 20.0 / 50.0 / 70.0 | 20.0 / 70.0 / 70.0 | 20.0 / 20.0 / 50.0 |"]
+    assert table.splitlines()[2:] == ["| movies | 20.0 / 50.0 / 70.0 | 20.0 / 70.0 / 70.0 | 50.0 / 20.0 / 50.0 |"]
     assert re.findall(r"[0-9.]*[0-9]", text) == ["30.0", "50.0", "50.0"]  # 50, 50 and 30 points
 
 
