@@ -10,9 +10,9 @@ FOLDER holds train.jsonl, val.jsonl and, for --test, test.jsonl, one {"prompt": 
 after the prompt, divided by its length in tokens, and answers with the best. (The authors' choices end in an end token,
 ours do not.)
 
-DIR gets ia3.npz, metrics.csv and last.pt, as from train.py, and predictions-val.csv or predictions-test.csv: each
-item's right choice, the choice made, and the mean log-likelihood per token of every choice, in nats. Several seeds get
-a folder each in DIR. The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The
+DIR gets ia3.npz, metrics.csv, last.pt and run.json, as from train.py, and predictions-val.csv or predictions-test.csv:
+each item's right choice, the choice made, and the mean log-likelihood per token of every choice, in nats. Several seeds
+get a folder each in DIR. The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The
 interval over seeds is Student's.
 """
 
@@ -272,11 +272,10 @@ def read(args, names, model):
     return splits
 
 
-def learn(model, train_split, val, args, seed, folder):
-    """Train vectors, from ones or from --ia3. They stay in model and are saved into folder."""
+def learn(model, splits, args, seed, folder):
+    """Train vectors, from ones or from --ia3. They stay in model, and are saved into folder with how they were made."""
     attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
-    if args.k is not None:
-        train_split = draw(train_split, args.k, seed)
+    train_split = splits["train"] if args.k is None else draw(splits["train"], args.k, seed)
     config = TrainConfig(
         steps=args.steps,
         lr=default_lr(model) if args.lr is None else args.lr,
@@ -286,8 +285,10 @@ def learn(model, train_split, val, args, seed, folder):
         eval_interval=max(args.steps, 1),
         out=str(folder),
     )
-    train(model, {"train": train_split, "val": val}, config, make_loss(args.losses.split(",")))
-    model.ia3.save(folder / "ia3.npz")
+    train(model, {"train": train_split, "val": splits["val"]}, config, make_loss(args.losses.split(",")))
+    how = {"lr": config.lr, "steps": config.steps, "seed": seed, "data_hash": train_split.data_hash()}
+    model.ia3.save(folder / "ia3.npz", how)
+    return how
 
 
 def predict(model, split, path):
@@ -348,8 +349,10 @@ def run(argv):
         splits = read(args, {"train", "val", ranked}, model)
         split = splits[ranked]
         for seed, folder in zip(args.seeds, folders, strict=True):
-            learn(model, splits["train"], splits["val"], args, seed, folder)
+            how = learn(model, splits, args, seed, folder)
             shares.append(predict(model, split, folder / table))
+            figures = {"ranked": ranked, "n_items": len(split), "accuracy": shares[-1]}
+            common.write_run(folder / "run.json", "ranking.py", vars(args) | how, model, how["data_hash"], figures)
             print(f"seed {seed}: {shares[-1]:.1%} of {ranked} right", flush=True)
 
     n = len(split)

@@ -127,6 +127,9 @@ def test_predictions_are_the_scores_of_the_vectors_that_were_saved(tmp_path, cap
         assert again == learned  # test holds the same rows
         right = sum(row["gold"] == row["chosen"] for row in learned)
         assert shares[seed] == pytest.approx(100 * right / 2, abs=0.05)
+        about = json.loads((tmp_path / f"run/seed-{seed}/run.json").read_text())
+        assert about["figures"] == {"ranked": "val", "n_items": 2, "accuracy": right / 2}
+        assert (about["arguments"]["seed"], about["arguments"]["lr"], about["arguments"]["k"]) == (seed, 0.5, 2)
         assert [path.name for path in (tmp_path / f"on{seed}").iterdir()] == ["predictions-test.csv"]
     assert ranking.main([*flags, "--evaluate", "--test", f"--out={tmp_path}/base"]) == 0
     row = read_predictions(tmp_path / "base/predictions-test.csv")[1]
