@@ -391,3 +391,13 @@ def test_damaged_files_are_read_or_refused_in_one_line(small, capsys):
         else:
             (small / "new.gguf").unlink()
     assert refused > 50
+
+
+def test_a_tensor_that_is_not_where_the_one_before_it_ends(small, capsys):
+    raw = bytearray((small / "base.gguf").read_bytes())
+    name = b"blk.0.attn_v.bias"
+    at = raw.index(name) + len(name) + 4 + 8 + 4  # after the number of its axes, its length, its type
+    place = int.from_bytes(raw[at : at + 8], "little")
+    raw[at : at + 8] = (place - 32).to_bytes(8, "little")
+    (small / "bad.gguf").write_bytes(raw)
+    check(small, capsys, f"gguf {small}/bad.gguf --out {small}/base.pt", name.decode())

