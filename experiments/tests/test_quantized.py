@@ -1,4 +1,4 @@
-"""quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
+"""quantized.py's ways to fold, on a tiny Llama; and the committed table made again."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import make_ia3, make_idx, make_llama
-from experiments import edge, lab, quantized
+from experiments import lab, quantized
 from tools.gguf_llama import dequantize
 
 
@@ -73,7 +73,6 @@ def test_answers_are_read_at_the_end_of_each_prompt(model):
         assert quantized.answers(row[None], [(prompt, choices, 0)]).item() == best
 
 
-@pytest.mark.parametrize("room, folder", [(quantized, "quantized"), (edge, "edge")])
-def test_the_committed_table_is_made_of_the_committed_results(room, folder):
-    table = (lab.RESULTS / folder / "table.md").read_text(encoding="utf-8")
-    assert room.tables(lab.RESULTS / folder) + "\n" == table
+def test_the_committed_table_is_made_of_the_committed_results():
+    table = (lab.RESULTS / "quantized/table.md").read_text(encoding="utf-8")
+    assert quantized.tables(lab.RESULTS / "quantized") + "\n" == table
