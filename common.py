@@ -41,7 +41,7 @@ def load(path, dtype=torch.float32):
         for name, empty in model.state_dict().items():
             if name in weights:  # if not, load_weights says so
                 t = check_weight(weights[name], name, empty.shape)
-                weights[name] = t.to(dtype or t.dtype, copy=True)  # a copy: nothing stays on the disk
+                weights[name] = t.to(dtype or t.dtype, copy=True)  # load_file maps the file: copied, it may be replaced
         load_weights(model, weights)
         tokenizer = checkpoint.get("tokenizer", TOKENIZERS.get(model.config.vocab_size))
         if tokenizer is not None:
@@ -60,7 +60,7 @@ def checkpoint_weights(weights):
     renamed = {}
     for name, t in weights.items():
         name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        if not name.endswith(".attn.bias"):
+        if not name.endswith(".attn.bias"):  # the mask; .attn.c_attn.bias is a bias
             renamed[name] = t
     return renamed
 

@@ -79,7 +79,10 @@ class IA3(nn.Module):
             self.check_task_ids(task_ids)
         layers = []
         for i in range(self.config.n_layer):
-            layers.append((row(self.l_k, i, task_ids), row(self.l_v, i, task_ids), row(self.l_ff, i, task_ids)))
+            l_k = layer_vector(self.l_k, i, task_ids)
+            l_v = layer_vector(self.l_v, i, task_ids)
+            l_ff = layer_vector(self.l_ff, i, task_ids)
+            layers.append((l_k, l_v, l_ff))
         return layers
 
     def check_task_ids(self, task_ids):
@@ -140,8 +143,8 @@ class IA3(nn.Module):
         return vectors.to(next(model.parameters()).device)
 
 
-def row(matrix, layer, task_ids):
-    """One layer's vector: (width,) of a task, or (B, 1, width) of each row's task, or None for a site left out."""
+def layer_vector(matrix, layer, task_ids):
+    """One layer of a matrix: (width,); with task_ids (B, 1, width), each its own task's; None for a site left out."""
     if matrix is None:
         return None
     if task_ids is not None:
@@ -155,11 +158,12 @@ def layers_of(model, task_ids, n_rows):
     Raises ValueError for task_ids that do not fit (see IA3.per_layer).
     """
     if model.ia3 is None:
-        layers = [(None, None, None)] * model.config.n_layer
-    else:
-        layers = model.ia3.per_layer(task_ids)
-    if task_ids is not None and (model.ia3 is None or len(task_ids) != n_rows):
-        raise ValueError("task_ids need stacked vectors, and one id for each row of idx")
+        if task_ids is not None:
+            raise ValueError("task_ids need stacked vectors, and this model has no vectors")
+        return [(None, None, None)] * model.config.n_layer
+    layers = model.ia3.per_layer(task_ids)
+    if task_ids is not None and len(task_ids) != n_rows:
+        raise ValueError(f"task_ids must be one id for each row of idx: {n_rows}, not {len(task_ids)}")
     return layers
 
 
@@ -247,7 +251,7 @@ def stack(tasks):
     for name, ones in stacked.matrices().items():
         matrices = []
         for task in tasks:
-            own = {} if task is None else task.matrices()
+            own = {} if task is None else task.matrices()  # a site that it does not scale stays at ones
             matrices.append(own.get(name, ones).detach().to(ones.device))
         setattr(stacked, name, nn.Parameter(torch.stack(matrices)))  # (n_tasks, n_layer, width)
     return stacked
@@ -272,13 +276,12 @@ def unstack(stacked):
 
 
 def fingerprint(model):
-    """SHA-256, in hexadecimal, of the base as a function: class, config and weights, without the vectors.
+    """SHA-256, in hexadecimal, of all that determines the base's output: class, config and weights, not the vectors.
 
     IA3.load, attach and merge refuse vectors of another base. Merging changes the weights, so the same vectors cannot
     be merged twice. Hashed are the config without dropout and block_size (n_head, for one, changes the function and no
-    shape), and the name, shape and values of every weight, a tied head once. Values are rounded to bfloat16, so a base
-    has one fingerprint in float32 and in bfloat16. So a base whose weights differ only below bfloat16's precision has
-    the same fingerprint.
+    shape), and the name, shape and values of every weight, a tied head once. Values are rounded to bfloat16: a base has one
+    fingerprint in float32 and in bfloat16, and two bases that differ only below bfloat16's precision share theirs.
     """
     model = unwrap(model)
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}

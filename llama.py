@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            k, v, seen = cache.append(k, v)  # k and v of all tokens so far, the earlier ones scaled and turned
+            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, the earlier ones scaled, turned
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.o_proj(y)

@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            k, v, seen = cache.append(k, v)  # k and v of all tokens so far, the earlier ones scaled already
+            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, the earlier ones scaled
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))

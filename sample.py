@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import common
-from ia3 import IA3, stack
+from ia3 import IA3, stack, unwrap
 
 
 class Cache:
@@ -105,6 +105,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if task_ids is not None and model.ia3 is not None and model.ia3.is_stacked():
         model.ia3.check_task_ids(task_ids)  # once, also on a GPU
+    model = unwrap(model)
     block_size = model.config.block_size
     cache = Cache(model, idx.size(0), min(idx.size(1) + max_new_tokens, block_size), task_ids)
     for _ in range(max_new_tokens):

@@ -107,9 +107,9 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    targets (default: lm_loss). should_stop(): asked before every step; True saves the run and ends it there. Under
-    torchrun every process must give the same answer. With config.out, every evaluation writes last.pt and metrics.csv
-    there.
+    targets (default: lm_loss). should_stop(): asked before every step; True saves the run and ends it there, as run()
+    does after Ctrl-C. Under torchrun every process must give the same answer. With config.out, every evaluation writes
+    last.pt and metrics.csv there.
 
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
@@ -144,7 +144,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        if due and step not in [row["step"] for row in history]:  # a resumed run may have this evaluation already
+        already_done = len(history) > 0 and history[-1]["step"] == step  # by the run that is resumed
+        if due and not already_done:
             seconds = max(time.time() - started, 1e-9)
             row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else math.nan}
             row["val_loss"] = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
@@ -194,7 +195,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         # fetch the next batch, while a GPU is still busy with this one
         parts = get_batch(data["train"], step + 1, config, device)
 
-        # the step
+        # the step; .item() waits for a GPU, so only now look whether loss and gradient are finite
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise FloatingPointError(f"loss {loss:g}, gradient {norm:g} at step {step}: try a smaller --lr")
         for group in optimizer.param_groups:
@@ -277,6 +278,9 @@ def progress(row, steps, steps_per_second):
 
 
 # --- a run's folder: last.pt, all that a resumed run needs, and metrics.csv, the history ---
+#
+# A run is resumed only if last.pt has its checksums, this run's settings, base and training data, a step that the run
+# has, finite values of every trained tensor, and AdamW's finite state of each after as many steps
 
 COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")
 
@@ -352,7 +356,8 @@ class RunFolder:
         """Put back AdamW's state of every trained tensor, once it is checked. Rates and betas are ours."""
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if states.keys() != (set(range(len(params))) if step > 0 else set()):
+        expected = set(range(len(params))) if step > 0 else set()  # AdamW has no state before its first step
+        if states.keys() != expected:
             raise ValueError(f"its optimizer has {len(states)} states after {step} steps, for {len(params)} tensors")
         for i, state in states.items():
             if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or float(state["step"]) != step:
@@ -415,7 +420,9 @@ def parse(argv):
 
 
 def default_lr(model):
-    """The peak learning rate of vectors: the paper's, or what the small bundled base needs."""
+    """The peak learning rate: of vectors the paper's, or what the small bundled base needs; of all weights 0.001."""
+    if model.lm_head.weight.requires_grad:
+        return 0.001
     small = isinstance(model, GPT) and sum(p.numel() for p in model.parameters()) < 10**7
     return 0.1 if small else 0.003
 
@@ -447,27 +454,28 @@ def build(args):
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag(name)} goes with --base scratch: {args.base} has its own")
         model = common.load(args.base, dtype=None)
-    stored = common.stored_dtype(model) if args.method == "ia3" else torch.float32
-    device, args.dtype = common.pick_device(args.device, args.dtype or "auto", stored)
+    if args.method == "full" and (args.ia3 is not None or args.sites is not None):
+        raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
+    if args.ia3 is not None and args.sites is not None:
+        raise ValueError("--sites goes without --ia3: the file has its own")
     if args.block_size is None:
         args.block_size = min(model.config.block_size, 256)
     check_bounds("block_size", args.block_size, 1, model.config.block_size)
     data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
 
     if args.method == "full":
-        if args.ia3 is not None or args.sites is not None:
-            raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
-        args.lr = 0.001 if args.lr is None else args.lr
-        return model.to(device, torch.float32), data  # under autocast if --dtype is bfloat16
-    if args.ia3 is None:
-        vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
-    elif args.sites is None:
-        vectors = IA3.load(args.ia3, model)
+        device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
+        model.to(device, torch.float32)  # under autocast if --dtype is bfloat16
     else:
-        raise ValueError("--sites goes without --ia3: the file has its own")
-    args.lr = default_lr(model) if args.lr is None else args.lr
-    model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
-    attach(model, vectors)  # float32
+        if args.ia3 is not None:
+            vectors = IA3.load(args.ia3, model)
+        else:
+            vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
+        device, args.dtype = common.pick_device(args.device, args.dtype or "auto", common.stored_dtype(model))
+        model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
+        attach(model, vectors)  # float32
+    if args.lr is None:
+        args.lr = default_lr(model)
     return model, data
 
 
@@ -479,8 +487,10 @@ def prepare_folder(args):
         raise ValueError(f"--out {args.out!r} does not name a folder of its own")
     names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt", "run.json")
     there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
-    if there and not (args.resume and "last.pt" in there):
-        raise ValueError(f"{args.out} holds a run: --resume continues it; otherwise remove it or choose another --out")
+    can_resume = "last.pt" in there
+    if there and not (args.resume and can_resume):
+        way = "--resume continues it; otherwise " if can_resume else ""
+        raise ValueError(f"{args.out} holds a run: {way}remove it or choose another --out")
     inputs = [args.base, *datasets.find(args.data).values()]
     if args.ia3 is not None:
         inputs.append(args.ia3)
@@ -526,7 +536,7 @@ def run(argv):
         stop.set()
         signal.signal(signal.SIGINT, usual)
 
-    if world == 1:
+    if world == 1:  # of several processes each would stop at a step of its own
         signal.signal(signal.SIGINT, on_interrupt)
     try:
         history = train(model, data, config, should_stop=stop.is_set)

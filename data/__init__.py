@@ -174,7 +174,7 @@ class Stream:
         return self._cut(dice.integers(0, len(self.tokens) - self.block_size, batch_size))
 
     def data_hash(self):
-        """Tells these windows from others, so that no run is resumed on changed data."""
+        """Tells these windows from others, so that no run is resumed on other training data."""
         digest = hashlib.sha256(f"{self.tokens.dtype} {self.block_size}".encode())
         digest.update(self.tokens)
         return digest.hexdigest()

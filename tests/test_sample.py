@@ -112,3 +112,10 @@ def test_weights_stored_by_columns_are_the_same_model(make_model):
     assert all(torch.equal(t.float(), before[name]) for name, t in model.state_dict().items())
     assert fingerprint(model) == base
     assert (model(idx)[0] - expected).abs().max() <= 1e-12  # sums in another order, in float64
+
+
+def test_a_compiled_model_writes_what_the_model_inside_it_writes(make_model):
+    model = make_model()
+    compiled = torch.compile(model, backend="eager")
+    idx = torch.tensor([[65, 66]])
+    assert torch.equal(sample.generate(compiled, idx, 5, temperature=0), sample.generate(model, idx, 5, temperature=0))
