@@ -280,8 +280,8 @@ def fingerprint(model):
 
     IA3.load, attach and merge refuse vectors of another base. Merging changes the weights, so the same vectors cannot
     be merged twice. Hashed are the config without dropout and block_size (n_head, for one, changes the function and no
-    shape), and the name, shape and values of every weight, a tied head once. Values are rounded to bfloat16: a base has one
-    fingerprint in float32 and in bfloat16, and two bases that differ only below bfloat16's precision share theirs.
+    shape), and the name, shape and values of every weight, a tied head once. Values are rounded to bfloat16, so a base
+    has the same fingerprint in float32; two bases that differ only below bfloat16's precision share theirs.
     """
     model = unwrap(model)
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}

@@ -81,7 +81,7 @@ EXERCISES = [
         "stack_tasks",
         5,
         "Stack tasks and mix them in a batch",
-        [("ia3.py", "stack"), ("ia3.py", "row", "task_ids is not None")],
+        [("ia3.py", "stack"), ("ia3.py", "layer_vector", "task_ids is not None")],
     ),
     Exercise(
         "train",
