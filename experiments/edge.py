@@ -3,7 +3,7 @@
     python -m tools.convert smollm2 && python -m pip install -r requirements-edge.txt
     python -m experiments.edge --out experiments/results/edge     # minutes, on a quiet machine
 
-One row, two threads: 32 tokens are read and 128 written, greedily. Every contestant is a process of its own, so that
+One row, one thread: 32 tokens are read and 128 written, greedily. Every contestant is a process of its own, so that
 its peak memory is its own, too: Python, the library and the weights. They take turns, and a ratio is taken round by
 round. llama.cpp's Q4_1 is the published file; merged is the same with vectors folded in (tools/convert.py's to-gguf);
 Q8_0 and F16 are made of it here. The other two read the same weights,
@@ -110,12 +110,22 @@ def measure(folder, rounds):
             process.kill()
 
 
+def rows_of(times, peaks):
+    """results.csv's rows without what all share, of measure's two dicts."""
+    rows = []
+    for name, took in times.items():
+        row = {"contestant": name, "seconds": statistics.median(took), "peak_bytes": peaks[name]}
+        row |= lab.ratio("over_theirs", took, times[THEIRS])
+        rows.append(row | lab.ratio("over_base", took, times[BASE]))
+    return rows
+
+
 def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
     rows = lab.read_csv(folder / "results.csv", COLUMNS)
     first = rows[0]
     theirs = next(row for row in rows if row["contestant"] == THEIRS)
-    about = f"{first['hardware']}, {THREADS} threads, {first['versions']}, {first['date']}; one row, {READ} tokens read"
+    about = f"{first['hardware']}, {THREADS} thread, {first['versions']}, {first['date']}; one row, {READ} tokens read"
     about += f" and {WRITTEN} written; medians (quartiles) of {first['rounds']} rounds. Other programs took turns with"
     about += f" these: {first['load']:.1f} processes were running, on the average of the last minutes."
     head = ["contestant", "tokens a second", "speed over transformers'", "peak memory, MB", "of transformers'"]
@@ -149,13 +159,8 @@ def run(argv):
         shared["hardware"] = lab.device_name(torch.device("cpu")).partition(",")[0]
         shared["date"] = datetime.date.today().isoformat()
         shared["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "xllamacpp"))
-        rows = []
-        for name, took in times.items():
-            row = {"contestant": name, "seconds": statistics.median(took), "peak_bytes": peaks[name]}
-            for column, other in (("over_theirs", THEIRS), ("over_base", BASE)):
-                row[column], row[f"{column}_low"], row[f"{column}_high"] = lab.ratio(took, times[other])
-            row |= shared
-            rows.append({column: row[column] for column in COLUMNS})
+        rows = [row | shared for row in rows_of(times, peaks)]
+        rows = [{column: row[column] for column in COLUMNS} for row in rows]
         lab.write_csv(args.out / "results.csv", rows)
     text = tables(args.out)
     lab.save_text(text, args.out / "table.md")

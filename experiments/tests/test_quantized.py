@@ -1,4 +1,4 @@
-"""quantized.py's ways to fold, on a tiny Llama; and the committed table made again."""
+"""quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import make_ia3, make_idx, make_llama
-from experiments import lab, quantized
+from experiments import edge, lab, quantized
 from tools.gguf_llama import dequantize
 
 
@@ -73,6 +73,15 @@ def test_answers_are_read_at_the_end_of_each_prompt(model):
         assert quantized.answers(row[None], [(prompt, choices, 0)]).item() == best
 
 
-def test_the_committed_table_is_made_of_the_committed_results():
-    table = (lab.RESULTS / "quantized/table.md").read_text(encoding="utf-8")
-    assert quantized.tables(lab.RESULTS / "quantized") + "\n" == table
+@pytest.mark.parametrize("room, folder", [(quantized, "quantized"), (edge, "edge")])
+def test_the_committed_table_is_made_of_the_committed_results(room, folder):
+    table = (lab.RESULTS / folder / "table.md").read_text(encoding="utf-8")
+    assert room.tables(lab.RESULTS / folder) + "\n" == table
+
+
+def test_a_speed_is_taken_over_transformers_and_over_the_base_file_round_by_round():
+    times = {name: [4.0, 8.0] for name in edge.CONTESTANTS} | {edge.THEIRS: [8.0, 16.0], edge.BASE: [2.0, 4.0]}
+    rows = edge.rows_of(times, dict.fromkeys(times, 10**8))
+    assert [row["over_theirs"] for row in rows] == [1.0, 0.5, 0.5, 0.5, 0.25, 0.5]
+    assert rows[-1]["over_base"] == rows[-1]["over_base_low"] == rows[-1]["over_base_high"] == 2.0
+    assert {*rows[0]} <= {*edge.COLUMNS}
