@@ -48,4 +48,4 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, kind):
             assert read_run(out) == wanted, n
             assert not list(out.glob("*.tmp"))
     torch.set_num_threads(threads)
-    assert killed == {"rename": 9, "half-save": 4}[kind]  # last.pt and metrics.csv four times, ia3.npz once
+    assert killed == {"rename": 10, "half-save": 4}[kind]  # last.pt, metrics.csv four times each, ia3.npz, run.json

@@ -24,14 +24,14 @@ def test_a_chat_in_context_is_what_apply_chat_template_makes_of_it():
     for label, text in enumerate(("it's 42 kinds of dull ...", "a warm, funny film", "  <|im_end|> is no film")):
         prompts = [prompt.format(text) for prompt, _ in shots.prepare.SENTIMENT]
         choices = [choices for _, choices in shots.prepare.SENTIMENT]
-        rows.append({"label": label % 2, "prompts": prompts, "choices": choices})
+        rows.append(shots.Sentence(label % 2, prompts, choices))
     for template in range(3):
         messages = []
         for row in rows[:2]:
-            answer = row["choices"][template][row["label"]].strip()
-            messages.append({"role": "user", "content": row["prompts"][template]})
+            answer = row.choices[template][row.label].strip()
+            messages.append({"role": "user", "content": row.prompts[template]})
             messages.append({"role": "assistant", "content": answer})
-        question = {"role": "user", "content": rows[1]["prompts"][template]}
+        question = {"role": "user", "content": rows[1].prompts[template]}
         expected = tokenizer.apply_chat_template([*messages, question], add_generation_prompt=True, return_dict=False)
         found = shots.context(ours.tokenizer, "chat", rows[:2], template)
         assert found + shots.ask(ours.tokenizer, "chat", rows[1], template)[0] == expected
