@@ -79,7 +79,7 @@ class LayerCache:
 def store_by_columns(model):
     """Lay the weights of all linear maps out in memory column by column: the same values, shapes and names.
 
-    A CPU multiplies one token's activations by them faster so (experiments/results/generation).
+    A CPU multiplies one token's activations by them faster so.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -30,16 +30,19 @@ from tools import bpe, convert, files, hf_gpt2
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working directory with base.pt, hf/, ia3.npz and adapter/, all of one random tiny GPT."""
-    monkeypatch.chdir(tmp_path)
-    model = make_gpt()
+def write_all(model):
     common.save(model, "base.pt")
     convert.to_hf(model, "hf")
     vectors = make_ia3(model)
     vectors.save("ia3.npz")
     convert.to_peft(vectors, "adapter", "base.pt")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with base.pt, hf/, ia3.npz and adapter/, all of one random tiny GPT."""
+    monkeypatch.chdir(tmp_path)
+    write_all(make_gpt())
     return tmp_path
 
 
@@ -393,12 +396,7 @@ def test_ctrl_c_is_one_line_and_130(folder, capsys, monkeypatch):
 def llama(tmp_path, monkeypatch):
     """A working directory with hf/, a folder of a random tiny LLaMA, base.pt of it, ia3.npz and adapter/."""
     monkeypatch.chdir(tmp_path)
-    model = make_llama_with_bpe()
-    common.save(model, "base.pt")
-    convert.to_hf(model, "hf")
-    vectors = make_ia3(model)
-    vectors.save("ia3.npz")
-    convert.to_peft(vectors, "adapter", "base.pt")
+    write_all(make_llama_with_bpe())
     return tmp_path
 
 
