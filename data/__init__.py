@@ -35,13 +35,14 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+PATTERNS = (GPT2, SMOLLM2, LLAMA3)  # and none of a file's own: some regular expressions never end on a short text
 
 
 class Tokenizer:
     """Text to token ids and back, by tiktoken, which is imported where the first text is read.
 
-    about: what a checkpoint holds of it: 'bytes', 'gpt2', or a byte-level BPE as plain data: {'pattern': the regular
-    expression that cuts a text into pieces, 'ranks': {bytes: id}, 'special_tokens': {text: id}}; lower ids are merged
+    about: what a checkpoint holds of it: 'bytes', 'gpt2', or a byte-level BPE as plain data: {'pattern': one of
+    PATTERNS, which cuts a text into pieces, 'ranks': {bytes: id}, 'special_tokens': {text: id}}; lower ids are merged
     first. vocab_size: the model's; ids beyond the tokenizer's own are padding, and stand for no text. Raises ValueError
     for a name that is not known, and for ids that do not fit the vocabulary.
     """
@@ -139,8 +140,8 @@ def check_bpe(about, vocab_size):
     if about.keys() != set(BPE):
         raise ValueError(f"a tokenizer of its own has {', '.join(BPE)}, not {', '.join(map(str, about))}")
     pattern, ranks, special = [about[name] for name in BPE]
-    if not isinstance(pattern, str):
-        raise ValueError("a tokenizer's pattern must be text")
+    if pattern not in PATTERNS:
+        raise ValueError("a tokenizer's pattern must be GPT-2's, SmolLM2's or Llama 3's, letter by letter")
     for name, tokens, kind in (("ranks", ranks, bytes), ("special_tokens", special, str)):
         if not isinstance(tokens, dict) or not all(isinstance(token, kind) and token for token in tokens):
             raise ValueError(f"a tokenizer's {name} must be a dict of {kind.__name__} and their ids")

@@ -171,12 +171,7 @@ def name_of(step):
 
 
 def write_tokenizer(about, folder):
-    """Write about, as data.Tokenizer has it, as tokenizer.json, and tokenizer_config.json, which AutoTokenizer wants.
-
-    Raises ValueError for a pattern that is none of PRE_TOKENIZERS'.
-    """
-    if about["pattern"] not in PRE_TOKENIZERS:
-        raise ValueError(f"the tokenizer's pattern {about['pattern']} has no counterpart in tokenizer.json")
+    """Write data.Tokenizer's about as tokenizer.json, and tokenizer_config.json, which AutoTokenizer needs."""
     ranks, special = about["ranks"], about["special_tokens"]
     merges = []
     for token in sorted(ranks, key=ranks.get):
