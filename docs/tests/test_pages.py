@@ -201,8 +201,8 @@ def test_a_generated_block_is_what_its_command_writes(page, command, text):
 
 
 @pytest.mark.parametrize("page", ["README.md", "experiments/results/claims.md"])
-def test_a_decimal_number_beside_a_link_to_a_table_stands_there(page):
-    """In a list's item or a table's row, a number is one of the pages that it links."""
+def test_a_number_beside_a_link_to_a_table_stands_there(page):
+    """In a list's item or a table's row, a number with a point or a comma is one of the pages that it links."""
     lines = re.sub(r"\n {2,}", " ", read(page)).splitlines()  # an item's later lines are indented
     n_checked = 0
     for line in lines:
@@ -211,7 +211,7 @@ def test_a_decimal_number_beside_a_link_to_a_table_stands_there(page):
             continue
         linked = "".join(((ROOT / page).parent / target).read_text(encoding="utf-8") for target in targets)
         prose = re.sub(r"\]\([^()]*\)", "", line)
-        for figure in re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", prose):
+        for figure in re.findall(r"(?<![\d.,])(?:\d+\.\d+|\d+,\d{3})(?![\d.])", prose):
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", linked), f"{figure}: {line}"
             n_checked += 1
     assert n_checked >= 3
