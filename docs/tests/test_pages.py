@@ -4,7 +4,6 @@ No test looks for a sentence, so every sentence may be reworded.
 """
 
 import ast
-import importlib.util
 import os
 import re
 import shlex
@@ -124,8 +123,6 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path
     for i, (language, code) in enumerate(blocks):
         if language != "python":
             continue
-        if "import adapters" in code and importlib.util.find_spec("adapters") is None:
-            continue  # AdapterHub needs an older transformers, so an environment of its own
         exec(compile(code, f"{page}, block {i}", "exec"), session)
         printed = capsys.readouterr().out
         if i + 1 < len(blocks) and blocks[i + 1][0] == "text":
