@@ -399,9 +399,11 @@ def run(argv):
         return 0
     lab.open_folder(out, about)
     settings = {"base": args.base, "data": args.data, "device": args.device}
-    lab.make_runs(jobs, partial(measure, settings), Result, out, workers)
+    done = lab.make_runs(jobs, partial(measure, settings), Result, out, workers)
     text = tables(out)
     lab.save_text(text, out / "table.md")
+    arguments = vars(args) | axes | {"reference": about["reference"], "seeds": seeds, "device": device, "dtype": dtype}
+    lab.write_run(out, "ablate.py", arguments, model.to(device), about["data_hash"], done)
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():
         path = out / f"{'-'.join(axes)}.png"

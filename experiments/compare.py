@@ -339,6 +339,8 @@ def run(argv):
         return lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers)
 
     middles = {name: middle_of(FIRST_RATE) for name in methods if name not in given}
+    chosen = {}  # {data: {method: its rate}}
+    done = {}
     for data in datas:
         rates = dict(given)
         if middles:
@@ -348,13 +350,16 @@ def run(argv):
         for seed in range(1, args.seeds + 1):
             jobs += [Job("test", data, name, rates[name], args.steps, seed) for name in methods]
         check_rates(jobs, results, out)
-        measure_jobs(jobs)
+        chosen[data] = rates
+        done |= measure_jobs(jobs)
     if not is_llama and args.methods is None and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         repeats = 2 if args.quick else REPEATS
         measured = costs.measure(settings.model, batch, settings.config(), methods, repeats)
         lab.write_csv(out / "costs.csv", [vars(cost) for cost in measured])
     text = compare_tables.write(out)
+    arguments = vars(args) | {"methods": methods, "lr": chosen, "device": device, "dtype": dtype}
+    lab.write_run(out, "compare.py", arguments, base.to(device), about["data_hash"], done)
     print(text)
     return 0
 

@@ -310,6 +310,11 @@ def cost_in(model, form, questions, examples, template):
 def make(runs, settings, folder, args):
     """Make the runs that folder lacks, for as long as the flags say, and print where it stands."""
     done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
+    model = common.load(settings.base).to(settings.device)
+    data_hash = {}
+    for task in sorted({run.task for run in runs}):
+        data_hash[task] = pairs_to_learn(model.tokenizer, read_task(settings.data, task, "train")).data_hash()
+    lab.write_run(folder, "fewshot.py", vars(args), model, data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:
         print(f"{n_left} runs of {len(set(runs))} are left: the same command goes on")

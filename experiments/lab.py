@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import data as datasets
 from disk import replace_file
 from train import autocast, evaluate, lm_loss
@@ -228,6 +229,15 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
         for process in multiprocessing.active_children():
             process.terminate()
     return {job: results[job] for job in jobs if job in results}
+
+
+def write_run(folder, script, arguments, model, data_hash, results):
+    """Write the run.json of a command's runs, as docs/authors.md describes it. results: {job: result}, make_runs'."""
+    path = folder / "run.json"
+    figures = {run_name(job): vars(result) for job, result in results.items()}
+    # a command that found its runs done says nothing new: what stands there names the machine that made them
+    if not path.exists() or json.loads(path.read_text())["figures"] != figures:
+        common.write_run(path, script, arguments, model, data_hash, figures)
 
 
 def write_runs(folder, results, arrays):

@@ -16,7 +16,7 @@ import common
 from conftest import make_gpt, write_run
 from experiments import ablate, lab
 from experiments.ablate import Job, Result
-from ia3 import attach
+from ia3 import attach, fingerprint
 from train import TrainConfig, evaluate, train
 
 REFERENCE = Job("k,v,ff", "all", 0.1, 4)
@@ -184,7 +184,7 @@ def test_an_ablation_is_train_pys_run_and_goes_on(folder, capsys):
     command = [*command.split(), "--depth", "0", "--seeds", "1"]
     assert ablate.main(command) == 0
     told = capsys.readouterr().out
-    names = ["about.json", "depth.png", "lr.png", "results.csv", "table.md", "windows.npz"]
+    names = ["about.json", "depth.png", "lr.png", "results.csv", "run.json", "table.md", "windows.npz"]
     assert sorted(path.name for path in out.iterdir()) == names
     table = (out / "table.md").read_text()
     assert table == ablate.tables(out) + "\n" and table in told and "| layer 0 | 96 |" in table
@@ -199,13 +199,18 @@ def test_an_ablation_is_train_pys_run_and_goes_on(folder, capsys):
     expected = evaluate(model, data["val"], config) * data["val"].n_tokens / data["val"].n_bytes
     capsys.readouterr()
     results, _ = lab.load_runs(out, Job, Result)
-    assert len(results) == 4 and results[REFERENCE._replace(seed=1)].loss == pytest.approx(expected, rel=1e-6)
+    loss = results[REFERENCE._replace(seed=1)].loss
+    assert len(results) == 4 and loss == pytest.approx(expected, rel=1e-6)
+    about = json.loads((out / "run.json").read_text())
+    assert about["arguments"]["depth"] == ["0"] and about["arguments"]["seeds"] == 1
+    assert about["fingerprint"] == fingerprint(model) and about["figures"]["k,v,ff_all_0.1_4_1"]["loss"] == loss
 
     lines = (out / "results.csv").read_text().splitlines(keepends=True)
     (out / "results.csv").write_text("".join(lines[:3] + lines[4:]))  # as if stopped before the third
     assert ablate.main(command) == 0
     assert capsys.readouterr().out.startswith("1 runs are left")
     assert lab.load_runs(out, Job, Result)[0] == results  # to the bit
+    assert json.loads((out / "run.json").read_text()) == about
     with open(folder / "text/val.txt", "a") as f:  # other data of the same name
         f.write("!")
     assert ablate.main(command) == 2

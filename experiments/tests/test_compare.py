@@ -87,6 +87,9 @@ def test_three_methods_one_of_them_searched_and_that_the_command_goes_on(texts, 
     results, _ = lab.load_runs(out, Job, Result)
     tests = {job: result for job, result in results.items() if job.stage == "test"}
     lr = {job.method: job.lr for job in tests}
+    about = json.loads((out / "run.json").read_text())
+    assert about["arguments"]["lr"]["a"].items() <= lr.items() and about["data_hash"].keys() == {"a", "b"}
+    assert about["figures"] == {lab.run_name(job): vars(result) for job, result in tests.items()}
     losses = compare_tables.mean_losses(results, "a", 2)["ia3"]
     assert lr == {"base": 0, "lora4": 0.01, "full": 1e-3, "ia3": min(losses, key=losses.get)}
     for name in ("beside.png", "curves.png", "rates.png"):
