@@ -1,18 +1,14 @@
 """What the scripts share and no reader needs first: checkpoints, devices, and how a mistake is reported."""
 
-import json
 import os
-import platform
-import subprocess
 import sys
 from dataclasses import asdict
 
-import numpy as np
 import torch
 
 from data import Tokenizer
 from disk import check_weight, is_out_of_memory, load_file, replace_file
-from ia3 import fingerprint, unwrap
+from ia3 import unwrap
 from model import GPT, GPTConfig
 
 if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which would ignore the vectors in silence
@@ -150,39 +146,6 @@ def cpu_multiplies_bfloat16():
         return False
     found = torch.cpu.get_capabilities()
     return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
-
-
-# --- what a run leaves beside its results ---
-
-
-def write_run(path, script, arguments, model, data_hash, figures):
-    """Write a run.json: what was run, on what, and what came out, as docs/authors.md describes it.
-
-    arguments, figures: dicts of plain values. data_hash: of the training data, or None. Raises OSError if it cannot be
-    written.
-    """
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    device = model.lm_head.weight.device
-    about = {
-        "script": script,
-        "arguments": arguments,
-        "fingerprint": fingerprint(model),
-        "data_hash": data_hash,
-        "figures": figures,
-        "commit": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "machine": {
-            "system": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "threads": torch.get_num_threads(),
-        },
-    }
-    with replace_file(path, text=True) as f:
-        json.dump(about, f, indent=1, default=str)
 
 
 # --- the end of every script ---

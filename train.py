@@ -11,7 +11,6 @@ of the seed, the step and the process, so a resumed run sees what an uninterrupt
 """
 
 import argparse
-import csv
 import math
 import os
 import shutil
@@ -19,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -28,8 +27,9 @@ import torch.distributed as dist
 import common
 import data as datasets
 import disk
-from ia3 import IA3, SITES, attach, fingerprint, unwrap
+from ia3 import IA3, SITES, attach, unwrap
 from model import GPT, GPTConfig
+from runs import RunFolder, write_run
 from sample import complete
 
 
@@ -136,6 +136,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     folder = RunFolder(config, model, data, trained, optimizer)
     if folder.holds_a_run():
         step, history, losses = folder.load()
+        if rank == 0:
+            folder.write_metrics(history)  # a kill may have come before the last row was written
 
     parts = get_batch(data["train"], step, config, device)
     step_at_start_of_interval = step
@@ -277,98 +279,6 @@ def progress(row, steps, steps_per_second):
     return line
 
 
-# --- a run's folder: last.pt, all that a resumed run needs, and metrics.csv, the history ---
-#
-# A run is resumed only if last.pt has its checksums, this run's settings, base and training data, a step that the run
-# has, finite values of every trained tensor, and AdamW's finite state of each after as many steps
-
-COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")
-
-
-class RunFolder:
-    """What train() keeps in config.out; nothing if that is None. Raises ValueError if another run is in the way."""
-
-    def __init__(self, config, model, data, trained, optimizer):
-        self.out = config.out
-        self.trained = trained
-        self.optimizer = optimizer
-        if self.out is None:
-            return
-        # a run is resumed only under the settings that it was started with, all but these two
-        self.settings = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
-        self.settings |= {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
-        if self.holds_a_run() and not config.resume:
-            raise ValueError(f"{self.out} holds a run: resume it, remove it, or choose another folder")
-
-    def holds_a_run(self):
-        return self.out is not None and os.path.exists(f"{self.out}/last.pt")
-
-    def save(self, step, history, losses):
-        if self.out is None:
-            return
-        state = {"step": step, "history": history, "losses": losses, "settings": self.settings}
-        state |= {"trained": self.trained, "optimizer": self.optimizer.state_dict()}
-        with disk.replace_file(f"{self.out}/last.pt") as f:
-            torch.save(state, f)
-        self.write_metrics(history)
-
-    def write_metrics(self, history):
-        with disk.replace_file(f"{self.out}/metrics.csv", text=True) as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            writer.writeheader()
-            writer.writerows(history)
-
-    def load(self):
-        """Put the trained values and the optimizer's state back. Returns step, history, losses.
-
-        Raises ValueError if last.pt is damaged, or another run's: other settings, base, data or sites.
-        """
-        path = f"{self.out}/last.pt"
-        state = disk.load_file(path)
-        try:
-            self.check_settings(state["settings"])
-            step = state["step"]
-            history = [{name: row[name] for name in COLUMNS} for row in state["history"]]
-            losses = [float(loss) for loss in state["losses"]]
-            if type(step) is not int or not 0 <= step <= self.settings["steps"] or not history:
-                raise ValueError(f"its step is {step}, of {self.settings['steps']}, after {len(history)} evaluations")
-            if state["trained"].keys() != self.trained.keys():
-                raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(self.trained)}")
-            for name, p in self.trained.items():
-                p.data.copy_(disk.check_weight(state["trained"][name], name, p.shape))
-            self.load_optimizer(state["optimizer"]["state"], step)
-        except Exception as e:  # a damaged or older file may lack anything
-            why = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-            raise ValueError(f"{path} cannot be resumed: {why[:200]}; remove the folder to start anew") from None
-        if ranks()[0] == 0:
-            self.write_metrics(history)  # a kill may have come before the last row was written
-        return step, history, losses
-
-    def check_settings(self, theirs):
-        for name, ours in self.settings.items():
-            if name == "steps" and theirs.get(name, ours) != ours:
-                way = "give its ia3.npz as --ia3, and a new --out, to train it further"
-                raise ValueError(f"it has {theirs[name]} steps, not {ours}: {way}")
-            if name not in theirs or theirs[name] != ours:
-                raise ValueError(f"it is another run's: its {name} is {theirs.get(name)}, not {ours}")
-
-    def load_optimizer(self, states, step):
-        """Put back AdamW's state of every trained tensor, once it is checked. Rates and betas are ours."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        expected = set(range(len(params))) if step > 0 else set()  # AdamW has no state before its first step
-        if states.keys() != expected:
-            raise ValueError(f"its optimizer has {len(states)} states after {step} steps, for {len(params)} tensors")
-        for i, state in states.items():
-            if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or float(state["step"]) != step:
-                raise ValueError(f"its optimizer's state {i} is not AdamW's after {step} steps")
-            for name in ("exp_avg", "exp_avg_sq"):
-                disk.check_weight(state[name], f"its optimizer's {name}", params[i].shape)
-            if (state["exp_avg_sq"] < 0).any():
-                raise ValueError("its optimizer's exp_avg_sq is negative")
-        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
 # --- the command line ---
 
 
@@ -385,30 +295,24 @@ def parse(argv):
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint, if it has one")
 
     add = parser.add_argument_group("AdamW").add_argument
-    add(
-        "--lr",
-        type=float,
-        help="peak rate (default: vectors 0.003, on a GPT below 10 M weights 0.1; all weights 0.001)",
-    )
-    add("--steps", type=int, default=200, help="how many (default: %(default)s)")
-    add("--schedule", default="cosine", choices=("cosine", "linear"), help="decay to zero (default: %(default)s)")
-    add("--warmup", type=float, default=0.06, help="share of the steps in which the rate rises (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.1, help="on weights, never on vectors (default: %(default)s)")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--lr", type=float, help="peak (default: vectors 0.003, on a GPT below 10 M weights 0.1; all weights 0.001)")
+    add("--steps", type=int, help="how many (default: %(default)s)")
+    add("--schedule", choices=("cosine", "linear"), help="decay to zero (default: %(default)s)")
+    add("--warmup", type=float, help="share of the steps in which the rate rises (default: %(default)s)")
+    add("--weight-decay", type=float, help="on weights, never on vectors (default: %(default)s)")
+    add("--grad-clip", type=float, help="largest gradient norm (default: %(default)s)")
 
     add = parser.add_argument_group("batches and evaluations").add_argument
-    add("--batch-size", type=int, default=16, help="windows or examples per step (default: %(default)s)")
-    add("--grad-accum", type=int, default=1, help="parts of a batch, one in memory at a time (default: %(default)s)")
+    add("--batch-size", type=int, help="windows or examples per step (default: %(default)s)")
+    add("--grad-accum", type=int, help="parts of a batch, one in memory at a time (default: %(default)s)")
     add("--block-size", type=int, help="of a window, in tokens (default: the model's, at most 256; scratch: 128)")
-    add("--eval-interval", type=int, default=20, help="steps from one to the next (default: %(default)s)")
-    add("--eval-windows", type=int, default=64, help="windows of val in each; all at the end (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of batches, dropout and a new model's weights (default: %(default)s)")
+    add("--eval-interval", type=int, help="steps from one to the next (default: %(default)s)")
+    add("--eval-windows", type=int, help="windows of val in each; all at the end (default: %(default)s)")
+    add("--seed", type=int, help="of batches, dropout and a new model's weights (default: %(default)s)")
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
-    add(
-        "--dtype", choices=("float32", "bfloat16"), help="of a frozen base, or of autocast (default: the device's best)"
-    )
+    add("--dtype", choices=("float32", "bfloat16"), help="of a frozen base or of autocast (default: the device's best)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on a GPU)")
 
     add = parser.add_argument_group("a new GPT, --base scratch").add_argument
@@ -416,6 +320,10 @@ def parse(argv):
     add("--n-head", type=int, help="heads (default: 6)")
     add("--n-embd", type=int, help="width (default: 192)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="what a token is (default: bytes)")
+
+    # the defaults are TrainConfig's, but for those that depend on the model, the machine or the data
+    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"lr": None, "dtype": None, "out": None}
+    parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
 
@@ -568,7 +476,7 @@ def report(args, model, data, loss, before, after):
         made = f"{args.out}/ckpt.pt"
         common.save(model, made)
     figures = {"val_loss": loss, "n_values": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    common.write_run(f"{args.out}/run.json", "train.py", vars(args), model, data_hash, figures)
+    write_run(f"{args.out}/run.json", "train.py", vars(args), model, data_hash, figures)
     bits = ""
     if val.n_bytes:
         bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits per byte"

@@ -107,7 +107,8 @@ EXERCISES = [
 
 # what a starter holds beside classroom/starter, the tests of its exercises and the handout: {there: here}
 FILES = {"gradient.py": "classroom/gradient.py", "llama.py": "llama.py"}
-for name in ("model.py", "ia3.py", "merge.py", "train.py", "sample.py", "common.py", "disk.py", "tools/plot.py"):
+SOURCES = "model.py ia3.py merge.py train.py runs.py sample.py common.py disk.py tools/plot.py"
+for name in SOURCES.split():
     FILES[name] = name
 for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/base.pt"):
     FILES[name] = name
