@@ -102,7 +102,7 @@ class RunFolder:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def write_run(path, script, arguments, model, data_hash, figures):
+def write_run_json(path, script, arguments, model, data_hash, figures):
     """Write a run.json: what was run, on what, and what came out, as docs/authors.md describes it.
 
     arguments, figures: dicts of plain values. data_hash: of the training data, or None. Raises OSError if it cannot be

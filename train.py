@@ -29,7 +29,7 @@ import data as datasets
 import disk
 from ia3 import IA3, SITES, attach, unwrap
 from model import GPT, GPTConfig
-from runs import RunFolder, write_run
+from runs import RunFolder, write_run_json
 from sample import complete
 
 
@@ -476,7 +476,7 @@ def report(args, model, data, loss, before, after):
         made = f"{args.out}/ckpt.pt"
         common.save(model, made)
     figures = {"val_loss": loss, "n_values": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    write_run(f"{args.out}/run.json", "train.py", vars(args), model, data_hash, figures)
+    write_run_json(f"{args.out}/run.json", "train.py", vars(args), model, data_hash, figures)
     bits = ""
     if val.n_bytes:
         bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits per byte"

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import data as datasets
 from disk import replace_file
+from runs import write_run_json
 from train import autocast, evaluate, lm_loss
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +237,7 @@ def write_run(folder, script, arguments, model, data_hash, results):
     figures = {run_name(job): vars(result) for job, result in results.items()}
     # a command that found its runs done says nothing new: what stands there names the machine that made them
     if not path.exists() or json.loads(path.read_text())["figures"] != figures:
-        common.write_run(path, script, arguments, model, data_hash, figures)
+        write_run_json(path, script, arguments, model, data_hash, figures)
 
 
 def write_runs(folder, results, arrays):

@@ -34,7 +34,7 @@ import data as datasets
 import disk
 from experiments import lab
 from ia3 import IA3, attach
-from runs import write_run
+from runs import write_run_json
 from sample import Cache
 from train import TrainConfig, default_lr, train
 
@@ -353,7 +353,7 @@ def run(argv):
             how = learn(model, splits, args, seed, folder)
             shares.append(predict(model, split, folder / table))
             figures = {"ranked": ranked, "n_items": len(split), "accuracy": shares[-1]}
-            write_run(folder / "run.json", "ranking.py", vars(args) | how, model, how["data_hash"], figures)
+            write_run_json(folder / "run.json", "ranking.py", vars(args) | how, model, how["data_hash"], figures)
             print(f"seed {seed}: {shares[-1]:.1%} of {ranked} right", flush=True)
 
     n = len(split)
