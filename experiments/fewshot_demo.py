@@ -60,7 +60,9 @@ def run(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("ia3.npz", "merged.pt", "fewshot.png"):
         disk.check_output(args.out / name, inputs=[args.base])
-    model = common.load(args.base)
+    model = common.load(args.base, dtype=None)
+    device, dtype = common.pick_device("cpu", stored=common.stored_dtype(model))
+    model.to(device, getattr(torch, dtype))  # bfloat16, as it was published, where the CPU multiplies it
     val = read_task(args.data, "movies", "val")
     rows = []
     for label in (0, 1):
@@ -74,7 +76,7 @@ def run(argv):
         print(f"{words:<28} {100 * share:5.1f} %   {takes}", flush=True)
         bars.append((words, takes, share))
 
-    print(f"{args.base}: {len(rows)} sentences of movie reviews, negative or positive", flush=True)
+    print(f"{args.base} in {dtype}: {len(rows)} sentences of movie reviews, negative or positive", flush=True)
     report("zero-shot", "no labels", share_right(model, rows))
     n_tokens = len(context(model.tokenizer, "plain", sixteen, PLACE))
     report("16 examples in context", f"{n_tokens:,} tokens before every question", share_right(model, rows, sixteen))
@@ -90,7 +92,7 @@ def run(argv):
         report(words, takes, share_right(model, rows))
 
     vectors.save(args.out / "ia3.npz")
-    merged = merge(model)
+    merged = merge(model.float())
     common.save(merged, args.out / "merged.pt")
     report("(IA)³ from 32, merged", "no added cost", share_right(merged, rows))
     idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0].prompts[PLACE])])
