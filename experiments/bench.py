@@ -1,4 +1,4 @@
-"""How fast and how heavy: a training step, a forward pass, a mixed batch, beside PEFT's on the same shapes.
+"""How fast and how heavy: a step, on text and on completions, a forward pass, a mixed batch, beside PEFT's.
 
     python -m experiments.bench                         # four shapes on a CPU, all six on a GPU; into out/bench
     python -m experiments.bench --shape base --repeats 9
@@ -13,6 +13,12 @@ A forward pass is the base's, the base's with vectors, and the merged model's. O
 batch is 16 short rows of 8 tokens: under one task, of several tasks at once (ia3.stack), and each task's rows by
 themselves, one after another. A CPU computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and
 full fine-tuning has float32 weights and autocast.
+
+A step on completions (a Llama's shape, on a CPU) has targets at the end of each row only: 8 rows of 57 tokens with 3
+targets each, as batches of data/sentiment/products/completions have on average. Ours applies the head to the positions
+with targets only; it is raced against the same with the head applied everywhere, and against PEFT's around
+transformers' Llama, which does the latter. Peak memory is that of a process of its own which does two such steps:
+Python, the libraries and the weights are counted.
 
 Clock. The contestants take turns, and every round gives a ratio: over the first of them (full fine-tuning; the base's
 forward; one task), and of our (IA)³ over the contestant, so that below 1 means that ours is faster. Medians, quartiles.
@@ -32,18 +38,22 @@ import argparse
 import datetime
 import gc
 import itertools
+import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 import common
 from experiments import lab
@@ -97,9 +107,12 @@ TRAINING = (
     "PEFT LoRA, gelu_new",
 )
 TRAINING_LLAMA = (FULL, OURS, AROUND_OURS, "PEFT (IA)³", "PEFT LoRA")
+HEAD_EVERYWHERE = "(IA)³, the head everywhere"
+COMPLETIONS = (HEAD_EVERYWHERE, OURS, "PEFT (IA)³")
+COMPLETION_ROWS, COMPLETION_TOKENS, COMPLETION_TARGETS = 8, 57, 3  # targets: in each row
 INFERENCE = (BASE, UNMERGED, MERGED)
 ONE_TASK = "one task"
-CONTESTS = ("training", "inference", "mixed")
+CONTESTS = ("training", "completions", "inference", "mixed")
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
 FLOORS = ("FLOPs: linear maps", "and attention", "clock over floor")  # columns
@@ -181,12 +194,19 @@ def their_gpt2(config, **more):
 
 
 def their_loss(model, x, y):
+    y = y.masked_fill(y < 0, -100)  # their mark of what is no target
     return model(input_ids=x, labels=y, shift_labels=y).loss
 
 
+def loss_by_all_logits(model, x, y):
+    """lm_loss, with the head applied to all positions, whether they have a target or not."""
+    logits, _ = model(x)  # (B, T, vocab_size)
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1)
+
+
 def build(name, config, device, dtype):
-    """Return a contestant of TRAINING, or TRAINING_LLAMA: its model, random weights and vectors of ones, and its
-    loss(model, x, y).
+    """Return a contestant of TRAINING, TRAINING_LLAMA or COMPLETIONS: its model, random weights and vectors of ones,
+    and its loss(model, x, y).
 
     A frozen base is stored in dtype; vectors, LoRA's matrices and what is trained in full are float32.
     """
@@ -197,10 +217,10 @@ def build(name, config, device, dtype):
     with torch.device(device):
         if name == FULL:
             return our_model(config), lm_loss
-        if name == OURS:
+        if name in (OURS, HEAD_EVERYWHERE):
             model = our_model(config).to(dtype)
             attach(model)
-            return model, lm_loss
+            return model, lm_loss if name == OURS else loss_by_all_logits
         peft, _ = their_packages()
         targets = {"target_modules": scaled, "feedforward_modules": hidden}
         if name == AROUND_OURS:
@@ -226,6 +246,34 @@ def make_batch(config, rows, device):
     dice = torch.Generator().manual_seed(0)
     idx = torch.randint(0, config.vocab_size, (rows, config.block_size + 1), generator=dice).to(device)
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+
+def make_completions(config, device):
+    """make_batch's for COMPLETIONS: the last COMPLETION_TARGETS positions of each row have targets, others -1."""
+    x, y = make_batch(config, COMPLETION_ROWS, device)
+    y[:, :-COMPLETION_TARGETS] = -1
+    return x, y
+
+
+def peak_of_process(name, config):
+    """The peak of this process's memory, in bytes, after two steps of one of COMPLETIONS on a CPU."""
+    batch = make_completions(config, torch.device("cpu"))
+    model, loss_fn = build(name, config, "cpu", torch.float32)
+    step = lab.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
+    step()
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def completers(config, batch, dtype):
+    """Return {name: Contestant} of COMPLETIONS. Each one's peak is measured in a process of its own."""
+    found = {}
+    spawn = multiprocessing.get_context("spawn")
+    for name in COMPLETIONS:
+        found |= trainer(name, config, batch, dtype, compiled=False)
+        with ProcessPoolExecutor(1, spawn) as process:
+            found[name].counts["peak_bytes"] = process.submit(peak_of_process, name, config).result()
+    return found
 
 
 def variants(name, model, compiled):
@@ -330,6 +378,12 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
         ours = OURS
         for name in TRAINING if isinstance(config, GPTConfig) else TRAINING_LLAMA:
             contestants |= trainer(name, config, batch, dtype, compiled)
+    elif what == "completions":
+        ours = OURS
+        n_rows, tokens = COMPLETION_ROWS, COMPLETION_TOKENS
+        config = SHAPES[shape](tokens)
+        batch = make_completions(config, device)
+        contestants = completers(config, batch, dtype)
     elif what == "inference":
         ours = UNMERGED
         for name in INFERENCE:
@@ -376,9 +430,10 @@ def read_rows(folder):
 def table(rows):
     """Markdown of one kind of contest, all shapes."""
     what = rows[0].what
-    gpu = rows[0].peak_bytes is not None
+    gpu = what in ("training", "inference") and rows[0].peak_bytes is not None
     head = {
         "training": ["", "time over full's", *FLOORS, "saved", "ours over it"],
+        "completions": ["", "time over the first's", "peak memory, MB", "over the first's", "ours over it, time"],
         "inference": ["", "time over the base's", *FLOORS],
         "mixed": ["", "time over one task's", "milliseconds"],
     }[what]
@@ -386,13 +441,16 @@ def table(rows):
         head += ["tokens/s", "peak GiB"]
     lines = []
     for row in rows:
-        if row.contestant in (FULL, BASE, ONE_TASK):  # the first of its shape
+        if row.contestant in (FULL, HEAD_EVERYWHERE, BASE, ONE_TASK):  # the first of its shape
             plain = row
             about = f"{row.n_layer} layers × {row.n_embd}, {row.rows} × {row.tokens} tokens"
             lines.append([f"**{row.shape}**: {about}", *[""] * (len(head) - 1)])
         cells = [row.contestant, lab.spread(row.over_plain, row.over_plain_low, row.over_plain_high)]
         if what == "mixed":
             cells.append(f"{1000 * row.seconds:.2f}")
+        elif what == "completions":
+            cells += [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / plain.peak_bytes:.2f}"]
+            cells.append(lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high))
         else:
             linear = row.linear_flops / plain.linear_flops
             floor = row.flops() / plain.flops()
@@ -453,6 +511,8 @@ def run(argv):
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     about["date"] = datetime.date.today().isoformat()
     for shape, what in itertools.product(shapes, CONTESTS):
+        if what == "completions" and (device.type != "cpu" or isinstance(SHAPES[shape](8), GPTConfig)):
+            continue
         rows = read_rows(args.out)
         if any((row.shape, row.what) == (shape, what) for row in rows):
             continue

@@ -4,13 +4,15 @@
     python -m experiments.generation --quick                                  # a small shape, to try it
 
 32 tokens are read and 256 written, greedily, in float32, by random weights in the shapes of GPT-2 124M and of
-SmolLM2-135M: one row at a time and eight. Contestants take turns; a ratio is taken round by round. To write a token
+SmolLM2-135M: one row at a time and eight. Ours run with weights as they are loaded and, as sample.py does on a CPU,
+with weights stored column by column. Contestants take turns; a ratio is taken round by round. To write a token
 every weight is read once, however few rows there are. So the floor is the bytes of the weights (an embedding that is
 only looked up left out) over the memory's bandwidth, measured by summing a tensor of 1 GiB before each shape; the
 fastest counts, since whatever else runs can only slow it. Needs requirements-dev.txt.
 """
 
 import argparse
+import copy
 import datetime
 import statistics
 import sys
@@ -25,7 +27,7 @@ from experiments import bench, lab
 from ia3 import attach
 from merge import merge
 from model import GPTConfig
-from sample import generate
+from sample import generate, store_by_columns
 
 SHAPES = {
     "GPT-2 124M": bench.SHAPES["124M"](1024),
@@ -34,6 +36,7 @@ SHAPES = {
 }
 READ, WRITTEN = 32, 256
 THEIRS, OURS, MERGED = "transformers", "nanoIA3, with vectors", "nanoIA3, merged"
+BY_COLUMNS = ", by columns"  # OURS and MERGED after sample.store_by_columns
 
 
 @dataclass
@@ -89,11 +92,12 @@ def measure(shape, n_rows, about):
     write = partial(
         theirs.generate, idx, attention_mask=torch.ones_like(idx), do_sample=False, pad_token_id=0, **length
     )
-    contestants = {
-        THEIRS: write,
-        OURS: partial(generate, model, idx, WRITTEN, temperature=0),
-        MERGED: partial(generate, merged, idx, WRITTEN, temperature=0),
-    }
+    contestants = {THEIRS: write}
+    for name, plain in ((OURS, model), (MERGED, merged)):
+        contestants[name] = partial(generate, plain, idx, WRITTEN, temperature=0)
+        stored = copy.deepcopy(plain)
+        store_by_columns(stored)
+        contestants[name + BY_COLUMNS] = partial(generate, stored, idx, WRITTEN, temperature=0)
     times = lab.interleave(contestants, about["rounds"], idx.device, warmup=1)
     found = []
     for name, took in times.items():

@@ -36,8 +36,10 @@ comes out is reported.
 import argparse
 import math
 import sys
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,11 +58,39 @@ WAYS = ("scales", "rows", "columns")
 K, RATE, STEPS, N_ITEMS = 32, 1e-2, 16, 24
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-JOB = {"task": str, "form": str, "seed": int}
-RUNS = JOB | {"unmerged_accuracy": float, "base_accuracy": float, "base_rms": float}  # base: without vectors
-for _way in WAYS:
-    RUNS |= {f"{_way}_{name}": float for name in ("accuracy", "same", "rms", "kl", "bytes")}
-RUNS |= {"size": int}
+
+
+class Job(NamedTuple):
+    """What is known of a run in advance."""
+
+    task: str
+    form: str  # of FORMATS, or 'float': not quantized
+    seed: int
+
+
+@dataclass
+class Result:
+    """What a run found. Of 'float' the base's columns, without vectors; of a format the ways' and the size."""
+
+    unmerged_accuracy: float
+    base_accuracy: float | None = None
+    base_rms: float | None = None
+    scales_accuracy: float | None = None
+    scales_same: float | None = None
+    scales_rms: float | None = None
+    scales_kl: float | None = None
+    scales_bytes: float | None = None
+    rows_accuracy: float | None = None
+    rows_same: float | None = None
+    rows_rms: float | None = None
+    rows_kl: float | None = None
+    rows_bytes: float | None = None
+    columns_accuracy: float | None = None
+    columns_same: float | None = None
+    columns_rms: float | None = None
+    columns_kl: float | None = None
+    columns_bytes: float | None = None
+    size: int | None = None  # bytes of the layers' matrices
 
 
 # --- weights in a format, and vectors folded into them ---
@@ -163,119 +193,127 @@ def learned(settings, task, seed):
     return vectors
 
 
-def measure(settings, task, form, seed):
-    """One run: 'float' learns the vectors and compares them with the base; a format compares the ways to fold them."""
-    torch.manual_seed(seed)
-    vectors = learned(settings, task, seed).requires_grad_(False)
+def measure(settings, job):
+    """One run: 'float' learns the vectors and compares them with the base; a format compares the ways to fold them.
+
+    Returns its Result, and where each answer is right: {'unmerged' or a way: (items,) bool}.
+    """
+    torch.manual_seed(job.seed)
+    vectors = learned(settings, job.task, job.seed).requires_grad_(False)
     model = floats(settings["gguf"])
-    rows = read_task(settings["data"], task, "test")[: settings["items"]]
+    rows = read_task(settings["data"], job.task, "test")[: settings["items"]]
     examples = [ask(model.tokenizer, "plain", row, 0) for row in rows]
     labels = torch.tensor([label for _, _, label in examples])
-    found = dict.fromkeys(name for name in RUNS if name not in JOB)
-    arrays = {}
 
-    def accuracy(name, logits):
-        arrays[name] = (answers(logits, examples) == labels).numpy()
-        found[f"{name}_accuracy"] = float(arrays[name].mean())
+    if job.form == "float":
+        model.ia3 = vectors
+        truth = answer_logits(model, examples)
+        model.ia3 = None
+        logits = answer_logits(model, examples)
+        found = {"unmerged": answers(truth, examples), "base": answers(logits, examples)}
+        right = {name: (chosen == labels).numpy() for name, chosen in found.items()}
+        rms, _ = distance(logits, truth)
+        return Result(float(right["unmerged"].mean()), float(right["base"].mean()), rms), right
 
-    if form == "float":
-        before = {}
-    else:
-        blocks = quantized(settings["gguf"], form)
-        before = {name: model.get_submodule(name).weight.data for name in blocks}
-        put(model, blocks)
+    blocks = quantized(settings["gguf"], job.form)
+    before = {name: model.get_submodule(name).weight.data for name in blocks}
+    put(model, blocks)
     model.ia3 = vectors
     truth = answer_logits(model, examples)
     model.ia3 = None
-    accuracy("unmerged", truth)
-    if form == "float":
-        logits = answer_logits(model, examples)
-        accuracy("base", logits)
-        found["base_rms"], _ = distance(logits, truth)
-        return found, arrays
-
+    expected = answers(truth, examples)
+    right = {"unmerged": (expected == labels).numpy()}
     n_bytes = sum(tensor.data.size for tensor in blocks.values())
-    found["size"] = n_bytes
+    result = Result(float(right["unmerged"].mean()), size=n_bytes)
     for way in WAYS:
-        changed = fold(blocks, vectors, form, way)
+        changed = fold(blocks, vectors, job.form, way)
         put(model, changed)
         logits = answer_logits(model, examples)
         put(model, {name: blocks[name] for name in changed})
-        accuracy(way, logits)
-        found[f"{way}_same"] = (answers(logits, examples) == answers(truth, examples)).double().mean().item()
-        found[f"{way}_rms"], found[f"{way}_kl"] = distance(logits, truth)
+        found = answers(logits, examples)
+        right[way] = (found == labels).numpy()
+        rms, kl = distance(logits, truth)
         differ = sum((tensor.data != blocks[name].data).sum() for name, tensor in changed.items())
-        found[f"{way}_bytes"] = float(differ / n_bytes)
+        columns = {
+            f"{way}_accuracy": float(right[way].mean()),
+            f"{way}_same": (found == expected).double().mean().item(),
+            f"{way}_rms": rms,
+            f"{way}_kl": kl,
+            f"{way}_bytes": float(differ / n_bytes),
+        }
+        vars(result).update(columns)
     for name, weight in before.items():
         model.get_submodule(name).weight.data = weight
-    return found, arrays
+    return result, right
 
 
 # --- tables and a picture ---
 
 
-def by_draw(rows, form, name):
-    """A column's mean over tasks in each draw that has them all, a list. rows: results.csv's."""
+def by_draw(results, form, name):
+    """A column's mean over tasks in each draw that has them all, a list. results: {Job: Result}."""
     draws = []
-    for seed in sorted({row["seed"] for row in rows}):
-        values = [row[name] for row in rows if row["form"] == form and row["seed"] == seed]
+    for seed in sorted({job.seed for job in results}):
+        values = [getattr(results[job], name) for job in results if (job.form, job.seed) == (form, seed)]
         if len(values) == len(TASKS):
             draws.append(float(np.mean(values)))
     return draws
 
 
 def tables(folder):
-    """Return Markdown, made of results.csv in folder alone."""
-    rows = lab.read_csv(folder / "results.csv", RUNS)
+    """Return Markdown, made of the files in folder alone."""
+    results, _ = lab.load_runs(folder, Job, Result)
     lines = []
     for form in FORMATS:
-        unmerged = by_draw(rows, form, "unmerged_accuracy")
-        for way in WAYS if unmerged else ():
-            of_way = {name: by_draw(rows, form, f"{way}_{name}") for name in ("accuracy", "same", "rms", "kl", "bytes")}
-            value, low, high = lab.student(100 * (np.array(of_way["accuracy"]) - unmerged))
-            cells = [f"{np.mean(of_way['rms']):.3f}", f"{np.mean(of_way['kl']):.1e}"]
-            cells += [f"{100 * np.mean(of_way['same']):.1f} %", f"{100 * np.mean(of_way['accuracy']):.1f}"]
-            cells += [lab.spread(value, low, high, "+.1f"), f"{100 * np.mean(of_way['bytes']):.1f} %"]
-            lines.append([form, way, *cells])
+        unmerged = by_draw(results, form, "unmerged_accuracy")
+        if not unmerged:  # not run yet
+            continue
+        for way in WAYS:
+            accuracy = by_draw(results, form, f"{way}_accuracy")
+            rms, kl, same, changed = [
+                np.mean(by_draw(results, form, f"{way}_{name}")) for name in ("rms", "kl", "same", "bytes")
+            ]
+            less = lab.spread(*lab.student(100 * (np.array(accuracy) - unmerged)), "+.1f")
+            cells = [f"{rms:.3f}", f"{kl:.1e}", f"{100 * same:.1f} %", f"{100 * np.mean(accuracy):.1f}"]
+            lines.append([form, way, *cells, less, f"{100 * changed:.1f} %"])
     head = ["format", "way", "rms Δlogit", "KL, nats", "same answer", "accuracy", "less unmerged (t, draws)", "bytes"]
-    pieces = [about(rows), lab.markdown(head, lines), "Accuracy in % by task, means of the draws:"]
+    pieces = [about(results), lab.markdown(head, lines), "Accuracy in % by task, means of the draws:"]
 
     lines = []
     for form in ("float", *FORMATS):
         for way in ("base", "unmerged", *WAYS):
             cells = []
             for task in TASKS:
-                name = f"{way}_accuracy"
-                values = [row[name] for row in rows if (row["task"], row["form"]) == (task, form)]
-                values = [100 * value for value in values if value is not None]
-                cells.append(f"{np.mean(values):.1f}" if values else "")
+                jobs = [job for job in results if (job.task, job.form) == (task, form)]
+                values = [getattr(results[job], f"{way}_accuracy") for job in jobs]
+                cells.append("" if None in values or not values else f"{100 * np.mean(values):.1f}")
             if any(cells):
                 lines.append([form, way, *cells])
     return "\n\n".join([*pieces, lab.markdown(["format", "way", *TASKS], lines)])
 
 
-def about(rows):
+def about(results):
     """The sentence above the tables."""
-    draws = len(by_draw(rows, FORMATS[-1], "scales_rms"))
-    accuracies = [f"{100 * np.mean(by_draw(rows, 'float', f'{name}_accuracy')):.1f}" for name in ("base", "unmerged")]
-    sizes = {row["form"]: f"{row['form']} {row['size'] / 1e6:.0f}" for row in rows if row["size"]}
+    draws = len(by_draw(results, FORMATS[-1], "scales_rms"))
+    base, unmerged = [100 * np.mean(by_draw(results, "float", f"{name}_accuracy")) for name in ("base", "unmerged")]
+    sizes = {job.form: f"{job.form} {result.size / 1e6:.0f}" for job, result in results.items() if result.size}
     return (
         f"Means of {len(TASKS)} tasks and {draws} draws, {N_ITEMS} questions each. In float32 the vectors move the "
-        f"logits by {np.mean(by_draw(rows, 'float', 'base_rms')):.2f} rms, and accuracy from {accuracies[0]} to "
-        f"{accuracies[1]} %. The layers' matrices take, in MB: {', '.join(sizes[form] for form in FORMATS)}."
+        f"logits by {np.mean(by_draw(results, 'float', 'base_rms')):.2f} rms, and accuracy from {base:.1f} to "
+        f"{unmerged:.1f} %. The layers' matrices take, in MB: {', '.join(sizes[form] for form in FORMATS)}."
     )
 
 
 def draw_picture(folder):
     """KL and accuracy by format, a line a way; the unmerged model's accuracy in gray."""
-    rows = lab.read_csv(folder / "results.csv", RUNS)
+    results, _ = lab.load_runs(folder, Job, Result)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     x = np.arange(len(FORMATS))
     for way, line in zip(WAYS, ("o-", "x--", "s-"), strict=True):
-        left.plot(x, [np.mean(by_draw(rows, form, f"{way}_kl")) for form in FORMATS], line, label=way)
-        accuracy = [100 * np.mean(by_draw(rows, form, f"{way}_accuracy")) for form in FORMATS]
+        left.plot(x, [np.mean(by_draw(results, form, f"{way}_kl")) for form in FORMATS], line, label=way)
+        accuracy = [100 * np.mean(by_draw(results, form, f"{way}_accuracy")) for form in FORMATS]
         right.plot(x, accuracy, line, label=way)
-    accuracy = [100 * np.mean(by_draw(rows, form, "unmerged_accuracy")) for form in FORMATS]
+    accuracy = [100 * np.mean(by_draw(results, form, "unmerged_accuracy")) for form in FORMATS]
     right.plot(x, accuracy, color="gray", ls=":", label="unmerged")
     left.set(yscale="log", ylabel="KL to the unmerged model (nats)")
     right.set(ylabel="accuracy (%)")
@@ -305,8 +343,8 @@ def run(argv):
             tasks, seeds = TASKS[:1], (0,)
         lab.open_folder(out, {"k": K, "lr": RATE, "steps": settings["steps"], "items": settings["items"]})
         for forms in (("float",), FORMATS):  # the vectors first
-            jobs = [{"task": task, "form": form, "seed": s} for s in seeds for form in forms for task in tasks]
-            lab.measure_all(jobs, partial(measure, settings), RUNS, out, args.workers, args.minutes)
+            jobs = [Job(task, form, seed) for seed in seeds for form in forms for task in tasks]
+            lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers, args.minutes)
     if args.quick:
         return 0
     text = tables(out)

@@ -4,7 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 class Here(ThreadPoolExecutor):
-    """Stands in for lab's ProcessPoolExecutor: runs are made in this process, one by one. test_lab starts real ones."""
+    """Stands in for the ProcessPoolExecutor of lab and bench: runs are made in this process, one by one.
 
-    def __init__(self, workers, context, initializer):
+    test_lab starts real ones.
+    """
+
+    def __init__(self, workers, context, initializer=None):
         super().__init__(1)

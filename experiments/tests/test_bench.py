@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from here import Here
 from torch import nn
 
 from conftest import make_gpt, make_ia3, make_idx
@@ -216,9 +217,34 @@ def test_ratios_point_where_the_table_says(tiny, monkeypatch):
 
 def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "tiny", lambda block_size: LLAMA_CONFIG)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
     found = [bench.measure("tiny", what, 2, CPU, torch.float32, False, ABOUT) for what in bench.CONTESTS]
     names = [row.contestant for rows in found for row in rows]
-    assert names[:8] == [*bench.TRAINING_LLAMA, *bench.INFERENCE] and len(names) == 13
+    assert names[:11] == [*bench.TRAINING_LLAMA, *bench.COMPLETIONS, *bench.INFERENCE] and len(names) == 16
+    everywhere, ours, _ = found[1]
+    # the head's input and logits (B, T, V) are kept where they are computed
+    assert everywhere.saved_bytes - ours.saved_bytes >= 4 * 8 * (TOKENS - bench.COMPLETION_TARGETS) * V
+    line = bench.table([replace(everywhere, peak_bytes=4 * 10**8), replace(ours, peak_bytes=3 * 10**8)]).splitlines()[
+        -1
+    ]
+    assert line.startswith("| (IA)³ | ") and " | 300 | 0.75 | 1.00 (1.00 to 1.00) |" in line
+
+
+@pytest.mark.parametrize("name", bench.COMPLETIONS)
+def test_where_the_head_is_applied_changes_no_loss_and_no_gradient(name):
+    batch = bench.make_completions(LLAMA_CONFIG, CPU)
+    base = bench.our_model(LLAMA_CONFIG).double()
+    attach(base)
+    model, loss_fn = make(name, torch.float64, base, LLAMA_CONFIG)
+    losses = loss_fn(model, *batch), lm_loss(base, *batch)
+    # loss_by_all_logits and transformers take the loss in float32
+    bound = 8 * 5 * 2**-24
+    assert abs(losses[0].item() - losses[1].item()) <= bound
+    for loss in losses:
+        loss.backward()
+    gradients = [p.grad for key, p in model.named_parameters() if p.requires_grad and ("l_v" in key or "v_proj" in key)]
+    found = torch.stack([grad.flatten() for grad in gradients]).flatten()
+    assert (found - base.ia3.l_v.grad.flatten()).abs().max() <= bound and found.abs().max() > 100 * bound
 
 
 def test_what_is_raced_is_what_its_name_says(batch):
@@ -323,7 +349,9 @@ def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "quick/table.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.endswith(table)
     rows = generation.read_rows(tmp_path / "quick")
-    names = (generation.THEIRS, generation.OURS, generation.MERGED)
+    names = [generation.THEIRS]
+    for name in (generation.OURS, generation.MERGED):
+        names += [name, name + generation.BY_COLUMNS]
     assert [(row.rows, row.contestant) for row in rows] == [(n, name) for n in (1, 8) for name in names]
     model = make_gpt()
     everything = sum(p.numel() for p in model.parameters())

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from here import Here
 
 import common
 from conftest import make_gpt
@@ -106,26 +107,24 @@ class Result:
 
 
 def half(job):
+    if job.name == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     return Result(job.seed / 2), {"nats": np.full(3, job.seed)}
 
 
-def die(job):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_runs_go_on_where_they_were_stopped(tmp_path, capsys):
+def test_runs_go_on_where_they_were_stopped(tmp_path, capsys, monkeypatch):
     jobs = [Job("x_y/z", seed) for seed in range(3)]
-    results = lab.make_runs(jobs[:2], half, Result, tmp_path, 1)
-    assert results == {job: Result(job.seed / 2) for job in jobs[:2]}
-    capsys.readouterr()
-    assert list(lab.make_runs([*jobs, jobs[0]], half, Result, tmp_path, 1)) == jobs
-    assert capsys.readouterr().out.startswith("1/1 ")
-    found, arrays = lab.load_runs(tmp_path, Job, Result)
-    assert found == {job: Result(job.seed / 2) for job in jobs}
-    assert all((lab.arrays_of(job, arrays, tmp_path)["nats"] == job.seed).all() for job in jobs)
     with pytest.raises(OSError, match="a worker was killed"):
-        lab.make_runs([*jobs, Job("z", 0)], die, Result, tmp_path, 1)
-    assert lab.load_runs(tmp_path, Job, Result)[0] == found
+        lab.make_runs([*jobs[:2], Job("die", 0)], half, Result, tmp_path, 1)  # in a real process, one after another
+    first = {job: Result(job.seed / 2) for job in jobs[:2]}
+    assert lab.load_runs(tmp_path, Job, Result)[0] == first
+    capsys.readouterr()
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
+    results = lab.make_runs([*jobs, jobs[0]], half, Result, tmp_path, 1)
+    assert list(results) == jobs and capsys.readouterr().out.startswith("1/1 ")
+    found, arrays = lab.load_runs(tmp_path, Job, Result)
+    assert found == results == first | {jobs[2]: Result(1.0)}
+    assert all((lab.arrays_of(job, arrays, tmp_path)["nats"] == job.seed).all() for job in jobs)
 
 
 def test_a_folder_takes_more_data_and_no_contradiction(tmp_path):
