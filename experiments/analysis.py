@@ -203,7 +203,10 @@ def memorize(base, job):
 
 
 def capacity(args):
-    lab.open_folder(args.out, {"fingerprint": fingerprint(common.load(args.base)), "quick": args.quick})
+    model = common.load(args.base)
+    if model.config.vocab_size <= ord("z") or model.config.block_size < 5:
+        raise ValueError(f"{args.base} is too small: a pair is five ids up to {ord('z')} to read, and one to predict")
+    lab.open_folder(args.out, {"fingerprint": fingerprint(model), "quick": args.quick})
     ns, steps = ((8, 16), 5) if args.quick else (NS, 1000)
     jobs = []
     for n in ns:
@@ -361,12 +364,13 @@ def run(argv):
     parser.add_argument("--quick", action="store_true", help="capacity, size: few and short runs; into OUT/quick")
     args = parser.parse_args(argv)
     if args.items < 2:
-        raise ValueError(f"items must be at least 2, not {args.items}")
+        raise ValueError(f"--items must be at least 2, not {args.items}")
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, not {args.workers}")
     if args.out is None:
         args.out = Path("out/analysis") / args.question
     if args.quick:
         args.out /= "quick"
-    args.out.mkdir(parents=True, exist_ok=True)
     {"heads": heads, "capacity": capacity, "size": size}[args.question](args)
     print((args.out / "table.md").read_text(encoding="utf-8"))
     return 0

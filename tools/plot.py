@@ -167,12 +167,14 @@ def run(argv):
     for folder in args.runs:
         if not (folder / "metrics.csv").is_file():
             raise FileNotFoundError(f"{folder} holds no metrics.csv: it is no run of train.py")
+    tasks = [folder / "ia3.npz" for folder in args.runs if (folder / "ia3.npz").is_file()]
+    for path in tasks:
+        read_vectors(path)  # refused, if it is damaged, before the first picture is written
     pictures = [args.runs[0] / "loss.png"]
     plot_losses(args.runs, pictures[0])
-    for folder in args.runs:
-        if (folder / "ia3.npz").is_file():
-            plot_vectors([folder / "ia3.npz"], folder / "vectors.png")
-            pictures.append(folder / "vectors.png")
+    for path in tasks:
+        pictures.append(path.with_name("vectors.png"))
+        plot_vectors([path], pictures[-1])
     print("\n".join(map(str, pictures)))
     return 0
 

@@ -132,6 +132,26 @@ def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
     assert "| l_k | 1.00 to 3.00 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("capacity --workers=-1", "workers must be"),
+        ("heads --items=1", "items must be"),
+        ("heads --base=nowhere.pt", "nowhere.pt"),
+        ("capacity --base=small.pt", "small.pt is too small"),
+        ("size --ia3=nowhere.npz", "nowhere.npz"),
+        ("size --data=nowhere", "nowhere"),
+    ],
+)
+def test_a_refusal_leaves_no_folder(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    common.save(make_gpt(vocab_size=99), "small.pt")
+    assert analysis.main([*flags.split(), "--out=new"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]
+
+
 def test_heads_wants_vectors_of_keys_and_of_values(tmp_path, capsys):
     model = make_gpt()
     common.save(model, tmp_path / "base.pt")
@@ -146,8 +166,6 @@ def test_the_size_of_the_bundled_vectors_in_small(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| int8 | 6,984 |" in text and "| 2 | 0.1 |" in text
     assert (tmp_path / "quick/size.png").stat().st_size > 1000
-    assert analysis.main(["size", "--quick", "--items=1", f"--out={tmp_path}"]) == 2
-    assert "items must be at least 2, not 1" in capsys.readouterr().err
     assert analysis.main(["size", "--quick", "--items=5", f"--out={tmp_path}"]) == 2
     assert "holds runs with items 4, not 5" in capsys.readouterr().err
     model = common.load(lab.BASE)

@@ -147,6 +147,8 @@ def test_what_cannot_be_drawn(folder, capsys):
     check(folder, capsys, "--tasks 1.npz --out 1.npz", "which this command reads")
     Path("1.npz").write_bytes(Path("1.npz").read_bytes()[:-100])
     check(folder, capsys, "--tasks 1.npz", "1.npz is no file of (IA)³ vectors")
+    Path("b/ia3.npz").write_bytes(Path("1.npz").read_bytes())
+    check(folder, capsys, "a b", "b/ia3.npz is no file of (IA)³ vectors")  # and no picture of a
 
 
 def check(folder, capsys, flags, message):
