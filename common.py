@@ -19,7 +19,7 @@ if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which wou
 TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
 
 
-# --- a checkpoint: nanoGPT's dict plus 'tokenizer' ---
+# --- a checkpoint: nanoGPT's dict plus 'tokenizer', 'bos', 'eos' and 'chat_template' ---
 
 
 def load(path, dtype=torch.float32):
@@ -41,7 +41,8 @@ def load(path, dtype=torch.float32):
         load_weights(model, weights)
         tokenizer = checkpoint.get("tokenizer", TOKENIZERS.get(model.config.vocab_size))
         if tokenizer is not None:
-            model.tokenizer = Tokenizer(tokenizer, model.config.vocab_size)
+            control = {name: checkpoint.get(name) for name in ("bos", "eos", "chat_template")}
+            model.tokenizer = Tokenizer(tokenizer, model.config.vocab_size, **control)
     except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, OverflowError) as e:
         why = str(e).splitlines()[-1].strip()  # torch's first line names the class, its last one the weight
         raise ValueError(f"{path} is not a checkpoint: {why[:200]}") from None
@@ -96,9 +97,13 @@ def save(model, path):
     """Write model's checkpoint, without its vectors: a base stays a base."""
     model = unwrap(model)
     weights = {name: t for name, t in model.state_dict().items() if not name.startswith("ia3.")}
-    tokenizer = None if model.tokenizer is None else model.tokenizer.about
+    checkpoint = {"model": weights, "model_args": asdict(model.config), "tokenizer": None}
+    tokenizer = model.tokenizer
+    if tokenizer is not None:
+        checkpoint |= {"tokenizer": tokenizer.about, "bos": tokenizer.bos, "eos": tokenizer.eos}
+        checkpoint["chat_template"] = tokenizer.chat_template
     with replace_file(path) as f:
-        torch.save({"model": weights, "model_args": asdict(model.config), "tokenizer": tokenizer}, f)
+        torch.save(checkpoint, f)
 
 
 # --- devices ---

@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 import textwrap
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 import torch
@@ -87,13 +87,15 @@ def store_by_columns(model):
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=None, generator=None):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=None, generator=None, end=()):
     """Continue idx (B, T) long by max_new_tokens, each drawn from the prediction of the last block_size tokens.
 
     temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: each row's
     task, where the vectors are stacked. The prompt is read once, then a token a step; past block_size every step moves
-    the window, so all of it is read again. Returns (B, T + max_new_tokens). Raises ValueError for an empty idx and for
-    numbers that make no sense, and, on a CPU, FloatingPointError for logits that are not finite.
+    the window, so all of it is read again. end: ids that end a text; writing stops early when every row has one, and
+    what stands behind a row's first is not part of its text. Returns (B, at most T + max_new_tokens). Raises ValueError
+    for an empty idx and for numbers that make no sense, and, on a CPU, FloatingPointError for logits that are not
+    finite.
     """
     if idx.numel() == 0:
         raise ValueError("idx is empty: there is nothing to go on from")
@@ -108,6 +110,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     model = unwrap(model)
     block_size = model.config.block_size
     cache = Cache(model, idx.size(0), min(idx.size(1) + max_new_tokens, block_size), task_ids)
+    n_prompt = idx.size(1)
     for _ in range(max_new_tokens):
         if idx.size(1) <= block_size:
             n_read = cache.start(model, task_ids)
@@ -125,19 +128,46 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
         else:
             new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
         idx = torch.cat((idx, new), dim=1)
+        if end and torch.isin(idx[:, n_prompt:], torch.tensor(end, device=idx.device)).any(dim=1).all():
+            break  # every row has ended
     return idx
 
 
 def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, task_ids=None):
-    """Return prompt (B, T) long and what model writes after it, as B strings; token ids where it has no tokenizer."""
+    """Return prompt (B, T) long and what model writes after it, as B strings; token ids where it has no tokenizer.
+
+    A text stops before the token that ends it.
+    """
     device = model.lm_head.weight.device
     dice = torch.Generator(device).manual_seed(seed)
     if task_ids is not None:
         task_ids = task_ids.to(device)
-    rows = generate(model, prompt.to(device), n_tokens, temperature, top_k, task_ids, dice).tolist()
+    end = [] if model.tokenizer is None else model.tokenizer.eos
+    rows = generate(model, prompt.to(device), n_tokens, temperature, top_k, task_ids, dice, end).tolist()
     if model.tokenizer is None:
         return [str(row) for row in rows]
-    return [model.tokenizer.decode(row) for row in rows]
+    n_prompt = prompt.size(1)
+    texts = []
+    for row in rows:
+        written = takewhile(lambda i: i not in end, row[n_prompt:])
+        texts.append(model.tokenizer.decode([*row[:n_prompt], *written]))
+    return texts
+
+
+def chat_turn(tokenizer, text):
+    """Return the ids of text as a user's turn in ChatML, up to where the answer begins. No system message is added.
+
+    Only the two markers are control tokens: what looks like one in text stays text. Raises ValueError for a base whose
+    chat template is not ChatML.
+    """
+    template = tokenizer.chat_template or ""
+    encoding = tokenizer.encoding
+    if "<|im_start|>" not in template or not {"<|im_start|>", "<|im_end|>"} <= encoding.special_tokens_set:
+        raise ValueError(f"--chat writes ChatML, but this base's chat template is {template[:60]!r}")
+    start = encoding.encode_single_token("<|im_start|>")
+    end = encoding.encode_single_token("<|im_end|>")
+    encode = tokenizer.encode_ordinary
+    return [start, *encode(f"user\n{text}"), end, *encode("\n"), start, *encode("assistant\n")]
 
 
 def task_name(path):
@@ -165,6 +195,7 @@ def run(argv):
     parser.add_argument("--base", default="data/base.pt", help="a checkpoint, merged or not (default: %(default)s)")
     parser.add_argument("--ia3", nargs="+", default=[], metavar="NPZ", help="vectors; several are sampled side by side")
     parser.add_argument("--prompt", default="\n", help="the text to go on from (default: an empty line)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model (SmolLM2)")
     parser.add_argument("--tokens", type=int, default=300, help="how many to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the k likeliest (default: %(default)s)")
@@ -183,7 +214,13 @@ def run(argv):
     if model.tokenizer is None:
         vocab_size = model.config.vocab_size
         raise ValueError(f"{args.base} names no tokenizer, and none is known for its vocabulary of {vocab_size}")
-    prompt = model.tokenizer.encode_ordinary(args.prompt)
+    if args.chat:
+        prompt = chat_turn(model.tokenizer, args.prompt)
+    else:
+        prompt = model.tokenizer.encode_ordinary(args.prompt)
+        for token in model.tokenizer.encoding.special_tokens_set:
+            if token in args.prompt:
+                print(f"sample.py: {token} in the prompt is read as text, not as a control token", file=sys.stderr)
     if not prompt:
         raise ValueError("the prompt is empty")
 

@@ -2,7 +2,8 @@
 
 A data folder holds one of, tried in this order:
 
-    train.jsonl  val.jsonl   one {"prompt": ..., "completion": ...} a line; only the completion's tokens carry loss
+    train.jsonl  val.jsonl   one {"prompt": ..., "completion": ...} a line; only the completion's tokens carry loss, and
+                             the token that ends a text follows them, if the tokenizer has one
     train.bin    val.bin     token ids, nanoGPT's format or llm.c's; memory-mapped, so they may be larger than memory
     train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
 
@@ -43,11 +44,13 @@ class Tokenizer:
 
     about: what a checkpoint holds of it: 'bytes', 'gpt2', or a byte-level BPE as plain data: {'pattern': one of
     PATTERNS, which cuts a text into pieces, 'ranks': {bytes: id}, 'special_tokens': {text: id}}; lower ids are merged
-    first. vocab_size: the model's; ids beyond the tokenizer's own are padding, and stand for no text. Raises ValueError
-    for a name that is not known, and for ids that do not fit the vocabulary.
+    first. vocab_size: the model's; ids beyond the tokenizer's own are padding, and stand for no text. bos: the id that
+    begins a text, or None; eos: a list of the ids that end one; both named tokenizers have one id for both.
+    chat_template: Jinja text or None. Raises ValueError for a name that is not known, and for ids that do not fit the
+    vocabulary.
     """
 
-    def __init__(self, about, vocab_size):
+    def __init__(self, about, vocab_size, bos=None, eos=None, chat_template=None):
         if isinstance(about, dict):
             check_bpe(about, vocab_size)
             self.ids = {*about["ranks"].values(), *about["special_tokens"].values()}
@@ -55,9 +58,21 @@ class Tokenizer:
             if N_IDS[about] > vocab_size:
                 raise ValueError(f"tokenizer {about} has {N_IDS[about]} ids, but the vocabulary only {vocab_size}")
             self.ids = range(N_IDS[about])
+            bos = N_IDS[about] - 1
+            eos = [bos]
         else:
             raise ValueError(f"unknown tokenizer {str(about)[:40]!r}: there are {', '.join(N_IDS)}")
+        eos = eos or []
+        if bos is not None and bos not in self.ids:
+            raise ValueError(f"bos is {str(bos)[:40]}, which is not an id of the tokenizer")
+        if not isinstance(eos, list) or not set(eos).issubset(self.ids):
+            raise ValueError(f"eos is {str(eos)[:40]}, which is not a list of ids of the tokenizer")
+        if not isinstance(chat_template, str | None):
+            raise ValueError("a chat template must be text")
         self.about = about
+        self.bos = bos
+        self.eos = eos
+        self.chat_template = chat_template
 
     @cached_property
     def encoding(self):
@@ -145,9 +160,11 @@ def check_bpe(about, vocab_size):
     for name, tokens, kind in (("ranks", ranks, bytes), ("special_tokens", special, str)):
         if not isinstance(tokens, dict) or not all(isinstance(token, kind) and token for token in tokens):
             raise ValueError(f"a tokenizer's {name} must be a dict of {kind.__name__} and their ids")
+    for token, i in [*ranks.items(), *special.items()]:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            allowed = f"whole numbers from 0 to the vocabulary's {vocab_size - 1}"
+            raise ValueError(f"a tokenizer's ids must be {allowed}, but {token[:40]!r} has {str(i)[:40]}")
     ids = [*ranks.values(), *special.values()]
-    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise ValueError(f"a tokenizer's ids must be whole numbers from 0 to the vocabulary's {vocab_size - 1}")
     if len(set(ids)) < len(ids):
         raise ValueError("two of a tokenizer's tokens have the same id")
 
@@ -362,7 +379,8 @@ def read_jsonl(path, tokenizer, block_size):
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
         if len(completion) < (1 if prompt else 2):  # the very first token of a text has no prediction
-            raise ValueError(f"{where}: a completion wants a token, and behind an empty prompt two")
+            raise ValueError(f"{where}: a completion needs a token, and behind an empty prompt two")
+        completion += tokenizer.eos[:1]  # so that what is trained learns to stop
         if len(prompt) + len(completion) - 1 > block_size:
             raise ValueError(f"{where}: {len(prompt) + len(completion)} tokens do not fit block_size {block_size}")
         examples.append((prompt, completion))

@@ -185,17 +185,18 @@ def examples(tmp_path):
 
 
 def test_an_example_may_fill_the_window(tmp_path):
-    """17 tokens are 16 inputs and 16 targets."""
-    write_jsonl(tmp_path / "val.jsonl", [{"prompt": "0123456789", "completion": "0123456"}])
+    """17 tokens, the end token among them, are 16 inputs and 16 targets."""
+    write_jsonl(tmp_path / "val.jsonl", [{"prompt": "0123456789", "completion": "012345"}])
     assert data.load(tmp_path, BYTES, 257, 16, ["val"])["val"].windows([0])[0].shape == (1, 16)
 
 
 def test_only_completions_carry_loss_and_rows_are_padded(examples):
     x, y = examples.windows([0, 1, 2])
-    assert x.shape == (3, 8)  # "long one!" less its last character
-    assert [bytes(row[row >= 0].tolist()).decode() for row in y] == ["cde", "y", "!"]  # nothing precedes the x of "xy"
-    assert bytes(x[0].tolist()) == b"abcd\0\0\0\0"
-    assert y[0].tolist() == [-1, *b"cde", -1, -1, -1, -1]
+    assert x.shape == (3, 9)  # "long one!"; its end token is a target only
+    # nothing precedes the x of "xy"
+    assert [row[row >= 0].tolist() for row in y] == [[*b"cde", 256], [*b"y", 256], [*b"!", 256]]
+    assert bytes(x[0].tolist()) == b"abcde\0\0\0\0"
+    assert y[0].tolist() == [-1, *b"cde", 256, -1, -1, -1, -1]
 
 
 def test_a_prompt_to_go_on_from_does_not_give_the_completion_away(examples):
@@ -204,7 +205,7 @@ def test_a_prompt_to_go_on_from_does_not_give_the_completion_away(examples):
     assert examples.prompt(64).tolist() == [[*b"x"]]
     stream = data.Stream(np.arange(20), 8)
     assert stream.prompt(5).tolist() == [[0, 1, 2, 3, 4]] and stream.prompt(64).size(1) == 20
-    assert examples.n_tokens == 5
+    assert examples.n_tokens == 8
 
 
 def test_the_hash_of_a_split_tells_it_from_others(examples):
@@ -222,7 +223,7 @@ def test_an_epoch_reads_every_example_once(examples):
     for epoch in range(4):
         first = sorted(row[0].item() for step in range(3) for row in examples.batch(0, 3 * epoch + step, 1)[0])
         assert first == sorted(b"axl")
-    assert examples.batch(0, 0, 7)[0].shape == (7, 8)  # a batch larger than the data
+    assert examples.batch(0, 0, 7)[0].shape == (7, 9)  # a batch larger than the data
     orders = {tuple(examples.batch(seed, 0, 3)[0][:, 0].tolist()) for seed in range(20)}
     assert len(orders) > 3  # of six
     epochs = {tuple(examples.batch(0, epoch, 3)[0][:, 0].tolist()) for epoch in range(20)}
@@ -293,12 +294,12 @@ def jsonl(line):
         (jsonl('{"prompt": "a"}'), BYTES, "train.jsonl line 3: wants"),
         (jsonl('{"prompt": "a", "completion": 7}'), BYTES, "train.jsonl line 3: wants"),
         (jsonl('["a", "b"]'), BYTES, "train.jsonl line 3: wants"),
-        (jsonl('{"prompt": "a", "completion": ""}'), BYTES, "train.jsonl line 3: a completion wants a token"),
-        (jsonl('{"prompt": "0123456789", "completion": "01234567"}'), BYTES, "line 3: 18 tokens do not fit"),
+        (jsonl('{"prompt": "a", "completion": ""}'), BYTES, "train.jsonl line 3"),
+        (jsonl('{"prompt": "0123456789", "completion": "01234567"}'), BYTES, "line 3: 19 tokens do not fit"),
         (jsonl("\xff"), BYTES, "train.jsonl line 3: not JSON"),
         (jsonl("[" * 100_000), BYTES, "train.jsonl line 3: not JSON"),
         (jsonl('{"prompt": "a", "choices": ["b", "c"], "answer": 0}'), BYTES, "line 3: choices to rank: python -m exp"),
-        (jsonl('{"prompt": "", "completion": "b"}'), BYTES, "train.jsonl line 3: a completion wants a token"),
+        (jsonl('{"prompt": "", "completion": "b"}'), BYTES, "train.jsonl line 3"),
         (raw("jsonl", b"\n"), BYTES, "holds no examples"),
     ],
 )
@@ -400,7 +401,8 @@ def test_prompt_targets_carry_no_loss_but_the_prompt_counts(tmp_path):
     split = read_instructions(tmp_path, INSTRUCTIONS)
     x, y = split.windows([0])
     n_prompt = len(INSTRUCTIONS[0]["prompt"])
-    assert (y[0, : n_prompt - 1] == -1).all() and bytes(y[0, n_prompt - 1 :].tolist()).decode() == "I haue seene it."
+    assert (y[0, : n_prompt - 1] == -1).all() and bytes(y[0, n_prompt - 1 : -1].tolist()) == b"I haue seene it."
+    assert y[0, -1] == 256  # what ends a text is learned, too
     loss = model(x, y)[1]
     log_p = model(x)[0].log_softmax(-1)[0, n_prompt - 1 :]
     assert torch.allclose(loss, -log_p.gather(1, y[0, n_prompt - 1 :, None]).mean(), rtol=1e-12)
@@ -435,11 +437,21 @@ def small_bpe():
 
 def test_a_checkpoint_holds_its_tokenizer_whole(tmp_path):
     model = make_llama()
-    model.tokenizer = Tokenizer(small_bpe(), 257)
+    model.tokenizer = Tokenizer(small_bpe(), 257, bos=97, eos=[256, 98], chat_template="{{ x }}")
     common.save(model, tmp_path / "a.pt")
     again = common.load(tmp_path / "a.pt").tokenizer
+    assert (again.bos, again.eos, again.chat_template) == (97, [256, 98], "{{ x }}")
     assert again.about == small_bpe() and again.decode([200, 256, 255]) == "ab<end>"
     assert again.encode_ordinary("ab a") == model.tokenizer.encode_ordinary("ab a") != []
+
+
+def test_ends_that_are_not_a_tokenizers_are_refused():
+    for control in ({"bos": 300}, {"eos": [97, 5]}, {"eos": 256}, {"chat_template": 7}):
+        with pytest.raises(ValueError, match=r"bos|eos|template"):
+            Tokenizer(small_bpe(), 257, **control)
+    for about, end in (("bytes", 256), ("gpt2", 50256)):
+        named = Tokenizer(about, 50257)
+        assert (named.bos, named.eos) == (end, [end])
 
 
 @pytest.mark.parametrize(

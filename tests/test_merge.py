@@ -336,7 +336,7 @@ def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch
     assert main(flags) == 0
     assert main([*flags, "--data", f"{folder}/examples"]) == 0
     assert main([*flags, "--block-size", "8"]) == 0
-    assert seen == [[32, 9], [1, 3], [8, 8, 8, 8, 8, 1]]
+    assert seen == [[32, 9], [2, 4], [8, 8, 8, 8, 8, 1]]  # with the end token, which is a target only
 
 
 def test_the_command_line_reads_windows_from_all_over_val(tmp_path, monkeypatch, capsys):

@@ -5,9 +5,10 @@ import torch
 
 import common
 import sample
-from conftest import make_gpt, make_ia3, write_run
-from data import Tokenizer
+from conftest import make_gpt, make_ia3, make_idx, make_llama, write_run
+from data import GPT2, Tokenizer
 from ia3 import IA3, attach, fingerprint, stack
+from sample import generate
 
 
 @pytest.fixture
@@ -119,3 +120,41 @@ def test_a_compiled_model_writes_what_the_model_inside_it_writes(make_model):
     compiled = torch.compile(model, backend="eager")
     idx = torch.tensor([[65, 66]])
     assert torch.equal(sample.generate(compiled, idx, 5, temperature=0), sample.generate(model, idx, 5, temperature=0))
+
+
+def test_writing_stops_when_every_row_has_ended_and_a_text_stops_before_its_end(make_model):
+    model = make_model()
+    idx = make_idx(model, rows=2)[:, :3]
+    whole = generate(model, idx, 12, temperature=0)
+    ends = [whole[0, 5].item(), whole[1, 9].item()]  # each row's own, and maybe the other's earlier
+    found = generate(model, idx, 12, temperature=0, end=ends)
+    stops = []
+    for row in whole.tolist():
+        stops.append(next(i for i in range(3, 15) if row[i] in ends))
+    assert torch.equal(found, whole[:, : max(stops) + 1]) and found.size(1) < whole.size(1)
+    model.tokenizer.eos = ends
+    texts = [model.tokenizer.decode(row[:stop].tolist()) for row, stop in zip(whole, stops, strict=True)]
+    assert sample.complete(model, idx, 12, temperature=0) == texts
+
+
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ... }}{% endfor %}"
+
+
+def test_a_users_text_never_becomes_a_control_token_and_a_chat_has_just_three(tmp_path, capsys):
+    model = make_llama(vocab_size=280, block_size=64)
+    ranks = {bytes([i]): i + 2 for i in range(256)}
+    about = {"pattern": GPT2, "ranks": ranks, "special_tokens": {"<|im_start|>": 0, "<|im_end|>": 1}}
+    model.tokenizer = Tokenizer(about, 280, eos=[1], chat_template=CHATML)
+    ids = sample.chat_turn(model.tokenizer, "<|im_end|>x")
+    assert [ids.index(0), ids.count(0), ids.count(1)] == [0, 2, 1]
+    assert model.tokenizer.decode(ids) == "<|im_start|>user\n<|im_end|>x<|im_end|>\n<|im_start|>assistant\n"
+    common.save(model, tmp_path / "chat.pt")
+    flags = f"--base {tmp_path}/chat.pt --tokens 1 --device cpu --prompt"
+    assert sample.main([*flags.split(), "a <|im_end|>"]) == 0
+    assert capsys.readouterr().err.count("<|im_end|>") == 1  # a warning
+    assert sample.main([*flags.split(), "a", "--chat"]) == 0
+    assert not capsys.readouterr().err
+    model.tokenizer = Tokenizer(about, 280, eos=[1], chat_template="<|start_header_id|>")
+    common.save(model, tmp_path / "chat.pt")
+    assert sample.main([*flags.split(), "a", "--chat"]) == 2
+    assert "<|start_header_id|>" in capsys.readouterr().err

@@ -7,6 +7,7 @@ that is a token as it is. That is the same where, and only where, the merges say
 """
 
 import json
+import os
 from itertools import pairwise
 
 from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
@@ -117,19 +118,77 @@ def halves(token, ranks):
 # --- tokenizer.json ---
 
 
-def read_tokenizer(path, vocab_size):
-    """Read a tokenizer.json of the byte-level BPE kind. Returns a data.Tokenizer.
+def is_tokenizers(name):
+    """Whether a file of this name in a folder says that its model has a tokenizer of its own."""
+    return name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"))
 
-    What it adds to a text around it (its post_processor, such as a token that begins every text) is left out. Raises
-    OSError where there is no such file and ValueError, with the name of it, for what data.Tokenizer does not do.
+
+def read_folder(folder, vocab_size, config):
+    """Read the tokenizer of a Hugging Face folder, tokenizer.json or GPT-2's vocab.json and merges.txt.
+
+    config: config.json's object, which may say what begins and ends a text. Returns a data.Tokenizer, or None where
+    none of these files is there. What tokenizer.json adds around a text (its post_processor) is left out. Raises
+    ValueError, with the file's name, for what data.Tokenizer does not do.
     """
-    about = read_json(path)
+    path = f"{folder}/tokenizer.json"
+    if not os.path.isfile(path):
+        path = f"{folder}/vocab.json"
+    if not os.path.isfile(path):
+        return None
     try:
-        return Tokenizer(tokenizer(about), vocab_size)
+        settings = read_if_there(f"{folder}/tokenizer_config.json")
+        if path.endswith("vocab.json"):
+            about = from_vocab(read_json(path), folder, settings)
+        else:
+            about = tokenizer(read_json(path))
+        config = config | read_if_there(f"{folder}/generation_config.json")
+        return Tokenizer(about, vocab_size, **control_tokens(about, config, settings, folder))
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        way_out = "without the file, the model comes in without this tokenizer"
+        way_out = "renamed to end in .off, it is passed over, and the model reads .bin data only"
         raise ValueError(f"{path}: {why}; {way_out}") from None
+
+
+def read_if_there(path):
+    return read_json(path) if os.path.isfile(path) else {}
+
+
+def from_vocab(vocabulary, folder, settings):
+    """What data.Tokenizer takes, from GPT-2's two files. settings: tokenizer_config.json's object.
+
+    A token of several letters that no merge makes never comes about in a text, so it is a special one.
+    """
+    kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
+    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast") or settings.get("add_prefix_space"):
+        raise ValueError(f"a {kind} cuts a text in a way that is not known here without a tokenizer.json")
+    with open(f"{folder}/merges.txt", encoding="utf-8") as f:
+        merges = [line.split(" ") for line in f.read().split("\n") if line and not line.startswith("#version")]
+    made = {a + b for a, b in merges}
+    special = {token: i for token, i in vocabulary.items() if len(token) > 1 and token not in made}
+    return byte_level(GPT2, vocabulary, merges, special | read_if_there(f"{folder}/added_tokens.json"))
+
+
+def control_tokens(about, config, settings, folder):
+    """Return bos, eos and chat_template as data.Tokenizer takes them; the tokenizer's own end comes first.
+
+    config: config.json's object with generation_config.json's over it; settings: tokenizer_config.json's. An id that
+    the tokenizer does not have is left out: a config of another vocabulary's defaults may name it.
+    """
+    known = {*about["ranks"].values(), *about["special_tokens"].values()}
+    found = {}
+    for name in ("bos", "eos"):
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        ids = config.get(f"{name}_token_id")
+        ids = [about["special_tokens"].get(token), *(ids if isinstance(ids, list) else [ids])]
+        found[name] = [i for i in dict.fromkeys(ids) if i in known]
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if os.path.isfile(f"{folder}/chat_template.jinja"):
+        with open(f"{folder}/chat_template.jinja", encoding="utf-8") as f:
+            template = f.read()
+    return {"bos": found["bos"][0] if found["bos"] else None, "eos": found["eos"], "chat_template": template}
 
 
 def tokenizer(about):
@@ -137,8 +196,13 @@ def tokenizer(about):
     model = about["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"a tokenizer of type {model['type']!r} is not known here, only byte-level 'BPE'")
-    for key in ("byte_fallback", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(key):
+    if model.get("byte_fallback"):
+        raise ValueError(
+            "byte_fallback is True: this is a sentencepiece tokenizer, and only byte-level BPE is known here"
+        )
+    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        never_unknown = key == "unk_token" and ALPHABET.keys() <= model["vocab"].keys()
+        if model.get(key) and not never_unknown:
             raise ValueError(f"{key} is {model[key]!r}, and byte-level BPE has none")
     if about.get("normalizer") is not None:
         raise ValueError(f"the normalizer {name_of(about['normalizer'])} is not known here")
@@ -170,7 +234,7 @@ def name_of(step):
     return json.dumps(step, ensure_ascii=False)[:300]
 
 
-def write_tokenizer(about, folder):
+def write_tokenizer(about, folder, bos=None, eos=(), chat_template=None):
     """Write data.Tokenizer's about as tokenizer.json, and tokenizer_config.json, which AutoTokenizer needs."""
     ranks, special = about["ranks"], about["special_tokens"]
     merges = []
@@ -204,4 +268,11 @@ def write_tokenizer(about, folder):
         },
     }
     write_json(whole, f"{folder}/tokenizer.json")
-    write_json({"tokenizer_class": "PreTrainedTokenizerFast"}, f"{folder}/tokenizer_config.json")
+    texts = {i: text for text, i in special.items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": texts.get(bos),
+        "eos_token": texts.get(eos[0]) if eos else None,
+        "chat_template": chat_template,
+    }
+    write_json({key: value for key, value in settings.items() if value}, f"{folder}/tokenizer_config.json")

@@ -58,7 +58,8 @@ def from_hf(path):
     """Read a model in Hugging Face's layout: a folder, or a weights' file or index with its config.json beside it.
 
     Returns a GPT, in float32 and without dropout, or a Llama, in the dtype that is stored; on the CPU, in eval mode.
-    Its tokenizer is tokenizer.json's; without that file a GPT's is what its vocabulary's size tells, a Llama's None.
+    Its tokenizer is tokenizer.json's, or vocab.json's and merges.txt's; in a folder without any file of a tokenizer a
+    GPT's is guessed from its vocabulary's size, and a Llama's is None.
     Raises OSError for what is not there and ValueError for what is neither, or one that ours do not compute.
     """
     folder, files = hf_files(path)
@@ -71,9 +72,7 @@ def from_hf(path):
         config = hf_gpt2.gpt2_config(about) if kind == "gpt2" else hf_llama.llama_config(about)
     except (ValueError, TypeError, OverflowError) as e:
         raise ValueError(f"{config_path}: {e}") from None
-    tokenizer = None
-    if os.path.isfile(f"{folder}/tokenizer.json"):
-        tokenizer = bpe.read_tokenizer(f"{folder}/tokenizer.json", config.vocab_size)
+    tokenizer = bpe.read_folder(folder, config.vocab_size, about)
     try:
         if kind == "gpt2":
             model = hf_gpt2.gpt2(config, dict(each_tensor(files)))
@@ -81,8 +80,8 @@ def from_hf(path):
             model = hf_llama.llama(config, files)
     except (ValueError, TypeError, RuntimeError) as e:  # the latter two of sizes that no tensor can have
         raise ValueError(f"{', '.join(files)}: {str(e).splitlines()[0]}") from None
-    if tokenizer is not None:
-        model.tokenizer = tokenizer
+    if any(bpe.is_tokenizers(name) for name in os.listdir(folder)):
+        model.tokenizer = tokenizer  # no guess by the size of the vocabulary
     return model
 
 
@@ -102,14 +101,17 @@ def to_hf(model, folder):
                 f"{folder} holds another model's {name}, which would be opened instead of this one, or with it"
             )
     about, weights = hf_gpt2.describe(model) if isinstance(model, GPT) else hf_llama.describe(model)
-    end = None  # unknown
-    if model.tokenizer is not None and not own_bpe:
-        end = max(model.tokenizer.ids)  # the last id of either named tokenizer ends a text
+    tokenizer = model.tokenizer
+    if tokenizer is not None:
+        about["bos_token_id"] = tokenizer.bos
+        about["eos_token_id"] = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos or None
+    elif isinstance(model, GPT):
+        about |= {"bos_token_id": None, "eos_token_id": None}  # unknown; a LLaMA's defaults are sentencepiece's 1 and 2
     if own_bpe:
-        bpe.write_tokenizer(model.tokenizer.about, folder)
+        bpe.write_tokenizer(tokenizer.about, folder, tokenizer.bos, tokenizer.eos, tokenizer.chat_template)
     with disk.replace_file(f"{folder}/pytorch_model.bin") as f:
         torch.save(weights, f)
-    write_json(about | {"bos_token_id": end, "eos_token_id": end}, f"{folder}/config.json")
+    write_json(about, f"{folder}/config.json")
 
 
 # --- the command line ---
@@ -165,9 +167,12 @@ def run(argv):
 
     if args.command == "hf":
         folder, files = hf_files(args.source)
-        inputs = [args.source, *files, f"{folder}/config.json", f"{folder}/tokenizer.json"]
+        inputs = [args.source, *files, f"{folder}/config.json"]
+        inputs += [f"{folder}/{name}" for name in os.listdir(folder) if bpe.is_tokenizers(name)]
         disk.check_output(args.out, [*inputs, f"{folder}/model.safetensors.index.json"])
         save_checkpoint(from_hf(args.source), args.source, args.out)
+        if os.path.isfile(f"{folder}/tokenizer.model") and not os.path.isfile(f"{folder}/tokenizer.json"):
+            print("tokenizer.model is sentencepiece's, which is not read here")
 
     elif args.command == "gguf":
         disk.check_output(args.out, [args.source])

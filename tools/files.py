@@ -2,6 +2,9 @@
 
 import json
 import os
+from functools import reduce
+
+import torch
 
 import disk
 
@@ -33,6 +36,11 @@ def find(folder, *names):
 
 
 # --- tensors ---
+
+
+def widest_dtype(weights):
+    """The name of the widest dtype of {name: tensor}, for config.json: transformers casts all weights to it."""
+    return str(reduce(torch.promote_types, {t.dtype for t in weights.values()})).removeprefix("torch.")
 
 
 def import_safetensors():

@@ -201,7 +201,12 @@ def from_gguf(path):
     """
     model, about = read(path)
     try:
-        model.tokenizer = Tokenizer(tokenizer(about), model.config.vocab_size)
+        control = {
+            "bos": about.get("tokenizer.ggml.bos_token_id"),
+            "eos": [about["tokenizer.ggml.eos_token_id"]] if "tokenizer.ggml.eos_token_id" in about else [],
+            "chat_template": about.get("tokenizer.chat_template"),
+        }
+        model.tokenizer = Tokenizer(tokenizer(about), model.config.vocab_size, **control)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         print(f"{path}: without a tokenizer, since {why}", file=sys.stderr)

@@ -10,6 +10,7 @@ import common
 import disk
 from data import Tokenizer
 from model import GPT, GPTConfig
+from tools.files import plain_name, widest_dtype
 
 SIZES = {  # n_layer, n_head, n_embd of the four published GPT-2s (Radford et al. 2019, table 2)
     "gpt2": (12, 12, 768),
@@ -56,7 +57,8 @@ def gpt2(config, tensors):
 
     Raises ValueError with the first name, shape or dtype that is not GPT-2's, or that holds NaN or infinity.
     """
-    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items() if not name.endswith(MASKS)}
+    tensors = {plain_name(name).removeprefix("transformer."): t for name, t in tensors.items()}
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(MASKS)}
     if "lm_head.weight" not in tensors and "wte.weight" in tensors:
         tensors["lm_head.weight"] = tensors["wte.weight"]  # tied, so it need not be there
     model = common.empty_model(GPT, config, tensors)
@@ -103,5 +105,6 @@ def describe(model):
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
+        "torch_dtype": widest_dtype(weights),
     }
     return about, weights

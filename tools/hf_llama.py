@@ -1,13 +1,11 @@
 """LLaMA in Hugging Face's layout: what its config.json and weights say, in and out. transformers' names are ours."""
 
-from functools import reduce
-
 import torch
 
 import common
 import disk
 from llama import LLAMA3, Llama, LlamaConfig
-from tools.files import each_tensor, read_tensors
+from tools.files import each_tensor, plain_name, read_tensors, widest_dtype
 
 FREQUENCIES = ".rotary_emb.inv_freq"  # the rotation's speeds, kept as a weight by older versions
 
@@ -45,7 +43,7 @@ def llama_config(about):
     )
     computed = {  # key: the values that our Llama computes, LLaMA's default first
         "hidden_act": ("silu", "swish"),
-        "head_dim": (None, config.n_embd // config.n_head),
+        "head_dim": (config.n_embd // config.n_head, None),
         "partial_rotary_factor": (None, 1),
         "sliding_window": (None,),
         "use_sliding_window": (None, False),
@@ -69,7 +67,7 @@ def llama(config, files):
     names = []
     for path, given in files.items():
         names += given or list(read_tensors(path)[0])  # their tensors stay on the disk
-    names = [name for name in names if not name.endswith(FREQUENCIES)]
+    names = [full_name(name) for name in names if not name.endswith(FREQUENCIES)]
     model = common.empty_model(Llama, config, names)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     missing = [name for name in shapes if name not in names and not (config.tied and name == "lm_head.weight")]
@@ -80,6 +78,7 @@ def llama(config, files):
             raise ValueError(f"{name} is not LLaMA's")
     weights = {}
     for name, t in each_tensor(files):
+        name = full_name(name)
         if name in shapes:
             t = disk.check_weight(t, name, shapes[name])
             weights[name] = t.clone(memory_format=torch.contiguous_format)  # nothing stays on the disk
@@ -87,6 +86,12 @@ def llama(config, files):
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     common.load_weights(model, weights)
     return model.eval()
+
+
+def full_name(name):
+    """The name of a tensor in LlamaForCausalLM; LlamaModel's own, without a head, lack its first word."""
+    name = plain_name(name)
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def describe(model):
@@ -115,7 +120,6 @@ def describe(model):
         "tie_word_embeddings": config.tied,
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        # the widest there is, since transformers casts all weights to it
-        "torch_dtype": str(reduce(torch.promote_types, {t.dtype for t in weights.values()})).removeprefix("torch."),
+        "torch_dtype": widest_dtype(weights),
     }
     return about, weights

@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
 
@@ -167,6 +169,53 @@ def test_a_gpt2_with_a_tokenizer_of_its_own(folder):
     assert model.tokenizer.about == about and model.tokenizer.decode(model.tokenizer.encode_ordinary("the")) == "the"
     convert.to_hf(model, "again")
     assert convert.from_hf("again").tokenizer.about == about
+
+
+def test_a_gpt2s_own_vocab_and_merges_are_read_and_never_guessed(folder):
+    """As many ids as GPT-2's, another vocabulary. The ids and what ends a text are transformers'."""
+    convert.to_hf(make_gpt(vocab_size=50257), "own")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(["the King's 1623 the thee th"] * 9, vocab_size=290, special_tokens=["<|endoftext|>"])
+    theirs.save_model("own")
+    assert not Path("own/tokenizer.json").exists()
+    ours = convert.from_hf("own").tokenizer
+    for text in ("the King's  1623\n\nthee é", "<|endoftext|> the"):
+        cut = transformers.GPT2Tokenizer("own/vocab.json", "own/merges.txt", split_special_tokens=True)
+        assert ours.encode_ordinary(text) == cut.encode(text)
+    assert ours.about["special_tokens"] == {"<|endoftext|>": 0} and ours.decode([0]) == "<|endoftext|>"
+    os.rename("own/vocab.json", "own/vocab.json.off")
+    assert convert.from_hf("own").tokenizer is None
+
+
+def test_what_begins_and_ends_a_text_comes_in_and_goes_home(folder):
+    """transformers stops where ours does, and AutoTokenizer has the names and the chat template."""
+    model = make_llama_with_bpe()
+    convert.to_hf(model, "one")
+    change_json("one/config.json", bos_token_id=264, eos_token_id=[0, 20])
+    change_json("one/tokenizer_config.json", eos_token={"content": "<start>"})
+    Path("one/generation_config.json").write_text(json.dumps({"eos_token_id": [20, 0, 10**6]}))
+    Path("one/chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    read = convert.from_hf("one")
+    assert (read.tokenizer.bos, read.tokenizer.eos) == (264, [264, 20, 0])  # the tokenizer's own first, no id it lacks
+    convert.to_hf(read, "two")
+    auto = transformers.AutoTokenizer.from_pretrained("two")
+    assert (auto.bos_token_id, auto.eos_token_id) == (264, 264)
+    assert auto.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+    theirs = transformers.LlamaForCausalLM.from_pretrained("two", dtype=torch.float32)
+    assert theirs.generation_config.eos_token_id == [264, 20, 0]
+    again = convert.from_hf("two").tokenizer
+    assert (again.bos, again.eos, again.chat_template) == (264, [264, 20, 0], "{{ messages[0]['content'] }}!")
+    model.tokenizer = None
+    convert.to_hf(model, "unknown")  # transformers' defaults are sentencepiece's
+    assert transformers.LlamaConfig.from_pretrained("unknown").eos_token_id == 2
+
+
+def test_a_gpt2_of_mixed_dtypes_names_the_widest(folder):
+    model = make_gpt()
+    model.transformer.wte.weight.data = model.transformer.wte.weight.data.bfloat16()
+    convert.to_hf(model, "mixed")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained("mixed")
+    assert torch.equal(theirs.transformer.wpe.weight, model.transformer.wpe.weight)
 
 
 def test_a_vocabulary_that_tells_of_no_tokenizer(folder, capsys):
@@ -496,6 +545,21 @@ def test_a_single_safetensors_file_and_what_older_versions_stored(llama):
     assert convert.from_hf("hf").tokenizer is None
 
 
+def test_names_of_a_wrapped_model_and_of_one_without_a_head(llama):
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    for prefix, keep in (("module.", "model."), ("_orig_mod.", "model."), ("", "")):
+        renamed = {prefix + keep + name.removeprefix("model."): t for name, t in weights.items()}
+        torch.save(renamed, "hf/pytorch_model.bin")
+        assert is_same(convert.from_hf("hf"), make_llama_with_bpe())
+
+
+def test_an_unknown_token_where_every_byte_has_one(llama):
+    change_tokenizer("model.unk_token", "<unk>")
+    assert convert.from_hf("hf").tokenizer.encode_ordinary("the") == make_llama_with_bpe().tokenizer.encode_ordinary(
+        "the"
+    )
+
+
 def test_both_spellings_of_the_rotary_parameters(llama):
     about = json.loads(Path("hf/config.json").read_text())
     del about["rope_theta"], about["rope_scaling"]
@@ -542,7 +606,7 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: change_config(num_key_value_heads=None), "k_proj"),
         (lambda: change_config(hidden_size=2**70), "hf/pytorch_model.bin"),
         (lambda: change_config(hidden_size=2**40), "hf/pytorch_model.bin"),
-        (lambda: change_config(head_dim=8), "head_dim is 8, and this LLaMA has only None"),
+        (lambda: change_config(head_dim=8), "head_dim is 8, and this LLaMA has only 4"),
         (lambda: change_config(hidden_act="gelu"), "hidden_act is 'gelu', and this LLaMA has only 'silu'"),
         (lambda: change_config(sliding_window=4096), "sliding_window is 4096"),
         (lambda: change_config(use_sliding_window=True), "use_sliding_window is True"),
@@ -644,7 +708,7 @@ PLAIN_TOKEN = {"id": 0, "content": "<end>", "special": False}
         (lambda: change_tokenizer("model.type", "Unigram"), "a tokenizer of type 'Unigram'"),
         (lambda: change_tokenizer("model.type", "WordPiece"), "a tokenizer of type 'WordPiece'"),
         (lambda: change_tokenizer("model.byte_fallback", True), "byte_fallback is True"),
-        (lambda: change_tokenizer("model.unk_token", "<unk>"), "unk_token is '<unk>'"),
+        (lambda: (change_tokenizer("model.unk_token", "a"), change_vocab({"b": None})), "unk_token is 'a'"),
         (lambda: change_tokenizer("model.dropout", 0.1), "dropout is 0.1"),
         (lambda: change_tokenizer("model.end_of_word_suffix", "</w>"), "end_of_word_suffix is '</w>'"),
         (lambda: change_tokenizer("normalizer", {"type": "NFC"}), 'the normalizer {"type": "NFC"} is not known'),

@@ -116,12 +116,12 @@ def the_same_ids(theirs, ours):
 def test_a_tokenizer_json_comes_in_and_goes_out(tmp_path, pattern, alphabet):
     theirs = make_theirs(pattern, alphabet)
     theirs.save(f"{tmp_path}/tokenizer.json")
-    ours = bpe.read_tokenizer(f"{tmp_path}/tokenizer.json", 700)
+    ours = bpe.read_folder(tmp_path, 700, {})
     assert ours.about["pattern"] == pattern and ours.about["special_tokens"] == {"<end>": 0, "<start>": 1}
     assert bool(ours.missing) != alphabet
     the_same_ids(theirs, ours)
     bpe.write_tokenizer(ours.about, tmp_path)
-    assert bpe.read_tokenizer(f"{tmp_path}/tokenizer.json", 700).about == ours.about
+    assert bpe.read_folder(tmp_path, 700, {}).about == ours.about
     for back in (
         tokenizers.Tokenizer.from_file(f"{tmp_path}/tokenizer.json"),
         AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer,
@@ -141,12 +141,12 @@ def test_every_merge_that_makes_a_token_as_llama_3s_file_has_them(tmp_path):
     assert len(bpe.split(b" zounds", ranks)) > 2 and len(bpe.split(b"123", ranks)) == 2
     bpe.write_tokenizer(about, tmp_path)
     path = tmp_path / "tokenizer.json"
-    assert bpe.read_tokenizer(path, 710).about == about
+    assert bpe.read_folder(tmp_path, 710, {}).about == about
     whole = json.loads(path.read_text())
     merges = [(a, b) for token in sorted(ranks, key=ranks.get) for a, b in bpe.halves(token, ranks)]
     whole["model"]["merges"] = [f"{bpe.as_letters(a)} {bpe.as_letters(b)}" for a, b in merges]  # the older spelling
     path.write_text(json.dumps(whole))
-    ours = bpe.read_tokenizer(path, 710)
+    ours = bpe.read_folder(tmp_path, 710, {})
     assert ours.about == about
     theirs = tokenizers.Tokenizer.from_file(str(path))
     the_same_ids(theirs, ours)
@@ -155,7 +155,7 @@ def test_every_merge_that_makes_a_token_as_llama_3s_file_has_them(tmp_path):
     whole["model"]["ignore_merges"] = False
     path.write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="do not make the token b' zounds' as the ids do"):
-        bpe.read_tokenizer(path, 710)
+        bpe.read_folder(tmp_path, 710, {})
     other = tokenizers.Tokenizer.from_file(str(path))
     assert other.encode(" zounds").ids != ours.encode_ordinary(" zounds")  # so it is rightly refused
 
@@ -167,7 +167,7 @@ def test_merges_in_the_order_of_the_ids_are_not_enough(tmp_path):
     theirs.pre_tokenizer = pre_tokenizer(GPT2)
     theirs.save(f"{tmp_path}/tokenizer.json")
     with pytest.raises(ValueError, match="do not make the token b'abc' as the ids do"):
-        bpe.read_tokenizer(f"{tmp_path}/tokenizer.json", 6)
+        bpe.read_folder(tmp_path, 6, {})
     ranks = {token.encode(): i for token, i in vocab.items()}
     ours = Tokenizer({"pattern": GPT2, "ranks": ranks, "special_tokens": {}}, 6)
     assert (theirs.encode("abc").ids, ours.encode_ordinary("abc")) == ([3, 2], [5])
