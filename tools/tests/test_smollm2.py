@@ -10,11 +10,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import common
-from sample import generate
-from tools.convert import from_gguf
+from sample import chat_turn, generate
+from tools.convert import from_gguf, to_hf
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "data/smollm2.pt"
@@ -65,6 +65,23 @@ def test_greedy_text_is_theirs_token_for_token(theirs, ours):
             pad_token_id=0,
         )  # fmt: skip
         assert torch.equal(generate(ours, prompt, 40, temperature=0), expected), text
+
+
+@torch.no_grad()
+def test_an_answer_ends_itself_here_and_in_transformers(tmp_path, ours):
+    """What ends a text goes out with to-hf, so transformers stops where we do, without being asked to."""
+    to_hf(ours, tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompt = torch.tensor([chat_turn(ours.tokenizer, "What is the capital of France?")])
+    found = generate(ours, prompt, 40, temperature=0, end=ours.tokenizer.eos)
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)
+    assert torch.equal(found, expected)
+    assert found.size(1) < prompt.size(1) + 40
+    assert ours.tokenizer.decode(found[0].tolist()).endswith("Paris.<|im_end|>")
+    # behind the system message that the template begins with, the turn is chat_turn's
+    turn = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(turn, add_generation_prompt=True)
+    assert chat["input_ids"][-prompt.size(1) :] == prompt[0].tolist()
 
 
 def make_texts():
