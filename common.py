@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from data import Tokenizer
-from disk import check_weight, is_out_of_memory, load_file, replace_file
+from disk import check_size, check_weight, is_out_of_memory, load_file, replace_file
 from ia3 import unwrap
 from model import GPT, GPTConfig
 
@@ -33,6 +33,7 @@ def load(path, dtype=torch.float32):
         raise ValueError(f"{path} is no checkpoint of ours or nanoGPT's: python -m tools.convert reads other formats")
     try:
         weights = checkpoint_weights(checkpoint["model"])
+        check_size(weights, path)
         model = build_model(checkpoint["model_args"], weights)
         for name, empty in model.state_dict().items():
             if name in weights:  # if not, load_weights says so

@@ -31,6 +31,16 @@ def load_file(path):
     raise ValueError(f"{path} is damaged: {damaged[:80]} fails its checksum")
 
 
+def check_size(tensors, path):
+    """Raise ValueError if {name: tensor} would take over twice as much memory as the file at path: a tied head may.
+
+    In a file one number may be expanded to a matrix, and one matrix may have many names; once copied, they fill memory.
+    """
+    claimed = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, torch.Tensor))
+    if claimed > 2 * os.path.getsize(path):
+        raise ValueError(f"its tensors claim {claimed:,} bytes, and the file holds {os.path.getsize(path):,}")
+
+
 def check_weight(t, name, shape=None):
     """Return t. Raises ValueError, with its name, unless it is a plain tensor of finite floats, of shape if given."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,8 +50,6 @@ def check_weight(t, name, shape=None):
         raise ValueError(f"{name} is not a plain tensor of floats, but {t.dtype}, {t.layout} on {t.device}")
     if shape is not None and t.shape != shape:  # before its values are read: a small file may claim any shape
         raise ValueError(f"{name} has shape {tuple(t.shape)}, not {tuple(shape)}")
-    if t.numel() * t.element_size() > t.untyped_storage().nbytes():  # one number repeated fills memory when copied
-        raise ValueError(f"{name} claims {t.numel():,} values, more than the file holds")
     if not t.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinity")
     return t

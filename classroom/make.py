@@ -274,10 +274,7 @@ def add_variant(out, variant, for_grader=False):
     """Copy a variant's files over those of the starter in out.
 
     The variant is a folder laid out as a starter. Only a starter for the grader gets its private/, into grading/.
-    Raises ValueError where there is no such folder.
     """
-    if not variant.is_dir():
-        raise ValueError(f"{variant} is not a folder")
     for path in sorted(variant.rglob("*")):
         where = path.relative_to(variant)
         if path.is_dir() or (where.parts[0] == PRIVATE and not for_grader):
@@ -296,6 +293,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = args.out
     try:
+        if args.variant is not None and not args.variant.is_dir():
+            raise ValueError(f"{args.variant} is not a folder")
         make(out)
         if args.variant is not None:
             add_variant(out, args.variant, args.grader)

@@ -355,11 +355,11 @@ def prepare_texts(archive, out):
             print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="texts", choices=("texts", "sentiment"), help="(default: texts)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="instead of data/")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as tmp:
             if args.what == "sentiment":

@@ -68,7 +68,6 @@ def rewrite(source, kind, path):
 
 def prepare(source, vectors, folder):
     """Make every contestant's file in folder, where it is not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "merged.gguf").exists():
         return
     model = from_gguf(source)

@@ -107,7 +107,6 @@ def run(argv):
     args = parser.parse_args(argv)
     if args.items < 1:
         raise ValueError(f"items must be at least 1, not {args.items}")
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = serve(args)
     lab.write_csv(args.out / "results.csv", rows)
     lab.save_text(table(rows, args), args.out / "table.md")

@@ -406,12 +406,16 @@ def test_a_plain_tensor_of_finite_floats_passes():
             disk.check_weight(t / 0, "t")
 
 
-def test_a_small_tensor_that_claims_to_be_large_is_refused(tmp_path):
-    """One number, expanded, is a few bytes in a file and gigabytes in memory."""
-    model = make_gpt()
-    weights = model.state_dict() | {"transformer.wpe.weight": torch.ones(1).expand(16, 16)}
+@pytest.mark.parametrize("kind", ["expanded", "shared"])
+def test_a_small_file_that_claims_to_be_large_is_refused(tmp_path, kind):
+    """One number expanded to a matrix, and one matrix under many names, are small in a file and large once copied."""
+    model = make_gpt(n_layer=12)
+    numbers = torch.ones(1) if kind == "expanded" else torch.ones(257 * 16)
+    weights = {}
+    for name, p in model.state_dict().items():
+        weights[name] = numbers.expand(p.shape) if kind == "expanded" else numbers[: p.numel()].view(p.shape)
     torch.save({"model": weights, "model_args": asdict(model.config)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"wpe\.weight claims 256 values, more than the file holds"):
+    with pytest.raises(ValueError, match=r"a\.pt is not a checkpoint: its tensors claim"):
         common.load(tmp_path / "a.pt")
 
 

@@ -60,6 +60,7 @@ def read_tensors(path):
         tensors = disk.load_file(path)
         if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
             raise ValueError(f"{path} holds no tensors by name")
+        disk.check_size(tensors, path)
         return tensors, {}
     safe_open = import_safetensors().safe_open
     try:

@@ -291,7 +291,7 @@ W = torch.ones(16, 16)
         ),
         (
             lambda: change_weights(wpe__weight=torch.ones(1).expand(10**6, 10**6)),
-            "wpe.weight has shape (1000000, 1000000)",
+            "its tensors claim 4,000,000",
         ),
         (lambda: change_weights(wpe__weight=NAN), "wpe.weight holds NaN or infinity"),
         (lambda: change_weights(wpe__weight=W.long()), "wpe.weight is not a plain tensor of floats, but torch.int64"),
@@ -345,7 +345,7 @@ def test_only_our_checkpoints_are_bases(folder, capsys):
         check(folder, capsys, "to-hf --base other.pt --out new", "tokenizer")
     checkpoint["model"]["transformer.wpe.weight"] = torch.ones(1).expand(10**6, 10**6)  # four bytes, of a terabyte
     torch.save(checkpoint, "other.pt")
-    check(folder, capsys, "count other.pt", "wpe.weight has shape (1000000, 1000000), not (16, 16)")
+    check(folder, capsys, "count other.pt", "its tensors claim 4,000,000")
 
 
 def test_a_command_that_is_none(capsys):
@@ -645,7 +645,7 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: change_llama(norm__weight=torch.full((16,), torch.nan)), "model.norm.weight holds NaN or infinity"),
         (
             lambda: change_llama(norm__weight=torch.ones(1).expand(10**12)),
-            "model.norm.weight has shape (1000000000000,)",
+            "its tensors claim 4,000,000",
         ),
         (lambda: change_llama(norm__weight=torch.ones(16).to(torch.float8_e4m3fn)), "but torch.float8_e4m3fn"),
         (lambda: change_llama(norm__weight=torch.ones(16).to_sparse()), "torch.sparse_coo"),
