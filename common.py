@@ -30,7 +30,7 @@ def load(path, dtype=torch.float32):
     """
     checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is no checkpoint of ours or nanoGPT's: python -m tools.convert reads other formats")
+        raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
     try:
         weights = checkpoint_weights(checkpoint["model"])
         check_size(weights, path)
@@ -126,7 +126,7 @@ def pick_device(name="auto", dtype="auto", stored=torch.float32):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError) as e:
         why = str(e).splitlines()[0].partition(". ")[0]  # one sentence: torch may list all devices it knows
-        raise ValueError(f"device {name!r} is not here: {why}") from None
+        raise ValueError(f"device {name!r} is not available: {why}") from None
     if device.type == "meta":
         raise ValueError("device 'meta' holds no numbers")
     if device.type == "cuda":

@@ -62,10 +62,10 @@ class LlamaConfig:
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
             if kind != "llama3":
-                raise ValueError(f"rope_scaling of type {kind!r} is not known here: there is 'llama3', and None")
+                raise ValueError(f"rope_scaling of type {kind!r} is unknown: it must be 'llama3' or None")
             factor, low, high, length = [float(self.rope_scaling.get(name, math.nan)) for name in LLAMA3]
             if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < length < math.inf):
-                raise ValueError(f"rope_scaling wants {', '.join(LLAMA3)}, not {self.rope_scaling}")
+                raise ValueError(f"rope_scaling needs {', '.join(LLAMA3)}, not {self.rope_scaling}")
             self.rope_scaling = {"rope_type": kind} | dict(zip(LLAMA3, (factor, low, high, length), strict=True))
 
     @property
@@ -240,7 +240,7 @@ class Llama(nn.Module):
             caches = cache.layers
         end = start + idx.size(1)
         if not start < end <= self.config.block_size:
-            raise ValueError(f"a sequence of {end} tokens, and block_size is {self.config.block_size}")
+            raise ValueError(f"a sequence of {end} tokens does not fit block_size {self.config.block_size}")
 
         x = self.model.embed_tokens(idx)  # (B, T, C)
         pos = torch.arange(start, end, device=idx.device)

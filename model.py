@@ -188,7 +188,7 @@ class GPT(nn.Module):
             caches = cache.layers
         end = start + idx.size(1)
         if not start < end <= self.config.block_size:
-            raise ValueError(f"a sequence of {end} tokens, and block_size is {self.config.block_size}")
+            raise ValueError(f"a sequence of {end} tokens does not fit block_size {self.config.block_size}")
 
         pos = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)

@@ -98,7 +98,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     finite.
     """
     if idx.numel() == 0:
-        raise ValueError("idx is empty: there is nothing to go on from")
+        raise ValueError("idx is empty: there is nothing to continue")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
     if temperature != 0 and not 1e-4 <= temperature <= 1e4:
@@ -194,7 +194,7 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/base.pt", help="a checkpoint, merged or not (default: %(default)s)")
     parser.add_argument("--ia3", nargs="+", default=[], metavar="NPZ", help="vectors; several are sampled side by side")
-    parser.add_argument("--prompt", default="\n", help="the text to go on from (default: an empty line)")
+    parser.add_argument("--prompt", default="\n", help="the text to continue (default: an empty line)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model (SmolLM2)")
     parser.add_argument("--tokens", type=int, default=300, help="how many to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")

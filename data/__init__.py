@@ -372,7 +372,7 @@ def read_jsonl(path, tokenizer, block_size):
         if isinstance(row, dict) and "choices" in row:
             raise ValueError(f"{where}: choices to rank: python -m experiments.ranking --data {path.parent}")
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "completion")):
-            raise ValueError(f'{where}: wants {{"prompt": text, "completion": text}}')
+            raise ValueError(f'{where}: expected {{"prompt": text, "completion": text}}')
         try:
             prompt = tokenizer.encode_ordinary(row["prompt"])
             completion = tokenizer.encode_ordinary(row["completion"])

@@ -363,7 +363,7 @@ def run(argv):
 
     given = {axis: getattr(args, axis) for axis in AXES if getattr(args, axis) is not None}
     if args.cross and len(given) < 2:
-        raise ValueError("cross wants two axes or more to be named")
+        raise ValueError("--cross needs two or more named axes")
     defaults = {"sites": SUBSETS, "depth": [*(HALVES if n_layer > 1 else HALVES[:1]), *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
     axes = {axis: given.get(axis) or defaults[axis] for axis in given or UNNAMED}
@@ -372,7 +372,7 @@ def run(argv):
         ref_steps = 30 if args.quick else 100
     reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, ref_steps)
     if all(set(values) == {getattr(reference, axis)} for axis, values in axes.items()):
-        raise ValueError("nothing to compare: the axes named have the reference's own values only")
+        raise ValueError("nothing to compare: the named axes have only the reference's own values")
     seeds = args.seeds or (1 if args.quick or args.cross else SEEDS)
     jobs = all_jobs(axes, reference, seeds, args.cross)
     for job in jobs:  # a mistake is told before the first run, not after an hour

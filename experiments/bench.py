@@ -167,7 +167,7 @@ def their_packages():
         import peft
         import transformers
     except ImportError as e:
-        raise ValueError(f"no {e.name} here: pip install -r requirements-dev.txt") from None
+        raise ValueError(f"{e.name} is not installed: pip install -r requirements-dev.txt") from None
     transformers.logging.set_verbosity_error()  # of a vocabulary of 257, it misses GPT-2's last token
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT still calls there
     return peft, transformers
@@ -487,7 +487,7 @@ def run(argv):
     parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: those for the device")
     parser.add_argument("--repeats", type=int, help="rounds of a shape (default: fewer, the larger it is)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
-    parser.add_argument("--no-compile", action="store_true", help="leave out ours compiled; it wants a C++ compiler")
+    parser.add_argument("--no-compile", action="store_true", help="leave out ours compiled, which needs a C++ compiler")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds of the smallest shape, into OUT/quick")
     args = parser.parse_args(argv)
@@ -504,7 +504,7 @@ def run(argv):
     if args.repeats is not None and args.repeats < 2:
         raise ValueError(f"repeats must be at least 2, for quartiles, not {args.repeats}")
     if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("torch.compile wants a C++ compiler (g++, or CXX): --no-compile leaves it out")
+        raise ValueError("torch.compile needs a C++ compiler (g++, or CXX): --no-compile leaves it out")
     peft, transformers = their_packages()
     about = {"hardware": lab.device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
@@ -528,9 +528,7 @@ def run(argv):
 
 
 def main(argv=None):
-    return common.exit_status(
-        "bench.py", run, argv, "stopped; the same command goes on with the contest that it was at"
-    )
+    return common.exit_status("bench.py", run, argv, "stopped; the same command continues with this contest")
 
 
 if __name__ == "__main__":

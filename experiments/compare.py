@@ -280,7 +280,7 @@ def check_rates(jobs, results, folder):
     for job in jobs:
         there = rates.get(job._replace(lr=0.0, seed=0), job.lr)
         if there != job.lr:
-            raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: another --out")
+            raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: name a new --out")
 
 
 def run(argv):
@@ -310,7 +310,7 @@ def run(argv):
         batch = [t.to(device) for t in train_split.batch(0, 0, settings.batch_size)]
     if args.counts:
         if is_llama:
-            raise ValueError("counts is for a GPT: a Llama has not all of these places")
+            raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
         print(costs.places(settings.model, batch, settings.config()))
         return 0
 

@@ -92,7 +92,7 @@ def measure(folder, rounds):
         processes[name].stdin.flush()
         answer = processes[name].stdout.readline()
         if not answer:
-            raise OSError(f"the process of {name} has ended: is its package here?")
+            raise OSError(f"the process of {name} has ended: is its package installed?")
         return json.loads(answer)
 
     try:

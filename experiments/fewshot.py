@@ -317,7 +317,7 @@ def make(runs, settings, folder, args):
     lab.write_run(folder, "fewshot.py", vars(args), model, data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:
-        print(f"{n_left} runs of {len(set(runs))} are left: the same command goes on")
+        print(f"{n_left} runs of {len(set(runs))} are left: the same command continues")
     else:
         print("all runs are done")
 

@@ -53,7 +53,7 @@ TITLES = {  # the line with which a work begins, and its name
     "Luke 1": "Luke",
     "John 1": "John",
 }
-STOPPED = "stopped; the same command goes on from here"
+STOPPED = "stopped; the same command continues"
 
 
 # --- what a folder of runs holds ---
@@ -74,7 +74,7 @@ def open_folder(folder, about):
             merged[name] = theirs | ours
             theirs = theirs | {key: theirs.get(key, value) for key, value in ours.items()}
         if merged[name] != theirs:
-            raise ValueError(f"{folder} holds runs with {name} {found.get(name)}, not {ours}: another --out")
+            raise ValueError(f"{folder} holds runs with {name} {found.get(name)}, not {ours}: name a new --out")
     if merged != found or not path.exists():
         with replace_file(path, text=True) as f:
             f.write(json.dumps(merged, indent=1) + "\n")
@@ -223,7 +223,7 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
                 for other in running:
                     other.cancel()
     except BrokenProcessPool:
-        raise OSError("a worker was killed, perhaps for want of memory; the same command goes on from here") from None
+        raise OSError("a worker was killed, perhaps for lack of memory; the same command continues") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
@@ -507,7 +507,7 @@ def count_step(model, batch, loss_fn, config):
 
     values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens = batch[0].size(1)
-    # of one row: FLOPs grow with the rows, and counting attention wants memory for its square
+    # of one row: FLOPs grow with the rows, and counting attention needs memory for its square
     linear, attention = count_flops(lambda: loss([t[:1] for t in batch]).backward())
     for p in model.parameters():
         p.grad = None

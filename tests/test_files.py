@@ -325,8 +325,8 @@ def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.pop("model"), "checkpoint of ours or nanoGPT's"),
-        (lambda c: c.pop("model_args"), "checkpoint of ours or nanoGPT's"),
+        (lambda c: c.pop("model"), "nanoGPT"),
+        (lambda c: c.pop("model_args"), "nanoGPT"),
         (lambda c: c.update(model=[1]), "'list' object"),
         (lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
@@ -372,13 +372,13 @@ def refuse_changed(tmp_path, model, change, message):
     checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=rf"a\.pt (is not|is no) .*{message}"):
+    with pytest.raises(ValueError, match=rf"a\.pt .*{message}"):
         common.load(tmp_path / "a.pt")
 
 
 def test_a_file_that_is_no_dict_is_no_checkpoint(tmp_path):
     torch.save(torch.ones(3), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt is no checkpoint of ours"):
+    with pytest.raises(ValueError, match=r"a\.pt is .* tools\.convert"):
         common.load(tmp_path / "a.pt")
 
 

@@ -194,9 +194,9 @@ def test_the_fingerprint_sees_every_field_that_changes_the_function():
     "sizes, message",
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "None is not known"),
-        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling wants factor"),
-        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "rope_scaling wants factor"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling .*None"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "rope_scaling .*factor"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "rope_scaling .*factor"),
         ({"n_kv_head": 3}, "n_head 4 is not divisible by n_kv_head 3"),
         ({"n_embd": 20}, "an even number"),
         ({"n_hidden": 0}, "n_hidden must be"),

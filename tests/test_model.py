@@ -196,7 +196,7 @@ def test_a_cache_is_refused_for_other_vectors_and_other_task_ids(make_model):
     assert cache.layers[0].length == 4  # what is refused has added nothing
     model(idx[:, 4:], task_ids=task_ids, cache=cache)
     assert cache.layers[1].length == 16
-    with pytest.raises(ValueError, match="17 tokens, and block_size is 16"):
+    with pytest.raises(ValueError, match=r"17 tokens .*block_size 16"):
         model(idx[:, :1], task_ids=task_ids, cache=cache)
 
 
@@ -350,7 +350,7 @@ def test_impossible_sizes_are_refused(sizes):
 
 @pytest.mark.parametrize("length", [0, 17])
 def test_a_sequence_that_is_empty_or_beyond_block_size_is_refused(make_model, length):
-    with pytest.raises(ValueError, match=f"a sequence of {length} tokens, and block_size is 16"):
+    with pytest.raises(ValueError, match=rf"{length} tokens .*block_size 16"):
         make_model()(torch.zeros(1, length, dtype=torch.long))
     make_model()(torch.zeros(1, 16, dtype=torch.long))
 

@@ -97,7 +97,7 @@ def test_training_learns_the_right_choices(tmp_path, capsys):
         assert "accuracy: 100.0%, " in capsys.readouterr().out, losses
     before = (tmp_path / "lm/ia3.npz").read_bytes()
     assert ranking.main([*flags.split(), "--out", f"{tmp_path}/lm"]) == 2
-    assert "another --out" in capsys.readouterr().err and (tmp_path / "lm/ia3.npz").read_bytes() == before
+    assert "--out" in capsys.readouterr().err and (tmp_path / "lm/ia3.npz").read_bytes() == before
     go_on = ["--k", "1", "--ia3", f"{tmp_path}/lm/ia3.npz", "--out", f"{tmp_path}/on"]
     assert ranking.main([*flags.split(), *go_on]) == 0
 

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/oracles/paper.py      # every one of this project, PEFT and AdapterHub that is installed
 
-AdapterHub wants an older transformers than PEFT's here, so it has an environment of its own:
+AdapterHub needs an older transformers than PEFT's here, so it has an environment of its own:
 
     python -m venv hub && hub/bin/pip install -r requirements.txt adapters==1.3.0
     PYTHONPATH=. hub/bin/python tests/oracles/paper.py

@@ -622,7 +622,7 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: change_config(rope_parameters={"rope_type": "dynamic"}), "rope_scaling of type 'dynamic'"),
         (lambda: change_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5"),
         (lambda: change_config(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
-        (lambda: change_config(rope_scaling={"rope_type": "llama3"}), "rope_scaling wants factor"),
+        (lambda: change_config(rope_scaling={"rope_type": "llama3"}), "rope_scaling"),
         (lambda: change_config(rope_scaling=LLAMA3 | {"factor": "8"}, rope_theta=-1), "rope_base must be above 0"),
         (lambda: change_config(rope_scaling=LLAMA3 | {"factor": []}), "hf/config.json: "),
         (lambda: change_config(rope_scaling="llama3"), "hf/config.json: "),

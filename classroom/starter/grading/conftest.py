@@ -175,7 +175,7 @@ def about(model, vectors):
 
 
 def write(path, told, vectors, **changes):
-    """Write vectors by numpy, told about them, with arrays changed; a change to None leaves the array out."""
+    """Write a file of vectors by numpy, with `told` in about; changes replace arrays, and None leaves one out."""
     arrays = {name: p.detach().numpy() for name, p in vectors.named_parameters()}
     arrays = {"about": np.bytes_(json.dumps(told))} | arrays | changes
     with open(path, "wb") as f:
