@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
-from disk import replace_file
+from disk import read_shapes, replace_file
 from runs import write_run_json
 from train import autocast, evaluate, lm_loss
 
@@ -149,6 +149,8 @@ def load_runs(folder, job_type, result_type):
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
+                if sum(math.prod(shape) for shape in read_shapes(file).values()) > 10**8:
+                    raise ValueError("too many numbers")  # a small file can unfold to gigabytes
                 for key in file.files:
                     name, _, array = key.rpartition("/")
                     by_name.setdefault(name, {})[array] = file[key].astype(np.float64)

@@ -8,7 +8,7 @@ import pytest
 import common
 import sample
 import train
-from conftest import make_gpt, make_ia3, make_llama
+from conftest import make_gpt, make_ia3, make_llama_with_bpe
 from tests.damage import DAMAGES, check_no_code_runs, damage_and_read
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     model = make_gpt(n_layer=1, n_embd=8, block_size=8)
     common.save(model, folder / "base.pt")
-    common.save(make_llama(n_layer=1, block_size=8), folder / "llama.pt")
+    common.save(make_llama_with_bpe(n_layer=1, block_size=8), folder / "llama.pt")
     make_ia3(model).save(folder / "ia3.npz")
     for kind in ("text", "jsonl", "bin"):
         (folder / kind).mkdir()

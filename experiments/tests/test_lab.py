@@ -161,6 +161,13 @@ def test_a_csv_that_is_edited_empty_or_foreign_is_one_clear_line(tmp_path, text,
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_small_file_that_unfolds_to_gigabytes_is_not_read(tmp_path):
+    np.savez_compressed(tmp_path / "windows.npz", **{"x/nats": np.zeros(10**8 + 1, dtype=bool)})
+    assert (tmp_path / "windows.npz").stat().st_size < 10**6
+    with pytest.raises(ValueError, match=r"windows\.npz is damaged"):
+        lab.load_runs(tmp_path, Job, Result)
+
+
 def test_other_files_that_are_foreign_are_one_clear_line(tmp_path):
     (tmp_path / "windows.npz").write_text("x")
     with pytest.raises(ValueError, match=r"windows\.npz is damaged"):

@@ -1,4 +1,4 @@
-"""What tools/ reads, broken on purpose (tests/damage.py): folders of Hugging Face's and PEFT's, and what is drawn."""
+"""What tools/ reads, broken on purpose (tests/damage.py): Hugging Face's and PEFT's folders, GGUF, what is drawn."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file as save_safe
+from test_gguf import make_model, write_gguf
 
 import common
 from conftest import make_gpt, make_ia3, make_llama_with_bpe
@@ -39,6 +40,10 @@ def folder(tmp_path_factory):
     save_safe(weights, folder / "llama/model-1.safetensors")
     index = {"weight_map": dict.fromkeys(weights, "model-1.safetensors")}
     (folder / "llama/model.safetensors.index.json").write_text(json.dumps(index))
+    write_gguf(folder / "llama.gguf", make_llama_with_bpe(n_layer=1, block_size=8))
+    quantized = make_model(n_embd=32, n_hidden=32)
+    write_gguf(folder / "quantized.gguf", quantized, "Q4_1")
+    make_ia3(convert.from_gguf(folder / "quantized.gguf")).save(folder / "quantized.npz")
     return folder
 
 
@@ -48,6 +53,15 @@ def from_hf(name, folder):
 
 def from_peft(folder):
     flags = f"from-peft --base {folder}/base.pt --adapter {folder}/adapter --out {folder}/new/ia3.npz"
+    return convert.main(flags.split())
+
+
+def from_gguf(folder):
+    return convert.main(f"gguf {folder}/llama.gguf --out {folder}/new/base.pt".split())
+
+
+def to_gguf(folder):
+    flags = f"to-gguf --gguf {folder}/quantized.gguf --ia3 {folder}/quantized.npz --out {folder}/new/merged.gguf"
     return convert.main(flags.split())
 
 
@@ -65,13 +79,21 @@ READERS = {
     "llama/model.safetensors.index.json": lambda folder: from_hf("llama", folder),
     "adapter/adapter_model.safetensors": from_peft,
     "adapter/adapter_config.json": from_peft,
+    "llama.gguf": from_gguf,
+    "quantized.gguf": to_gguf,
     "run/metrics.csv": draw,
     "run/ia3.npz": draw,
 }
 
 
 def rewrite(path, dice):
-    """damage.rewrite, and the same of safetensors."""
+    """damage.rewrite, the same of safetensors, and bytes of GGUF's header, where most of its meaning is."""
+    if path.suffix == ".gguf":
+        raw = bytearray(path.read_bytes())
+        for _ in range(dice.randint(1, 4)):
+            raw[dice.randrange(min(4000, len(raw)))] = dice.choice([0, 1, 255, dice.randrange(256)])
+        path.write_bytes(raw)
+        return True
     if path.suffix != ".safetensors":
         return damage.rewrite(path, dice)
     tensors = damage.damage_meaning(load_safe(path), dice)
