@@ -18,6 +18,12 @@ if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which wou
 # and one id that ends a text; 50304 is GPT-2's 50257 rounded up to a multiple of 64
 TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
 
+# A weight's name in another library's checkpoint, whose that is, and what makes a file that tools.convert reads
+FOREIGN = {
+    "layers.0.attention.wq.weight": "llama2.c or Meta: llama2.c's export.py --version -1 makes a folder",
+    "transformer.h.0.attn.qkv.weight": "LitGPT: litgpt convert_from_litgpt makes a file, with config.json beside it,",
+}
+
 
 # --- a checkpoint: nanoGPT's dict plus 'tokenizer', 'bos', 'eos' and 'chat_template' ---
 
@@ -28,9 +34,10 @@ def load(path, dtype=torch.float32):
     dtype: what the weights become; None leaves them as they are stored. Raises OSError if there is no such file and
     ValueError if it is not such a checkpoint. tools/convert.py makes one from foreign files.
     """
+    if os.path.isdir(path) or os.fspath(path).endswith((".safetensors", ".gguf")):
+        raise ValueError(f"{path} is not a checkpoint: python -m tools.convert hf or gguf makes one of it")
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
+    check_whose(checkpoint, path)
     try:
         weights = checkpoint_weights(checkpoint["model"])
         check_size(weights, path)
@@ -48,6 +55,19 @@ def load(path, dtype=torch.float32):
         why = str(e).splitlines()[-1].strip()  # torch's first line names the class, its last one the weight
         raise ValueError(f"{path} is not a checkpoint: {why[:200]}") from None
     return model.eval()
+
+
+def check_whose(checkpoint, path):
+    """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
+    if isinstance(checkpoint, dict):
+        weights = checkpoint.get("model", checkpoint)
+        names = str(list(weights)) if isinstance(weights, dict) else ""
+        for name, whose in FOREIGN.items():
+            if name in names:
+                raise ValueError(f"{path} is a checkpoint of {whose} that python -m tools.convert hf reads")
+        if {"model", "model_args"} <= checkpoint.keys():
+            return
+    raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
 
 
 def checkpoint_weights(weights):

@@ -1,6 +1,7 @@
 """Files: read without running their code, replaced whole or not at all."""
 
 import os
+import re
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ def load_file(path):
         except Exception as e:  # a damaged file makes torch and zipfile raise nearly anything
             if isinstance(e, MemoryError) or is_out_of_memory(e):  # or the file claims what it does not hold
                 raise ValueError(f"{path} does not fit into memory, or is damaged") from None
+            code = re.search(r"GLOBAL ([\w.]{1,80})", str(e))
+            if code:  # torch names what the file would call, such as an object's class
+                way = "save it again with tensors and plain values only"
+                raise ValueError(f"{path} carries code ({code[1]}): {way}") from None
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
     raise ValueError(f"{path} is damaged: {damaged[:80]} fails its checksum")
 

@@ -15,6 +15,7 @@ The widths are the model's (config.widths); in GPT-2 they are n_embd, n_embd and
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict
 
 import numpy as np
@@ -173,6 +174,8 @@ def read_npz(path, most):
     most: the largest number of values that the arrays may have together, looked up before one is unpacked. Raises
     OSError if there is no such file and ValueError for a larger one or a damaged one.
     """
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: python -m tools.convert from-peft reads a PEFT adapter's")
     with open(path, "rb") as f:
         try:
             file = np.load(f, allow_pickle=False)

@@ -218,9 +218,9 @@ def run(argv):
         prompt = chat_turn(model.tokenizer, args.prompt)
     else:
         prompt = model.tokenizer.encode_ordinary(args.prompt)
-        for token in model.tokenizer.encoding.special_tokens_set:
-            if token in args.prompt:
-                print(f"sample.py: {token} in the prompt is read as text, not as a control token", file=sys.stderr)
+        spelled = [token for token in sorted(model.tokenizer.encoding.special_tokens_set) if token in args.prompt]
+        if spelled:
+            print(f"sample.py: {', '.join(spelled)} in the prompt is text, not a control token", file=sys.stderr)
     if not prompt:
         raise ValueError("the prompt is empty")
 

@@ -3,6 +3,7 @@
 A damaged or foreign file is one ValueError that names it, and no code of a file ever runs.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -292,6 +293,10 @@ def test_damaged_checkpoints_and_those_that_carry_code_are_refused(tmp_path, mon
         (tmp_path / "cut.pt").write_bytes(raw[:keep])
         with pytest.raises(ValueError, match=r"cut\.pt is truncated, carries code"):
             common.load("cut.pt")
+    for thing, name in ((Code(), "system"), (np.float64(1), "numpy"), (argparse.Namespace(lr=1), "argparse.Namespace")):
+        torch.save({"model": {}, "model_args": {}, "config": thing}, "code.pt")
+        with pytest.raises(ValueError, match=rf"carries code \(.*{name}"):
+            common.load("code.pt")
     torch.save({"model": Code(), "model_args": {}}, "code.pt")
     with pytest.raises(ValueError, match="carries code"):
         common.load("code.pt")
@@ -380,6 +385,21 @@ def test_a_file_that_is_no_dict_is_no_checkpoint(tmp_path):
     torch.save(torch.ones(3), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt is .* tools\.convert"):
         common.load(tmp_path / "a.pt")
+
+
+def test_other_libraries_files_name_the_command_that_converts_them(tmp_path):
+    w = torch.ones(2, 2)
+    torch.save({"model": {"_orig_mod.layers.0.attention.wq.weight": w}, "model_args": {"dim": 2}}, tmp_path / "c.pt")
+    torch.save({"lm_head.weight": w, "transformer.h.0.attn.qkv.weight": w}, tmp_path / "lit_model.pth")
+    for name in ("model.safetensors", "a.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    for name, word in (("c.pt", "llama2.c"), ("lit_model.pth", "LitGPT"), ("model.safetensors", ""), ("", "")):
+        with pytest.raises(ValueError, match=f"{word}.* tools.convert hf"):
+            common.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"a\.gguf .*gguf"):
+        common.load(tmp_path / "a.gguf")
+    with pytest.raises(ValueError, match="from-peft"):
+        IA3.load(tmp_path, make_gpt())
 
 
 @pytest.mark.parametrize(
