@@ -44,7 +44,6 @@ import resource
 import shutil
 import statistics
 import sys
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -53,36 +52,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 import common
-from experiments import lab
+from experiments import lab, peers
 from ia3 import IA3, attach, stack
-from llama import Llama, LlamaConfig
 from merge import merge
-from model import GPT, GPTConfig
-from tools import hf_llama
-from train import TrainConfig, autocast, lm_loss
+from model import GPTConfig
+from train import TrainConfig, autocast
 
-SHAPES = {  # name: (block_size) -> config
-    "base": partial(GPTConfig, vocab_size=257, n_layer=6, n_head=6, n_embd=192),
-    "6x384": partial(GPTConfig, vocab_size=257, n_layer=6, n_head=6, n_embd=384),
-    "124M": partial(GPTConfig, vocab_size=50257, n_layer=12, n_head=12, n_embd=768),
-    "SmolLM2": partial(
-        LlamaConfig,
-        vocab_size=49152,
-        n_layer=30,
-        n_head=9,
-        n_kv_head=3,
-        n_embd=576,
-        n_hidden=1536,
-        rope_base=1e5,
-        norm_eps=1e-5,
-        tied=True,
-    ),
-    "350M": partial(GPTConfig, vocab_size=50257, n_layer=24, n_head=16, n_embd=1024),
-    "1.5B": partial(GPTConfig, vocab_size=50257, n_layer=48, n_head=25, n_embd=1600),
-}
 WORK = {  # rows and tokens a step, and rounds
     "cpu": {"base": (16, 128, 25), "6x384": (8, 256, 13), "124M": (2, 256, 15), "SmolLM2": (2, 256, 15)},
     "cuda": {
@@ -94,25 +71,13 @@ WORK = {  # rows and tokens a step, and rounds
         "1.5B": (4, 1024, 11),
     },
 }
-FULL, OURS = "full fine-tuning", "(IA)³"
-AROUND_OURS = "PEFT (IA)³ around our model"
 BASE, UNMERGED, MERGED = "base", "base with vectors", "merged"
-TRAINING = (
-    FULL,
-    OURS,
-    AROUND_OURS,
-    "PEFT (IA)³, gelu_pytorch_tanh",
-    "PEFT (IA)³, gelu_new",
-    "PEFT LoRA, gelu_pytorch_tanh",
-    "PEFT LoRA, gelu_new",
-)
-TRAINING_LLAMA = (FULL, OURS, AROUND_OURS, "PEFT (IA)³", "PEFT LoRA")
-HEAD_EVERYWHERE = "(IA)³, the head everywhere"
-COMPLETIONS = (HEAD_EVERYWHERE, OURS, "PEFT (IA)³")
-COMPLETION_ROWS, COMPLETION_TOKENS, COMPLETION_TARGETS = 8, 57, 3  # targets: in each row
 INFERENCE = (BASE, UNMERGED, MERGED)
 ONE_TASK = "one task"
 CONTESTS = ("training", "completions", "inference", "mixed")
+COMPLETION_ROWS = 8
+COMPLETION_TOKENS = 57
+COMPLETION_TARGETS = 3  # in each row
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
 FLOORS = ("FLOPs: linear maps", "and attention", "clock over floor")  # columns
@@ -156,89 +121,12 @@ class Row:
         return self.linear_flops + self.attention_flops
 
 
+# --- the contestants ---
+
+
 class Contestant(NamedTuple):
     call: Callable  # what is timed
     counts: dict  # of Row: values, FLOPs, bytes
-
-
-def their_packages():
-    """Return the modules (peft, transformers). Raises ValueError where they are not installed."""
-    try:
-        import peft
-        import transformers
-    except ImportError as e:
-        raise ValueError(f"{e.name} is not installed: pip install -r requirements-dev.txt") from None
-    transformers.logging.set_verbosity_error()  # of a vocabulary of 257, it misses GPT-2's last token
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT still calls there
-    return peft, transformers
-
-
-def our_model(config):
-    """A GPT or a Llama, random weights."""
-    return GPT(config) if isinstance(config, GPTConfig) else Llama(config)
-
-
-def their_llama(config, **more):
-    """transformers' Llama of the same shape, random weights. more: of its configuration."""
-    _, transformers = their_packages()
-    with torch.device("meta"):
-        about, _ = hf_llama.describe(Llama(config))
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**about | more))
-
-
-def their_gpt2(config, **more):
-    """transformers' GPT-2 of the same shape, random weights. more: of its configuration."""
-    _, transformers = their_packages()
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=config.block_size, **sizes | more))
-
-
-def their_loss(model, x, y):
-    y = y.masked_fill(y < 0, -100)  # their mark of what is no target
-    return model(input_ids=x, labels=y, shift_labels=y).loss
-
-
-def loss_by_all_logits(model, x, y):
-    """lm_loss, with the head applied to all positions, whether they have a target or not."""
-    logits, _ = model(x)  # (B, T, vocab_size)
-    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1)
-
-
-def build(name, config, device, dtype):
-    """Return a contestant of TRAINING, TRAINING_LLAMA or COMPLETIONS: its model, random weights and vectors of ones,
-    and its loss(model, x, y).
-
-    A frozen base is stored in dtype; vectors, LoRA's matrices and what is trained in full are float32.
-    """
-    if isinstance(config, GPTConfig):
-        scaled, hidden, by_lora = ["attn.c_attn", "mlp.c_proj"], ["mlp.c_proj"], ["attn.c_attn"]
-    else:
-        scaled, hidden, by_lora = ["k_proj", "v_proj", "down_proj"], ["down_proj"], ["q_proj", "v_proj"]
-    with torch.device(device):
-        if name == FULL:
-            return our_model(config), lm_loss
-        if name in (OURS, HEAD_EVERYWHERE):
-            model = our_model(config).to(dtype)
-            attach(model)
-            return model, lm_loss if name == OURS else loss_by_all_logits
-        peft, _ = their_packages()
-        targets = {"target_modules": scaled, "feedforward_modules": hidden}
-        if name == AROUND_OURS:
-            return peft.get_peft_model(our_model(config).to(dtype), peft.IA3Config(**targets)), lm_loss
-        method, _, activation = name.partition(", ")
-        kind = {"task_type": "CAUSAL_LM"}
-        settings = {"use_cache": False, "attn_implementation": "sdpa"}
-        if activation:
-            kind["fan_in_fan_out"] = True  # transformers' GPT-2 keeps weights as (in, out)
-            settings |= {"activation_function": activation, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            theirs = their_gpt2(config, **settings)
-        else:
-            theirs = their_llama(config, **settings)
-        if method == "PEFT (IA)³":
-            adapter = peft.IA3Config(**targets | kind)
-        else:
-            adapter = peft.LoraConfig(r=4, target_modules=by_lora, **kind)
-        return peft.get_peft_model(theirs.to(dtype), adapter).train(), their_loss
 
 
 def make_batch(config, rows, device):
@@ -249,31 +137,10 @@ def make_batch(config, rows, device):
 
 
 def make_completions(config, device):
-    """make_batch's for COMPLETIONS: the last COMPLETION_TARGETS positions of each row have targets, others -1."""
+    """make_batch's for peers.COMPLETIONS: the last COMPLETION_TARGETS positions of each row have targets, others -1."""
     x, y = make_batch(config, COMPLETION_ROWS, device)
     y[:, :-COMPLETION_TARGETS] = -1
     return x, y
-
-
-def peak_of_process(name, config):
-    """The peak of this process's memory, in bytes, after two steps of one of COMPLETIONS on a CPU."""
-    batch = make_completions(config, torch.device("cpu"))
-    model, loss_fn = build(name, config, "cpu", torch.float32)
-    step = lab.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
-    step()
-    step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def completers(config, batch, dtype):
-    """Return {name: Contestant} of COMPLETIONS. Each one's peak is measured in a process of its own."""
-    found = {}
-    spawn = multiprocessing.get_context("spawn")
-    for name in COMPLETIONS:
-        found |= trainer(name, config, batch, dtype, compiled=False)
-        with ProcessPoolExecutor(1, spawn) as process:
-            found[name].counts["peak_bytes"] = process.submit(peak_of_process, name, config).result()
-    return found
 
 
 def variants(name, model, compiled):
@@ -285,15 +152,15 @@ def variants(name, model, compiled):
 
 
 def trainer(name, config, batch, dtype, compiled):
-    """Return {name: Contestant} of a training step: build's, if it is ours also compiled."""
+    """Return {name: Contestant} of a training step: peers.build's, if it is ours also compiled."""
     device = batch[0].device
     before = lab.allocated(device)
-    model, loss_fn = build(name, config, device, dtype)
+    model, loss_fn = peers.build(name, config, device, dtype)
     settings = TrainConfig(lr=1e-5, dtype=str(dtype).removeprefix("torch."))
     counts = lab.count_step(model, batch, loss_fn, settings)
     alone = lab.allocated(device)
     found = {}
-    for variant, called in variants(name, model, compiled and name in (FULL, OURS)).items():
+    for variant, called in variants(name, model, compiled and name in (peers.FULL, peers.OURS)).items():
         others = lab.allocated(device) - alone  # AdamW's averages of the variant before
         step = lab.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
@@ -306,12 +173,33 @@ def trainer(name, config, batch, dtype, compiled):
     return found
 
 
+def peak_of_process(name, config):
+    """The peak of this process's memory, in bytes, after two steps of one of peers.COMPLETIONS on a CPU."""
+    batch = make_completions(config, torch.device("cpu"))
+    model, loss_fn = peers.build(name, config, "cpu", torch.float32)
+    step = lab.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
+    step()
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def completers(config, batch, dtype):
+    """Return {name: Contestant} of peers.COMPLETIONS. Each one's peak is measured in a process of its own."""
+    found = {}
+    spawn = multiprocessing.get_context("spawn")
+    for name in peers.COMPLETIONS:
+        found |= trainer(name, config, batch, dtype, compiled=False)
+        with ProcessPoolExecutor(1, spawn) as process:
+            found[name].counts["peak_bytes"] = process.submit(peak_of_process, name, config).result()
+    return found
+
+
 def reader(name, config, batch, dtype, compiled):
     """Return {name: Contestant} of a forward pass without gradients: one of INFERENCE, also compiled."""
     idx = batch[0]
     before = lab.allocated(idx.device)
     with torch.device(idx.device):
-        model = our_model(config).to(dtype).eval()
+        model = peers.our_model(config).to(dtype).eval()
         if name != BASE:
             for l in attach(model).parameters():
                 torch.nn.init.normal_(l, mean=1.0, std=0.3)
@@ -340,7 +228,7 @@ def mixers(config, device, dtype):
     Nothing is counted: the linear maps are the same for all.
     """
     with torch.device(device):
-        model = our_model(config).to(dtype).eval()
+        model = peers.our_model(config).to(dtype).eval()
     idx = make_batch(config, MIXED_ROWS, device)[0][:, :MIXED_TOKENS]
     tasks = []
     for _ in range(MIXED_ROWS):
@@ -369,19 +257,19 @@ def mixers(config, device, dtype):
 def measure(shape, what, rounds, device, dtype, compiled, about):
     """Return the Rows of one of a shape's CONTESTS. about: a Row's last fields, a dict from hardware on."""
     n_rows, tokens, _ = WORK[device.type][shape]
-    config = SHAPES[shape](tokens)
+    config = peers.SHAPES[shape](tokens)
     batch = make_batch(config, n_rows, device)
     torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
     print(f"{shape}, {what}: {rounds} rounds", flush=True)
     contestants = {}
     if what == "training":
-        ours = OURS
-        for name in TRAINING if isinstance(config, GPTConfig) else TRAINING_LLAMA:
+        ours = peers.OURS
+        for name in peers.TRAINING if isinstance(config, GPTConfig) else peers.TRAINING_LLAMA:
             contestants |= trainer(name, config, batch, dtype, compiled)
     elif what == "completions":
-        ours = OURS
+        ours = peers.OURS
         n_rows, tokens = COMPLETION_ROWS, COMPLETION_TOKENS
-        config = SHAPES[shape](tokens)
+        config = peers.SHAPES[shape](tokens)
         batch = make_completions(config, device)
         contestants = completers(config, batch, dtype)
     elif what == "inference":
@@ -441,7 +329,7 @@ def table(rows):
         head += ["tokens/s", "peak GiB"]
     lines = []
     for row in rows:
-        if row.contestant in (FULL, HEAD_EVERYWHERE, BASE, ONE_TASK):  # the first of its shape
+        if row.contestant in (peers.FULL, peers.HEAD_EVERYWHERE, BASE, ONE_TASK):  # the first of its shape
             plain = row
             about = f"{row.n_layer} layers × {row.n_embd}, {row.rows} × {row.tokens} tokens"
             lines.append([f"**{row.shape}**: {about}", *[""] * (len(head) - 1)])
@@ -484,7 +372,7 @@ def tables(folder):
 
 def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="default: those for the device")
+    parser.add_argument("--shape", nargs="+", choices=peers.SHAPES, help="default: those for the device")
     parser.add_argument("--repeats", type=int, help="rounds of a shape (default: fewer, the larger it is)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave out ours compiled, which needs a C++ compiler")
@@ -505,13 +393,13 @@ def run(argv):
         raise ValueError(f"repeats must be at least 2, for quartiles, not {args.repeats}")
     if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile needs a C++ compiler (g++, or CXX): --no-compile leaves it out")
-    peft, transformers = their_packages()
+    peft, transformers = peers.their_packages()
     about = {"hardware": lab.device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     about["date"] = datetime.date.today().isoformat()
     for shape, what in itertools.product(shapes, CONTESTS):
-        if what == "completions" and (device.type != "cpu" or isinstance(SHAPES[shape](8), GPTConfig)):
+        if what == "completions" and (device.type != "cpu" or isinstance(peers.SHAPES[shape](8), GPTConfig)):
             continue
         rows = read_rows(args.out)
         if any((row.shape, row.what) == (shape, what) for row in rows):
@@ -519,7 +407,7 @@ def run(argv):
         rounds = args.repeats or work[shape][2]
         rows += measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile, about)
         gc.collect()  # its models: PEFT's hold themselves in circles
-        rows.sort(key=lambda row: (list(SHAPES).index(row.shape), CONTESTS.index(row.what)))
+        rows.sort(key=lambda row: (list(peers.SHAPES).index(row.shape), CONTESTS.index(row.what)))
         lab.write_csv(args.out / "results.csv", [vars(row) for row in rows])
     text = tables(args.out)
     lab.save_text(text, args.out / "table.md")

@@ -187,42 +187,62 @@ def middle_of(lr):
     return 2 * round(index_of_rate(lr) / 2)
 
 
-# --- how long it takes ---
+# --- which runs ---
 
 
-def plan(settings, datas, given, methods, steps, seeds, results, workers):
+def jobs_on_test(data, rates, steps, seeds):
+    """The runs on data's test: the base's, then every method's, seed by seed. rates: {method: learning rate}."""
+    jobs = [Job("test", data, "base", 0.0, 0, 0)]
+    for seed in range(1, seeds + 1):
+        jobs += [Job("test", data, method, lr, steps, seed) for method, lr in rates.items()]
+    return jobs
+
+
+def check_rates(jobs, results, folder):
+    """Raise ValueError where folder's results have one of these runs at another rate: its draws would be mixed."""
+    rates = {job._replace(lr=0.0, seed=0): job.lr for job in results if job.stage == "test"}
+    for job in jobs:
+        there = rates.get(job._replace(lr=0.0, seed=0), job.lr)
+        if there != job.lr:
+            raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: name a new --out")
+
+
+def plan(settings, datas, given, methods, args, results):
     """Print how many runs are left and how long they take, by a step and a forward pass timed here.
 
     given: {method: rate}; the other methods' rates are searched, which takes about 7 of them on the first data and 5
     on the others. results: of the runs that are there.
     """
-    lengths = []  # steps of each run
-    n_windows = 0
     model = settings.model(methods[0], 0)
+    done = {job._replace(lr=0.0) for job in results}
+    n_runs = 0
+    n_steps = 0
+    n_windows = 0
     for data in datas:
-        losses = mean_losses(results, data, steps)
-        for name in methods:
-            if name not in given:
-                tried = losses.get(name, {})
+        losses = mean_losses(results, data, args.steps)
+        for method in methods:
+            tried = losses.get(method, {})
+            if method not in given and rates_to_try(tried, middle_of(FIRST_RATE)):
                 expected = 7 if data == datas[0] else 5
-                left = max(expected - len(tried), 1) if rates_to_try(tried, middle_of(FIRST_RATE)) else 0
-                lengths += [steps] * left * len(RATE_SEEDS)
-                n_windows += left * len(RATE_SEEDS) * (VAL_WINDOWS + 2 * settings.curve)
-        done = {job[2:3] + job[4:] for job in results if job.stage == "test" and job.data == data}
-        wanted = [("base", 0, 0)]
-        wanted += [(name, steps, seed) for name in methods for seed in range(1, seeds + 1)]
-        tests = [n_steps for name, n_steps, seed in wanted if (name, n_steps, seed) not in done]
-        lengths += tests
+                n = max(expected - len(tried), 1) * len(RATE_SEEDS)
+                n_runs += n
+                n_steps += n * args.steps
+                n_windows += n * (VAL_WINDOWS + 2 * settings.curve)
+
+        jobs = jobs_on_test(data, dict.fromkeys(methods, 0.0), args.steps, args.seeds)
+        left = [job for job in jobs if job not in done]
         read = 21 * settings.curve
         for _, text, windows in settings.tests(data):
             works = lab.read_works(settings.folders[text], "test", model).values()
             read += sum(min(len(work), windows or len(work)) for work in works)
-        n_windows += len(tests) * read
+        n_runs += len(left)
+        n_steps += sum(job.steps for job in left)
+        n_windows += len(left) * read
     split = lab.load_data(settings.folders[datas[0]], model, ("train", "val"))["train"]
     a_step, a_window = lab.pace(model, split, settings.config())
-    hours = (sum(lengths) * a_step + n_windows * a_window) / workers / 3600
-    told = f"{len(lengths)} runs are left, {sum(lengths):,} steps, {n_windows:,} windows read"
-    print(f"{told}: about {hours:.1f} hours on {workers} cores", flush=True)
+    hours = (n_steps * a_step + n_windows * a_window) / args.workers / 3600
+    print(f"{n_runs} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
+    print(f"about {hours:.1f} hours on {args.workers} cores", flush=True)
 
 
 # --- the command line ---
@@ -274,21 +294,14 @@ def given_rates(texts, methods):
     return rates
 
 
-def check_rates(jobs, results, folder):
-    """Raise ValueError where folder's results have one of these runs at another rate: its draws would be mixed."""
-    rates = {job._replace(lr=0.0, seed=0): job.lr for job in results if job.stage == "test"}
-    for job in jobs:
-        there = rates.get(job._replace(lr=0.0, seed=0), job.lr)
-        if there != job.lr:
-            raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: name a new --out")
-
-
 def run(argv):
     args = parse(argv)
     if args.workers < 1:
         raise ValueError(f"workers must be at least 1, not {args.workers}")
     if not 1 <= args.seeds <= 10:
         raise ValueError(f"seeds must be from 1 to 10, as far as the table of Student's t goes, not {args.seeds}")
+
+    # the base, the data, and what all runs share
     base = common.load(args.base)
     is_llama = not isinstance(base, GPT)
     device, dtype = common.pick_device(args.device, "bfloat16" if is_llama else "auto")
@@ -304,61 +317,66 @@ def run(argv):
         settings = replace(settings, test_windows=64, forget_windows=64)
     if args.quick:
         settings = replace(settings, curve=2, test_windows=8, forget_windows=8)
+
+    # what a step costs is counted and timed for a GPT only
+    if args.counts and is_llama:
+        raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
     batch = None
     if not is_llama:
         train_split = lab.load_data(args.data[0], base, ("train", "val"))["train"]
         batch = [t.to(device) for t in train_split.batch(0, 0, settings.batch_size)]
     if args.counts:
-        if is_llama:
-            raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
         print(costs.places(settings.model, batch, settings.config()))
         return 0
 
+    # the methods, their rates where given, and a mistake in the steps before any run
     methods = choose_methods(args.methods, base, is_llama)
     given = given_rates(args.lr, methods)
     if args.quick:
         given = dict.fromkeys(methods, QUICK_RATE) | given
         args.seeds = 1
         args.steps = 5
-    settings.config(steps=args.steps)  # a mistake is told now
+    settings.config(steps=args.steps)
 
+    # what the folder must agree with; a missing file is reported now, not after an hour
     about = {"fingerprint": fingerprint(base), "forget": settings.forget, "dtype": dtype, "quick": args.quick}
     about |= {"batch_size": settings.batch_size, "data_hash": {}, "works": {}}
-    for name, folder in folders.items():  # a missing file is told now, not after an hour
+    for name, folder in folders.items():
         splits = lab.load_data(folder, base, ("train", "val", "test"))
         about["data_hash"][name] = "".join(split.data_hash()[:16] for split in splits.values())
         about["works"][name] = list(lab.read_works(folder, "test", base))
     out = args.out / "quick" if args.quick else args.out
     results, _ = lab.load_runs(out, Job, Result)
-    plan(settings, datas, given, methods, args.steps, args.seeds, results, args.workers)
+    plan(settings, datas, given, methods, args, results)
     if args.plan:
         return 0
     lab.open_folder(out, about)
 
+    # data by data: search the rates that are not given, then run the tests
     def measure_jobs(jobs):
         return lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers)
 
-    middles = {name: middle_of(FIRST_RATE) for name in methods if name not in given}
-    chosen = {}  # {data: {method: its rate}}
+    middles = {method: middle_of(FIRST_RATE) for method in methods if method not in given}
+    rates = {}  # {data: {method: its rate}}
     done = {}
     for data in datas:
-        rates = dict(given)
+        found = given
         if middles:
-            rates |= choose_rates(measure_jobs, data, args.steps, middles)
-            middles = {name: middle_of(rates[name]) for name in middles}
-        jobs = [Job("test", data, "base", 0.0, 0, 0)]
-        for seed in range(1, args.seeds + 1):
-            jobs += [Job("test", data, name, rates[name], args.steps, seed) for name in methods]
+            found = given | choose_rates(measure_jobs, data, args.steps, middles)
+            middles = {method: middle_of(found[method]) for method in middles}
+        rates[data] = {method: found[method] for method in methods}
+        jobs = jobs_on_test(data, rates[data], args.steps, args.seeds)
         check_rates(jobs, results, out)
-        chosen[data] = rates
         done |= measure_jobs(jobs)
+
+    # the costs, the tables
     if not is_llama and args.methods is None and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         repeats = 2 if args.quick else REPEATS
         measured = costs.measure(settings.model, batch, settings.config(), methods, repeats)
         lab.write_csv(out / "costs.csv", [vars(cost) for cost in measured])
     text = compare_tables.write(out)
-    arguments = vars(args) | {"methods": methods, "lr": chosen, "device": device, "dtype": dtype}
+    arguments = vars(args) | {"methods": methods, "lr": rates, "device": device, "dtype": dtype}
     lab.write_run(out, "compare.py", arguments, base.to(device), about["data_hash"], done)
     print(text)
     return 0

@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 
 import common
-from experiments import bench, lab
+from experiments import lab, peers
 from ia3 import attach
 from merge import merge
 from model import GPTConfig
 from sample import generate, store_by_columns
 
 SHAPES = {
-    "GPT-2 124M": bench.SHAPES["124M"](1024),
-    "SmolLM2-135M": bench.SHAPES["SmolLM2"](8192),
+    "GPT-2 124M": peers.SHAPES["124M"](1024),
+    "SmolLM2-135M": peers.SHAPES["SmolLM2"](8192),
     "small": GPTConfig(block_size=1024, vocab_size=257, n_layer=4, n_head=4, n_embd=128),
 }
 READ, WRITTEN = 32, 256
@@ -60,12 +60,6 @@ class Row:
     date: str
 
 
-def their_model(config):
-    """transformers' model of the same shape, random weights. Raises ValueError where transformers is missing."""
-    build = bench.their_gpt2 if isinstance(config, GPTConfig) else bench.their_llama
-    return build(config).eval()
-
-
 def weight_bytes(model):
     """Bytes of the weights that are read for every token: all but GPT-2's positions, which are only looked up."""
     return sum(p.nbytes for name, p in model.named_parameters() if name != "transformer.wpe.weight")
@@ -82,11 +76,11 @@ def bandwidth():
 def measure(shape, n_rows, about):
     """Return the Rows of a shape. about: a Row's last fields, a dict from bytes_per_second on."""
     config = SHAPES[shape]
-    model = bench.our_model(config).eval()
+    model = peers.our_model(config).eval()
     for l in attach(model).parameters():
         torch.nn.init.normal_(l, mean=1.0, std=0.3)
     merged = merge(model)
-    theirs = their_model(config)
+    theirs = peers.their_model(config).eval()
     idx = torch.randint(0, config.vocab_size, (n_rows, READ), generator=torch.Generator().manual_seed(0))
     length = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN}
     write = partial(
@@ -150,7 +144,7 @@ def run(argv):
     out = args.out / "quick" if args.quick else args.out
     if not 2 <= rounds <= 1000:
         raise ValueError(f"rounds must be from 2 to 1000, not {rounds}")
-    _, transformers = bench.their_packages()
+    _, transformers = peers.their_packages()
     shared = {"rounds": rounds, "hardware": lab.device_name(torch.device("cpu")), "torch": torch.__version__}
     shared |= {"transformers": transformers.__version__}
     lab.open_folder(out, shared)

@@ -12,7 +12,7 @@ from here import Here
 from torch import nn
 
 from conftest import make_gpt, make_ia3, make_idx
-from experiments import bench, costs, exactness, generation, lab
+from experiments import bench, costs, exactness, generation, lab, peers
 from ia3 import attach
 from llama import LlamaConfig
 from model import GPTConfig
@@ -23,12 +23,12 @@ L, H, C, V, TOKENS = 3, 2, 16, 61, 8
 CONFIG = GPTConfig(TOKENS, V, L, H, C)
 LLAMA_CONFIG = LlamaConfig(TOKENS, V, L, 4, 2, C, 40, 1e5, 1e-5, tied=True)
 ABOUT = dict.fromkeys(("hardware", "dtype", "torch", "transformers", "peft", "date"), "")
-PEFTS_IA3 = [name for name in bench.TRAINING if name.startswith("PEFT (IA)³")]
+PEFTS_IA3 = [name for name in peers.TRAINING if name.startswith("PEFT (IA)³")]
 
 
 def make(name, dtype=torch.float32, base=None, config=CONFIG):
     """A contestant's model and loss; its frozen or trained base holds the weights of base, one of ours, if given."""
-    model, loss_fn = bench.build(name, config, CPU, torch.float32)
+    model, loss_fn = peers.build(name, config, CPU, torch.float32)
     if base is not None:
         weights = base.state_dict()
         with torch.no_grad():
@@ -55,12 +55,12 @@ def batch():
 @pytest.fixture
 def tiny(monkeypatch):
     """A shape called tiny, and what a run of it takes on either device."""
-    monkeypatch.setitem(bench.SHAPES, "tiny", lambda block_size: CONFIG)
+    monkeypatch.setitem(peers.SHAPES, "tiny", lambda block_size: CONFIG)
     for device in ("cpu", "cuda"):
         monkeypatch.setitem(bench.WORK[device], "tiny", (3, TOKENS, 2))
 
 
-@pytest.mark.parametrize("name", bench.TRAINING)
+@pytest.mark.parametrize("name", peers.TRAINING)
 def test_every_contestant_starts_from_the_same_loss_and_trains_what_it_should(name, batch):
     base = make_gpt(block_size=TOKENS, vocab_size=V, n_layer=L, n_head=H, n_embd=C).double()
     model, loss_fn = make(name, torch.float64, base)
@@ -70,19 +70,19 @@ def test_every_contestant_starts_from_the_same_loss_and_trains_what_it_should(na
     names = [key for key, p in model.named_parameters() if p.requires_grad]
     if "(IA)³" in name:
         assert all("ia3" in key for key in names)
-    count = {bench.FULL: sum(p.numel() for p in base.parameters()), bench.OURS: 6 * L * C}.get(name, 7 * L * C)
+    count = {peers.FULL: sum(p.numel() for p in base.parameters()), peers.OURS: 6 * L * C}.get(name, 7 * L * C)
     if "LoRA" in name:
         count = L * 4 * (C + 3 * C)  # r times what c_attn reads and writes
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-@pytest.mark.parametrize("name", bench.TRAINING_LLAMA)
+@pytest.mark.parametrize("name", peers.TRAINING_LLAMA)
 def test_every_contestant_of_a_llamas_shape_too(name, batch):
-    base = bench.our_model(LLAMA_CONFIG).double()
+    base = peers.our_model(LLAMA_CONFIG).double()
     model, loss_fn = make(name, torch.float64, base, LLAMA_CONFIG)
     # transformers takes the RMSNorms, the angles and its loss in float32
     assert abs(loss_fn(model, *batch).item() - base(*batch)[1].item()) <= (8 * 5 * 2**-24 if "PEFT" in name else 0)
-    count = {bench.FULL: sum(p.numel() for p in base.parameters()), "PEFT LoRA": L * 4 * (C + C + C + C // 2)}
+    count = {peers.FULL: sum(p.numel() for p in base.parameters()), "PEFT LoRA": L * 4 * (C + C + C + C // 2)}
     vectors = L * (C // 2 + C // 2 + 40)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count.get(name, vectors)
 
@@ -118,7 +118,7 @@ def matrices(config):
     return 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
 
 
-@pytest.mark.parametrize("name", bench.TRAINING[:5])
+@pytest.mark.parametrize("name", peers.TRAINING[:5])
 def test_flops_of_a_step(name, batch):
     """Full: two FLOPs an entry forward, two for the input's gradient, two for the weight's. A frozen base has no weight
     gradients, and its first c_attn reads what nothing trained has touched. Attention: two products of T × C forward,
@@ -126,9 +126,9 @@ def test_flops_of_a_step(name, batch):
     """
     model, loss_fn = make(name)
     counts = lab.count_step(model, batch, loss_fn, TrainConfig(lr=0.1))
-    full = name == bench.FULL
+    full = name == peers.FULL
     assert counts["linear_flops"] == (6 * matrices(CONFIG) if full else 4 * matrices(CONFIG) - 2 * 3 * C**2)
-    assert counts["attention_flops"] == 12 * L * TOKENS * C - (2 * TOKENS * C if name == bench.OURS else 0)
+    assert counts["attention_flops"] == 12 * L * TOKENS * C - (2 * TOKENS * C if name == peers.OURS else 0)
     linear, attention = lab.count_flops(lambda: loss_fn(model, *batch).backward())  # all rows, where lab counts one
     per_token = counts["linear_flops"], counts["attention_flops"]
     assert (linear, attention) == (3 * TOKENS * per_token[0], 3 * TOKENS * per_token[1])
@@ -142,9 +142,9 @@ def test_vectors_and_their_merge_add_no_flops_to_a_forward_pass(batch):
 
 # n_embd-floats a token and layer. Both LayerNorms' inputs 2, q, k, v 3, attention's output 1, GELU's input 4: 10.
 SAVED = {
-    bench.FULL: 16,  # both LayerNorms' outputs 2, GELU's output 4
-    bench.OURS: 16,  # l_k ⊙ k and l_v ⊙ v 2, GELU's output 4
-    bench.AROUND_OURS: 17,  # the same, and the scaled queries
+    peers.FULL: 16,  # both LayerNorms' outputs 2, GELU's output 4
+    peers.OURS: 16,  # l_k ⊙ k and l_v ⊙ v 2, GELU's output 4
+    peers.AROUND_OURS: 17,  # the same, and the scaled queries
     "PEFT (IA)³, gelu_pytorch_tanh": 17,
     "PEFT (IA)³, gelu_new": 29,  # and three more of GELU's steps
     "PEFT LoRA, gelu_pytorch_tanh": 11,  # LoRA's input 1
@@ -152,7 +152,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", bench.TRAINING)
+@pytest.mark.parametrize("name", peers.TRAINING)
 def test_saved_for_backward_by_a_layer(name, batch):
     """Beside those of SAVED, a token: two LayerNorms' means and deviations, a logarithm a head, LoRA's rank. A layer:
     PEFT's product of its active vectors.
@@ -198,29 +198,29 @@ def test_a_training_step_is_forward_backward_adamw(batch):
 
 def test_ratios_point_where_the_table_says(tiny, monkeypatch):
     """Over what has no vectors; and ours over the contestant."""
-    took = {bench.FULL: 8.0, bench.OURS: 2.0, bench.BASE: 1.0, bench.UNMERGED: 5.0, bench.ONE_TASK: 2.0}
+    took = {peers.FULL: 8.0, peers.OURS: 2.0, bench.BASE: 1.0, bench.UNMERGED: 5.0, bench.ONE_TASK: 2.0}
 
     def times(calls, *_):
         return {name: [took.get(name, 4.0)] * 3 for name in calls}
 
     monkeypatch.setattr(lab, "interleave", times)
     rows = {}
-    for what in bench.CONTESTS:
+    for what in ("training", "inference", "mixed"):
         rows |= {row.contestant: row for row in bench.measure("tiny", what, 3, CPU, torch.float32, False, ABOUT)}
-    assert rows.keys() > {*bench.TRAINING, *bench.INFERENCE}
-    assert (rows[bench.OURS].over_plain, rows[bench.OURS].ours_over) == (0.25, 1)
-    assert (rows[bench.AROUND_OURS].over_plain, rows[bench.AROUND_OURS].ours_over) == (0.5, 0.5)
+    assert rows.keys() > {*peers.TRAINING, *bench.INFERENCE}
+    assert (rows[peers.OURS].over_plain, rows[peers.OURS].ours_over) == (0.25, 1)
+    assert (rows[peers.AROUND_OURS].over_plain, rows[peers.AROUND_OURS].ours_over) == (0.5, 0.5)
     assert (rows[bench.MERGED].over_plain, rows[bench.MERGED].ours_over) == (4, 1.25)
     assert rows["16 tasks, mixed"].over_plain == 2
-    assert rows[bench.FULL].tokens_per_second == 3 * TOKENS / 8
+    assert rows[peers.FULL].tokens_per_second == 3 * TOKENS / 8
 
 
 def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "tiny", lambda block_size: LLAMA_CONFIG)
+    monkeypatch.setitem(peers.SHAPES, "tiny", lambda block_size: LLAMA_CONFIG)
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
     found = [bench.measure("tiny", what, 2, CPU, torch.float32, False, ABOUT) for what in bench.CONTESTS]
     names = [row.contestant for rows in found for row in rows]
-    assert names[:11] == [*bench.TRAINING_LLAMA, *bench.COMPLETIONS, *bench.INFERENCE] and len(names) == 16
+    assert names[:11] == [*peers.TRAINING_LLAMA, *peers.COMPLETIONS, *bench.INFERENCE] and len(names) == 16
     everywhere, ours, _ = found[1]
     # the head's input and logits (B, T, V) are kept where they are computed
     assert everywhere.saved_bytes - ours.saved_bytes >= 4 * 8 * (TOKENS - bench.COMPLETION_TARGETS) * V
@@ -230,10 +230,10 @@ def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
     assert line.startswith("| (IA)³ | ") and " | 300 | 0.75 | 1.00 (1.00 to 1.00) |" in line
 
 
-@pytest.mark.parametrize("name", bench.COMPLETIONS)
+@pytest.mark.parametrize("name", peers.COMPLETIONS)
 def test_where_the_head_is_applied_changes_no_loss_and_no_gradient(name):
     batch = bench.make_completions(LLAMA_CONFIG, CPU)
-    base = bench.our_model(LLAMA_CONFIG).double()
+    base = peers.our_model(LLAMA_CONFIG).double()
     attach(base)
     model, loss_fn = make(name, torch.float64, base, LLAMA_CONFIG)
     losses = loss_fn(model, *batch), lm_loss(base, *batch)
@@ -271,7 +271,7 @@ def command(folder, *flags, device="cpu"):
 def test_a_bench_its_tables_and_the_same_run_again(device, tiny, tmp_path, capsys):
     assert bench.main(command(tmp_path, device=device)) == 0
     rows = bench.read_rows(tmp_path)
-    assert [row.contestant for row in rows[:10]] == [*bench.TRAINING, *bench.INFERENCE] and len(rows) == 15
+    assert [row.contestant for row in rows[:10]] == [*peers.TRAINING, *bench.INFERENCE] and len(rows) == 15
     for row in rows:
         assert (row.peak_bytes is not None) == (device == "cuda" and row.what != "mixed")
         assert 0 < row.over_plain_low <= row.over_plain <= row.over_plain_high
@@ -287,7 +287,7 @@ def test_a_bench_its_tables_and_the_same_run_again(device, tiny, tmp_path, capsy
     assert capsys.readouterr().out.count(": 2 rounds\n") == 1
     again = bench.read_rows(tmp_path)
     assert [row.contestant for row in again] == [row.contestant for row in rows]
-    assert again[len(bench.TRAINING) :] == rows[len(bench.TRAINING) :] and again[1] != rows[1]
+    assert again[len(peers.TRAINING) :] == rows[len(peers.TRAINING) :] and again[1] != rows[1]
     assert bench.main(command(tmp_path, "--repeats", "3", device=device)) == 2
     assert "repeats 2, not 3" in capsys.readouterr().err
 
