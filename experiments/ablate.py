@@ -403,7 +403,7 @@ def run(argv):
     text = tables(out)
     lab.save_text(text, out / "table.md")
     arguments = vars(args) | axes | {"reference": about["reference"], "seeds": seeds, "device": device, "dtype": dtype}
-    lab.write_run(out, "ablate.py", arguments, model.to(device), about["data_hash"], done)
+    lab.write_run_json(out, "ablate.py", arguments, model.to(device), about["data_hash"], done)
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():
         path = out / f"{'-'.join(axes)}.png"

@@ -377,7 +377,7 @@ def run(argv):
         lab.write_csv(out / "costs.csv", [vars(cost) for cost in measured])
     text = compare_tables.write(out)
     arguments = vars(args) | {"methods": methods, "lr": rates, "device": device, "dtype": dtype}
-    lab.write_run(out, "compare.py", arguments, base.to(device), about["data_hash"], done)
+    lab.write_run_json(out, "compare.py", arguments, base.to(device), about["data_hash"], done)
     print(text)
     return 0
 

@@ -314,7 +314,7 @@ def make(runs, settings, folder, args):
     data_hash = {}
     for task in sorted({run.task for run in runs}):
         data_hash[task] = pairs_to_learn(model.tokenizer, read_task(settings.data, task, "train")).data_hash()
-    lab.write_run(folder, "fewshot.py", vars(args), model, data_hash, done)
+    lab.write_run_json(folder, "fewshot.py", vars(args), model, data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:
         print(f"{n_left} runs of {len(set(runs))} are left: the same command continues")

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
+import runs
 from disk import read_shapes, replace_file
-from runs import write_run_json
 from train import autocast, evaluate, lm_loss
 
 ROOT = Path(__file__).parent.parent
@@ -233,13 +233,13 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
     return {job: results[job] for job in jobs if job in results}
 
 
-def write_run(folder, script, arguments, model, data_hash, results):
+def write_run_json(folder, script, arguments, model, data_hash, results):
     """Write the run.json of a command's runs, as docs/authors.md describes it. results: {job: result}, make_runs'."""
     path = folder / "run.json"
     figures = {run_name(job): vars(result) for job, result in results.items()}
     # a command that found its runs done says nothing new: what stands there names the machine that made them
     if not path.exists() or json.loads(path.read_text())["figures"] != figures:
-        write_run_json(path, script, arguments, model, data_hash, figures)
+        runs.write_run_json(path, script, arguments, model, data_hash, figures)
 
 
 def write_runs(folder, results, arrays):
