@@ -164,7 +164,7 @@ class Record:
     n_diverged: int
     difference: tuple | None  # to the reference, (value, low, high) over the seeds; None where either diverged
     by_work: np.ndarray | None  # (works,) the same by work
-    is_reference: bool
+    is_reference: bool = False
 
 
 def place(axis, value):
@@ -219,26 +219,23 @@ def summarize(folder):
         along.sort(key=lambda point: [place(axis, getattr(point, axis)) for axis in AXES])
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
         theirs = np.stack([points[reference][seed] for seed in seeds])  # (seeds, works)
-        records = []
-        for point in (None, *along):  # None: the base, which is not trained
-            ours = np.stack([base if point is None else points[point][seed] for seed in seeds])
-            difference = by_work = None
-            if np.isfinite(ours).all() and np.isfinite(theirs).all():
-                difference = lab.student((ours - theirs).mean(1))
-                by_work = (ours - theirs).mean(0)
-            record = Record(
-                point=point,
-                values=0 if point is None else values[point],
-                loss=ours.mean(),
-                n_seeds=len(seeds),
-                n_diverged=int((~np.isfinite(ours).all(1)).sum()),
-                difference=difference,
-                by_work=by_work,
-                is_reference=point == reference,
-            )
-            records.append(record)
+        records = [record_of(None, 0, np.stack([base] * len(seeds)), theirs)]
+        for point in along:
+            ours = np.stack([points[point][seed] for seed in seeds])
+            records.append(record_of(point, values[point], ours, theirs))
+            records[-1].is_reference = point == reference
         summary[axes] = records
     return summary
+
+
+def record_of(point, values, ours, theirs):
+    """The Record of a point, or of the base (None), beside the reference's runs. ours, theirs: (seeds, works)."""
+    difference = by_work = None
+    if np.isfinite(ours).all() and np.isfinite(theirs).all():
+        difference = lab.student((ours - theirs).mean(1))
+        by_work = (ours - theirs).mean(0)
+    n_diverged = int((~np.isfinite(ours).all(1)).sum())
+    return Record(point, values, ours.mean(), len(ours), n_diverged, difference, by_work)
 
 
 def cell(axis, point):
@@ -249,6 +246,28 @@ def cell(axis, point):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def cells(axes, record):
+    """A record's line in the table of axes."""
+    names = ["the base", *[""] * (len(axes) - 1)]
+    if record.point is not None:
+        names = [cell(axis, record.point) for axis in axes]
+    loss = f"{record.loss:.4f}"
+    change = interval = by_work = ""
+    if record.n_diverged:
+        loss = f"diverged, {record.n_diverged} of {record.n_seeds}"
+    if record.is_reference:
+        change = "reference"
+    elif record.difference is not None:
+        value, low, high = record.difference
+        change = f"{value:+.4f}"
+        by_work = ", ".join(f"{value:+.4f}" for value in record.by_work)
+        if record.n_seeds > 1:
+            interval = f"{low:+.4f} to {high:+.4f}"
+            if low <= 0 <= high:
+                interval += ", not distinguished"
+    return [*names, f"{record.values:,}", loss, change, interval, by_work]
+
+
 def tables(folder):
     """The Markdown tables, one an axis, of the runs in folder, a Path, from its files alone."""
     about = lab.read_about(folder)
@@ -256,35 +275,13 @@ def tables(folder):
     pieces = []
     for axes, records in summarize(folder).items():
         head = [*[AXES[axis] for axis in axes], "values trained", "nats a byte", "difference", "95 %, over seeds"]
-        head.append("difference, by work")
-        rows = []
-        for record in records:
-            if record.point is None:
-                names = ["the base", *[""] * (len(axes) - 1)]
-            else:
-                names = [cell(axis, record.point) for axis in axes]
-            loss = f"{record.loss:.4f}"
-            change = interval = by_work = ""
-            if record.n_diverged:
-                loss = f"diverged, {record.n_diverged} of {record.n_seeds}"
-            elif record.difference is not None:
-                value, low, high = record.difference
-                change = f"{value:+.4f}"
-                by_work = ", ".join(f"{value:+.4f}" for value in record.by_work)
-                if record.n_seeds > 1:
-                    interval = f"{low:+.4f} to {high:+.4f}"
-                    if low <= 0 <= high:
-                        interval += ", not distinguished"
-            if record.is_reference:
-                change = "reference"
-                interval = by_work = ""
-            rows.append([*names, f"{record.values:,}", loss, change, interval, by_work])
-        fixed = [f"{AXES[axis]} {cell(axis, reference)}" for axis in AXES if axis not in axes]
+        pieces.append(lab.markdown([*head, "difference, by work"], [cells(axes, record) for record in records]))
         n = records[0].n_seeds
         seeds = "1 seed" if n == 1 else f"{n} seeds"
+        fixed = [f"{AXES[axis]} {cell(axis, reference)}" for axis in AXES if axis not in axes]
         told = [f"{about['data']}/val ({', '.join(about['works'])}), {seeds}", *fixed]
         told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step")
-        pieces += [lab.markdown(head, rows), f"{'; '.join(told)}."]
+        pieces.append(f"{'; '.join(told)}.")
     return "\n\n".join(pieces)
 
 
@@ -355,45 +352,51 @@ def parse(argv):
 
 def run(argv):
     args = parse(argv)
-    for name in ("seeds", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(args, name)}")
-    if args.seeds and args.seeds > 10:
-        raise ValueError(
-            f"seeds must be at most 10, which is as far as the table of Student's t goes, not {args.seeds}"
-        )
+    if args.workers < 1:
+        raise ValueError(f"workers must be at least 1, not {args.workers}")
+    if args.seeds is not None and not 1 <= args.seeds <= 10:
+        raise ValueError(f"seeds must be from 1 to 10, as far as the table of Student's t goes, not {args.seeds}")
     device, dtype = common.pick_device(args.device)
     model = common.load(args.base)
     n_layer = model.config.n_layer
     data = lab.load_data(args.data, model, ("train", "val"))
+    works = lab.read_works(args.data, "val", model)
 
-    given = {axis: getattr(args, axis) for axis in AXES if getattr(args, axis) is not None}
-    if args.cross and len(given) < 2:
+    # the axes, their values, and the reference
+    named = [axis for axis in AXES if getattr(args, axis) is not None]
+    if args.cross and len(named) < 2:
         raise ValueError("--cross needs two or more named axes")
-    defaults = {"sites": SUBSETS, "depth": [*(HALVES if n_layer > 1 else HALVES[:1]), *map(str, range(n_layer))]}
+    halves = HALVES if n_layer > 1 else HALVES[:1]
+    defaults = {"sites": SUBSETS, "depth": [*halves, *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
-    axes = {axis: given.get(axis) or defaults[axis] for axis in given or UNNAMED}
-    ref_steps = args.ref_steps
-    if ref_steps is None:
-        ref_steps = 30 if args.quick else 100
-    reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, ref_steps)
+    axes = {axis: getattr(args, axis) or defaults[axis] for axis in named or UNNAMED}
+    if args.ref_steps is None:
+        args.ref_steps = 30 if args.quick else 100
+    reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, args.ref_steps)
     if all(set(values) == {getattr(reference, axis)} for axis, values in axes.items()):
         raise ValueError("nothing to compare: the named axes have only the reference's own values")
+
+    # the runs; a mistake is reported before the first, not after an hour
     seeds = args.seeds or (1 if args.quick or args.cross else SEEDS)
     jobs = all_jobs(axes, reference, seeds, args.cross)
-    for job in jobs:  # a mistake is told before the first run, not after an hour
+    for job in jobs:
         TrainConfig(lr=job.lr, steps=job.steps)
         layers(job.depth, n_layer)
+    about = {
+        "fingerprint": fingerprint(model),
+        "data": Path(args.data).name,
+        "data_hash": data["train"].data_hash()[:16] + data["val"].data_hash()[:16],
+        "works": list(works),
+        "block_size": min(model.config.block_size, 256),
+        "dtype": dtype,
+        "crossed": args.cross,
+        "reference": {axis: getattr(reference, axis) for axis in AXES},
+    }
+
+    # how long those take that are left
     out = args.out / "quick" if args.quick else args.out
     there, _ = lab.load_runs(out, Job, Result)
     left = [job for job in jobs if job not in there]
-
-    about = {"fingerprint": fingerprint(model), "data": Path(args.data).name}
-    about |= {"data_hash": data["train"].data_hash()[:16] + data["val"].data_hash()[:16]}
-    works = lab.read_works(args.data, "val", model)
-    about |= {"works": list(works), "block_size": min(model.config.block_size, 256)}
-    about |= {"dtype": dtype, "crossed": args.cross}
-    about["reference"] = {axis: getattr(reference, axis) for axis in AXES}
     steps = sum(job.steps for job in left if job.sites != "none")
     attach(model)
     a_step, a_window = lab.pace(model, data["train"], TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype))
@@ -403,12 +406,14 @@ def run(argv):
     print(f"{len(left)} runs are left, {steps:,} steps: about {minutes:.0f} minutes, {workers} at once", flush=True)
     if args.plan:
         return 0
+
+    # make them; then the tables and the pictures
     lab.open_folder(out, about)
     settings = {"base": args.base, "data": args.data, "device": args.device}
     done = lab.make_runs(jobs, partial(measure, settings), Result, out, workers)
     text = tables(out)
     lab.save_text(text, out / "table.md")
-    arguments = vars(args) | axes | {"reference": about["reference"], "seeds": seeds, "device": device, "dtype": dtype}
+    arguments = vars(args) | axes | {"seeds": seeds, "device": device, "dtype": dtype}
     lab.write_run_json(out, "ablate.py", arguments, model.to(device), about["data_hash"], done)
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():

@@ -68,13 +68,15 @@ def open_folder(folder, about):
     found = read_about(folder) if path.exists() else about
     merged = {}
     for name in found | about:
-        theirs, ours = found.get(name), about.get(name)
+        theirs = found.get(name)
+        ours = about.get(name)
+        fits = theirs == ours
         merged[name] = ours
         if isinstance(theirs, dict) and isinstance(ours, dict):
+            fits = all(theirs[key] == ours[key] for key in theirs.keys() & ours.keys())
             merged[name] = theirs | ours
-            theirs = theirs | {key: theirs.get(key, value) for key, value in ours.items()}
-        if merged[name] != theirs:
-            raise ValueError(f"{folder} holds runs with {name} {found.get(name)}, not {ours}: name a new --out")
+        if not fits:
+            raise ValueError(f"{folder} holds runs with {name} {theirs}, not {ours}: name a new --out")
     if merged != found or not path.exists():
         with replace_file(path, text=True) as f:
             f.write(json.dumps(merged, indent=1) + "\n")
