@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from data import Tokenizer
+from data.tokenizer import Tokenizer
 from disk import check_size, check_weight, is_out_of_memory, load_file, replace_file
 from ia3 import unwrap
 from model import GPT, GPTConfig
@@ -130,13 +130,17 @@ def save(model, path):
 # --- devices ---
 
 
-def pick_device(name="auto", dtype="auto", stored=torch.float32):
-    """Return the torch.device and the name of the dtype that 'auto' stands for.
+def pick_device(name="auto", dtype="auto", model=None):
+    """Return a torch.device and the name of the dtype to compute in, and set a GPU up.
 
-    A device is cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu. The dtype of auto is bfloat16 on a GPU
-    that has it, and on a CPU that multiplies it natively if stored, the dtype of the base's file, is bfloat16; else it
-    is float32. A GPU becomes the current device, and its float32 products are computed in TF32. Raises ValueError for a
-    device that is not here.
+    name: cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu. dtype: float32 or bfloat16; auto is
+
+        on a GPU        bfloat16 if it has that
+        on a CPU        bfloat16 if it multiplies that natively and model is a Llama that is stored in it
+        everywhere else float32; a GPT's figures are thus the same on every CPU
+
+    A GPU becomes the current device, and its float32 products are computed in TF32. Raises ValueError for a device that
+    is not here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,15 +159,12 @@ def pick_device(name="auto", dtype="auto", stored=torch.float32):
     if dtype == "auto":
         if device.type == "cuda":
             in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device.type == "cpu" and model is not None and not isinstance(model, GPT):
+            in_bfloat16 = model.lm_head.weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
         else:
-            in_bfloat16 = device.type == "cpu" and stored == torch.bfloat16 and cpu_multiplies_bfloat16()
+            in_bfloat16 = False
         dtype = "bfloat16" if in_bfloat16 else "float32"
     return device, dtype
-
-
-def stored_dtype(model):
-    """What pick_device takes as stored: float32 for a GPT, whose figures are to be the same on every CPU."""
-    return torch.float32 if isinstance(model, GPT) else model.lm_head.weight.dtype
 
 
 def cpu_multiplies_bfloat16():
@@ -194,10 +195,8 @@ def exit_status(name, run, argv, stopped="stopped"):
     except BrokenPipeError:  # the reader of our output has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as the shell reports it
-    except (ValueError, OSError, FloatingPointError, MemoryError) as e:
-        message = " ".join(str(e).split())
-    except RuntimeError as e:
-        if not is_out_of_memory(e):
+    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not is_out_of_memory(e):
             raise
         message = " ".join(str(e).split())
     print(f"{name}: {message[:350] or 'out of memory'}", file=sys.stderr)  # a MemoryError has no words

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import common
-from data import SMOLLM2, Tokenizer
+from data.tokenizer import SMOLLM2, Tokenizer
 from ia3 import attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
@@ -102,7 +102,7 @@ def blocks(model):
 
 
 def make_bpe():
-    """A byte-level BPE as data.Tokenizer has it: the bytes from 1 on, seven merged tokens, and two special ones."""
+    """A byte-level BPE as Tokenizer has it: the bytes from 1 on, seven merged tokens, and two special ones."""
     ranks = {bytes([i]): i + 1 for i in range(256)}
     ranks |= {token: 257 + i for i, token in enumerate((b"th", b" th", b"the", b" the", b"12", b"  ", b"123"))}
     return {"pattern": SMOLLM2, "ranks": ranks, "special_tokens": {"<end>": 0, "<start>": 264}}

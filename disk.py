@@ -19,14 +19,11 @@ def load_file(path):
         warnings.simplefilter("ignore")  # about an old pickle format: what is wrong is said below, in one line
         try:
             is_zip = zipfile.is_zipfile(f)
-            f.seek(0)
-            if not is_zip:
-                return torch.load(f, map_location="cpu", weights_only=True)
-            damaged = zipfile.ZipFile(f).testzip()
+            damaged = zipfile.ZipFile(f).testzip() if is_zip else None  # the first member with a wrong checksum
             if damaged is None:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except Exception as e:  # a damaged file makes torch and zipfile raise nearly anything
-            if isinstance(e, MemoryError) or is_out_of_memory(e):  # or the file claims what it does not hold
+            if isinstance(e, MemoryError) or is_out_of_memory(e):  # a damaged header may ask for any size
                 raise ValueError(f"{path} does not fit into memory, or is damaged") from None
             code = re.search(r"GLOBAL ([\w.]{1,80})", str(e))
             if code:  # torch names what the file would call, such as an object's class
@@ -85,7 +82,7 @@ def replace_file(path, text=False):
 
 
 def check_output(path, inputs=()):
-    """Raise ValueError unless a command that reads the files `inputs` may write path, and before that path.tmp."""
+    """Raise ValueError if path, or path.tmp, cannot be written to or is one of inputs, the files that are read."""
     path = os.fspath(path)
     if not os.path.basename(path):
         raise ValueError(f"the output {path!r} is empty or names a folder")

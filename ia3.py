@@ -70,13 +70,13 @@ class IA3(nn.Module):
     def per_layer(self, task_ids=None):
         """Return each layer's (l_k, l_v, l_ff), each (width,), or (B, 1, width) gathered by task_ids, or None.
 
-        task_ids: (B,) long, required when the vectors are stacked and refused otherwise (ValueError). Ids on a GPU are
-        not checked here, since every forward pass would wait for that; one out of range then ends in CUDA's own
-        assertion. Call check_task_ids once instead, as generate does.
+        task_ids: (B,) long, required when the vectors are stacked and refused otherwise (ValueError). On a GPU their
+        range is not checked, because looking would make every forward pass wait. check_task_ids checks it once.
         """
         if self.is_stacked() != (task_ids is not None):
             raise ValueError("stacked vectors need task_ids, one per row; vectors of one task take none")
-        if task_ids is not None and not getattr(task_ids, "is_cuda", False):
+        on_gpu = getattr(task_ids, "is_cuda", False)
+        if task_ids is not None and not on_gpu:
             self.check_task_ids(task_ids)
         layers = []
         for i in range(self.config.n_layer):
@@ -121,7 +121,7 @@ class IA3(nn.Module):
         ValueError if it is damaged or was made for another base.
         """
         model = unwrap(model)
-        about, arrays = read_npz(path, cls(model.config).count())
+        about, arrays = read_npz(path, most=model.config.n_layer * sum(model.config.widths))
         try:
             vectors = cls(model.config, [name.removeprefix("l_") for name in about["vectors"]])
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -130,10 +130,7 @@ class IA3(nn.Module):
         expected = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
         if found != expected:
             raise ValueError(f"{path} holds {found}, but this base takes {expected}")
-        try:
-            check_finite(arrays)
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
+        check_finite(arrays, f"{path}: ")
         theirs = str(about.get("fingerprint"))
         ours = fingerprint(model)
         if theirs != ours:
@@ -171,8 +168,8 @@ def layers_of(model, task_ids, n_rows):
 def read_npz(path, most):
     """Return what a file of vectors holds: about, a dict, and {name: float32 array}.
 
-    most: the largest number of values that the arrays may have together, looked up before one is unpacked. Raises
-    OSError if there is no such file and ValueError for a larger one or a damaged one.
+    most: how many values the arrays may have together; their headers tell it before one is unpacked. Raises OSError if
+    there is no such file and ValueError for a larger one or a damaged one.
     """
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder: python -m tools.convert from-peft reads a PEFT adapter's")
@@ -184,22 +181,20 @@ def read_npz(path, most):
             about = json.loads(file["about"].item())
             if not isinstance(about, dict):
                 raise ValueError("about is not a dict")
-            arrays = {}
-            if n_values <= most:  # if not, none is read, and the error follows below
-                for name in shapes:
-                    arrays[name] = file[name].astype(np.float32, casting="same_kind")
+            if n_values > most:
+                raise ValueError(f"it holds {shapes}: {n_values:,} values, and this base takes at most {most:,}")
+            arrays = {name: file[name].astype(np.float32, casting="same_kind") for name in shapes}
         except Exception as e:  # a damaged file makes zipfile, json and numpy raise nearly anything
-            raise ValueError(f"{path} is truncated, or not a file of (IA)³ vectors ({type(e).__name__})") from None
-    if n_values > most:
-        raise ValueError(f"{path} holds {shapes}: {n_values:,} values, and this base takes at most {most:,}")
+            why = e if isinstance(e, ValueError) else type(e).__name__
+            raise ValueError(f"{path} is truncated, or no file of this base's (IA)³ vectors: {why}") from None
     return about, arrays
 
 
-def check_finite(arrays):
+def check_finite(arrays, where=""):
     """Raise ValueError with the name of an array that holds NaN or infinity."""
     for name, a in arrays.items():
         if not np.isfinite(a).all():
-            raise ValueError(f"{name} holds NaN or infinity")
+            raise ValueError(f"{where}{name} holds NaN or infinity")
 
 
 def unwrap(model):
@@ -210,9 +205,11 @@ def unwrap(model):
 def attach(model, vectors=None, sites=None):
     """Freeze model, set model.ia3 to vectors and remember the base's fingerprint. Returns the vectors.
 
+    Attach to train, or to have vectors checked. To switch tasks, assigning to model.ia3 is enough.
+
     vectors: an IA3, by default ones at sites (all three). They become float32, on the model's device. Cast the model
-    first: model.to(dtype) afterwards casts the vectors, too. Attach to train, or to have vectors checked; to switch
-    tasks, assigning to model.ia3 is enough. Raises ValueError for another base's vectors, and for vectors with sites.
+    first: model.to(dtype) afterwards casts the vectors, too. Raises ValueError for another base's vectors, and if both
+    vectors and sites are given.
     """
     model = unwrap(model)
     if vectors is None:
@@ -246,16 +243,20 @@ def stack(tasks):
     given = [task for task in tasks if task is not None]
     shapes = {(task.config.n_layer, task.config.widths) for task in given}
     fingerprints = {task.fingerprint for task in given if task.fingerprint}
-    if len(shapes) != 1 or len(fingerprints) > 1 or any(task.is_stacked() for task in given):
-        raise ValueError("stack takes one or more tasks' vectors, all for one base")
+    if not given or any(task.is_stacked() for task in given):
+        raise ValueError("stack takes one or more vectors, each of one task")
+    if len(shapes) > 1 or len(fingerprints) > 1:
+        raise ValueError("stack takes vectors of one base, and these are of several")
     sites = [site for site in SITES if any(f"l_{site}" in task.matrices() for task in given)]
     stacked = IA3(given[0].config, sites).to(next(given[0].parameters()).device)
     stacked.fingerprint = fingerprints.pop() if fingerprints else None
     for name, ones in stacked.matrices().items():
         matrices = []
         for task in tasks:
-            own = {} if task is None else task.matrices()  # a site that it does not scale stays at ones
-            matrices.append(own.get(name, ones).detach().to(ones.device))
+            matrix = ones  # for the base, and for a site that the task does not scale
+            if task is not None and name in task.matrices():
+                matrix = task.matrices()[name]
+            matrices.append(matrix.detach().to(ones.device))
         setattr(stacked, name, nn.Parameter(torch.stack(matrices)))  # (n_tasks, n_layer, width)
     return stacked
 
@@ -283,8 +284,8 @@ def fingerprint(model):
 
     IA3.load, attach and merge refuse vectors of another base. Merging changes the weights, so the same vectors cannot
     be merged twice. Hashed are the config without dropout and block_size (n_head, for one, changes the function and no
-    shape), and the name, shape and values of every weight, a tied head once. Values are rounded to bfloat16, so a base
-    has the same fingerprint in float32; two bases that differ only below bfloat16's precision share theirs.
+    shape), and the name, shape and values of every weight. Values are rounded to bfloat16, so that casting a bfloat16
+    base to float32 keeps its fingerprint. Two bases that differ only below bfloat16's precision share theirs.
     """
     model = unwrap(model)
     config = {name: value for name, value in asdict(model.config).items() if name not in ("dropout", "block_size")}

@@ -36,7 +36,7 @@ class LlamaConfig:
     n_kv_head: int  # of keys and values, each for n_head / n_kv_head neighbouring heads of queries
     n_embd: int
     n_hidden: int  # channels of the MLP
-    rope_base: float  # the slowest pair of channels turns by about 1/rope_base a token
+    rope_base: float  # θ of the rotation: pair i turns by rope_base^(-2i/d_head) radians a token
     norm_eps: float
     tied: bool  # whether the head is the embedding
     rope_scaling: dict | None = None  # {'rope_type': 'llama3', ...} with LLAMA3's numbers; None: the plain rotation
@@ -82,15 +82,16 @@ def rotary_table(config, pos, dtype):
     float32 or, for a dtype of float64, in that: bfloat16 could not tell position 257 from 256.
     """
     d_head = config.n_embd // config.n_head
-    even = torch.arange(0, d_head, 2, device=pos.device, dtype=torch.promote_types(dtype, torch.float32))
-    speed = 1 / config.rope_base ** (even / d_head)  # (d_head/2,) radians a token
+    two_i = torch.arange(0, d_head, 2, device=pos.device, dtype=torch.promote_types(dtype, torch.float32))
+    speed = 1 / config.rope_base ** (two_i / d_head)  # (d_head/2,) radians a token
     if config.rope_scaling is not None:
-        # Llama 3.1 was trained further on longer texts, with its slow pairs slowed down: by factor where they turn less
-        # than low_freq_factor times in the original length, not at all above high_freq_factor, in between by a mix
+        # Llama 3.1 reads longer texts with its slow pairs slowed down. What counts is how often a pair turns in the
+        # original length: below low_freq_factor it is slowed down by factor, above high_freq_factor not at all, and in
+        # between by a mix of both
         factor, low, high, length = [config.rope_scaling[name] for name in LLAMA3]
         turns = length / (2 * math.pi / speed)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        speed = (1 - kept) * speed / factor + kept * speed
+        mix = ((turns - low) / (high - low)).clamp(0, 1)
+        speed = (1 - mix) * speed / factor + mix * speed
     angles = pos.unsqueeze(1) * speed  # (T, d_head/2)
     return angles.cos(), angles.sin()
 
@@ -118,9 +119,9 @@ class CausalSelfAttention(nn.Module):
         k = self.k_proj(x)  # (B, T, n_kv_head · d_head)
         v = self.v_proj(x)
 
-        # (IA)³: queries stay as they are. l_k and l_v: (width,), or (B, 1, width) in a batch of several tasks; float32
-        # even if the base is held in bfloat16: the product is taken in the wider dtype and rounded once to the
-        # activation's. Before the rotation, which mixes channels: behind it l_k could as a rule not be folded into W_k.
+        # (IA)³: scale the keys before the rotation. It mixes channels, so after it l_k would not fold into W_k. Queries
+        # stay as they are. l_k and l_v are (width,), or (B, 1, width) in a batch of several tasks. They are float32
+        # even if the base is bfloat16: multiply in the wider dtype, then round once.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:
@@ -135,7 +136,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, the earlier ones scaled, turned
+            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, scaled and rotated when added
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.o_proj(y)
@@ -213,18 +214,18 @@ class Llama(nn.Module):
         If some targets are -1, the logits are those of the n positions that have one, (n, vocab_size). Raises
         ValueError for a sequence that is too long, task_ids that do not fit the vectors, or targets that are all -1.
         """
-        hidden = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
+        x = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
         if targets is None:
-            return self.lm_head(hidden), None
+            return self.lm_head(x), None
 
         has_target = targets >= 0  # (B, T)
         if not has_target.any():
             raise ValueError("every target is -1: there is nothing to take the mean of")
         if not has_target.all():  # the logits are most of a step's memory: compute them only where they are compared
-            hidden = hidden[has_target]  # (n, n_embd)
+            x = x[has_target]  # (n, n_embd)
             targets = targets[has_target]  # (n,)
-        logits = self.lm_head(hidden)  # (B, T, vocab_size), or (n, vocab_size)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 numbers near 2 are 1/64 apart
+        logits = self.lm_head(x)  # (B, T, vocab_size), or (n, vocab_size)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss of a bfloat16 base is float32
         return logits, F.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
     def hidden(self, idx, task_ids=None, cache=None):

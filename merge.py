@@ -32,8 +32,8 @@ def merge(model):
     """Return a plain model of model's class with model.ia3 folded in. model stays as it was: there is no unmerge.
 
     Products are taken in float64, then rounded to the weights' dtype. Raises ValueError if model has no vectors,
-    stacked ones, or another base's (vectors without a fingerprint fit any), and if a weight, a vector or a product is
-    NaN or infinite, with its name.
+    stacked ones, or another base's. Vectors without a fingerprint fit any base. Raises it also, with the name, if a
+    weight, a vector or a product is NaN or infinite.
     """
     model = unwrap(model)
     if model.ia3 is None or model.ia3.is_stacked():
@@ -115,7 +115,7 @@ class Report:
         """Whether merged is as near to the truth as unmerged, and folding changes a float64 copy by at most 1e-11.
 
         Both distances are rounding noise of the same size. The largest ratio we have seen is 1.35 (a very narrow
-        Llama), so 1.5 leaves a margin.
+        Llama), so 1.5 leaves a margin. A float64 model is its own truth, at distance 0: hence the 1e-11 there, too.
         """
         return self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11) and self.float64_difference <= 1e-11
 
@@ -133,18 +133,17 @@ def verify(model, merged, idx, lengths=None):
 
     lengths: how many tokens of each row are text. The rest is padding and is not compared (None: all is text).
 
-    Any two ways to compute a logit round differently. So the question is whether merged is any further than unmerged
-    from what both approximate: the unmerged model run in float64. That float64 copy is then folded itself, which
-    reveals a mistake in fold. Memory: the copy, and the float64 logits of idx. The proof with powers of two, where
-    nothing rounds, is tests/test_merge.py.
+    Both models round. The truth that they approximate is the unmerged model run in float64, and the question is whether
+    merged is further from it than unmerged is. That float64 copy is then folded itself, which reveals a mistake in
+    fold. Memory: the copy, and the float64 logits of idx. The proof with powers of two, where nothing rounds, is
+    tests/test_merge.py.
     """
     if lengths is None:
         lengths = [idx.size(1)] * idx.size(0)
     rows = [row[:, :n] for row, n in zip(idx.split(1), lengths, strict=True)]  # (1, n) each
-    truth_model = copy.deepcopy(model).double()
-    truths = [truth_model(row)[0] for row in rows]  # (1, n, vocab_size) each
-    fold(truth_model)
-    folded_truth_model = truth_model  # the same object, folded from here on
+    model64 = copy.deepcopy(model).double()
+    truths = [model64(row)[0] for row in rows]  # (1, n, vocab_size) each
+    fold(model64)
 
     # of each token, over the vocabulary
     differences = []
@@ -156,7 +155,7 @@ def verify(model, merged, idx, lengths=None):
         a = model(row)[0].double()  # (1, n, vocab_size)
         b = merged(row)[0].double()
         differences += (a - b).abs().amax(-1).flatten().tolist()
-        float64_differences += (folded_truth_model(row)[0] - truth).abs().amax(-1).flatten().tolist()
+        float64_differences += (model64(row)[0] - truth).abs().amax(-1).flatten().tolist()
         unmerged_errors += (a - truth).square().mean(-1).flatten().tolist()
         merged_errors += (b - truth).square().mean(-1).flatten().tolist()
         same_predictions += (a.argmax(-1) == b.argmax(-1)).flatten().tolist()
@@ -193,10 +192,11 @@ def run(argv):
     lengths = [int((row >= 0).nonzero().max()) + 1 for row in targets]  # up to the last target; the rest is padding
     report = verify(model, merged, idx, lengths)
     prompt = val.prompt(64)
-    greedy = [generate(m, prompt, 200, temperature=0) for m in (model, merged)]
+    unmerged_text = generate(model, prompt, 200, temperature=0)
+    merged_text = generate(merged, prompt, 200, temperature=0)
     common.save(merged, args.out)  # also where it is inexact, to be looked into
     print(f"{args.base} + {args.ia3} → {args.out}\n{report}")
-    print(f"200 tokens of greedy text     {'identical' if torch.equal(*greedy) else 'different'}")
+    print(f"200 tokens of greedy text     {'identical' if torch.equal(unmerged_text, merged_text) else 'different'}")
     if not report.is_exact():
         print("this is more than rounding: do not use what was written (docs/exactness.md)")
         return 1

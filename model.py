@@ -5,8 +5,8 @@
     attention   softmax(Q (l_k ⊙ K)ᵀ / √d_head) (l_v ⊙ V)       CausalSelfAttention.forward
     MLP         W_2 (l_ff ⊙ γ(W_1 x + b_1)) + b_2               MLP.forward
 
-The vectors are a value that this file only reads: GPT.ia3 is None (the plain base) or an ia3.IA3, whose parameters are
-the model's then, by the names ia3.l_k, ia3.l_v and ia3.l_ff.
+The vectors are a value that this file only reads: GPT.ia3 is None (the plain base) or an ia3.IA3. Once assigned, its
+matrices are parameters of the model, by the names ia3.l_k, ia3.l_v and ia3.l_ff.
 
 The rest is GPT-2 exactly (Radford et al. 2019), with nanoGPT's names: learned positions, LayerNorm before each
 sublayer, GELU in its tanh form as γ, and one matrix for the embedding and the head.
@@ -65,8 +65,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 × (B, T, C)
 
-        # (IA)³: queries stay as they are. l_k and l_v: (C,), or (B, 1, C) in a batch of several tasks; float32 even if
-        # the base is held in bfloat16: the product is taken in the wider dtype and rounded once to the activation's.
+        # (IA)³: queries stay as they are. l_k and l_v are (C,), or (B, 1, C) in a batch of several tasks. They are
+        # float32 even if the base is bfloat16: multiply in the wider dtype, then round once.
         if l_k is not None:
             k = (l_k * k).to(k.dtype)  # l_k ⊙ K
         if l_v is not None:
@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, the earlier ones scaled
+            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, scaled when they were added
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -161,18 +161,18 @@ class GPT(nn.Module):
         If some targets are -1, the logits are those of the n positions that have one, (n, vocab_size). Raises
         ValueError for a sequence that is too long, task_ids that do not fit the vectors, or targets that are all -1.
         """
-        hidden = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
+        x = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
         if targets is None:
-            return self.lm_head(hidden), None
+            return self.lm_head(x), None
 
         has_target = targets >= 0  # (B, T)
         if not has_target.any():
             raise ValueError("every target is -1: there is nothing to take the mean of")
         if not has_target.all():  # the logits are most of a step's memory: compute them only where they are compared
-            hidden = hidden[has_target]  # (n, n_embd)
+            x = x[has_target]  # (n, n_embd)
             targets = targets[has_target]  # (n,)
-        logits = self.lm_head(hidden)  # (B, T, vocab_size), or (n, vocab_size)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 numbers near 2 are 1/64 apart
+        logits = self.lm_head(x)  # (B, T, vocab_size), or (n, vocab_size)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss of a bfloat16 base is float32
         return logits, F.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
     def hidden(self, idx, task_ids=None, cache=None):

@@ -207,7 +207,7 @@ def run(argv):
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     model = common.load(args.base, dtype=None)
-    device, dtype = common.pick_device(args.device, stored=common.stored_dtype(model))
+    device, dtype = common.pick_device(args.device, model=model)
     model.to(device, getattr(torch, dtype))
     if device.type == "cpu":
         store_by_columns(model)

@@ -27,9 +27,10 @@ import torch.distributed as dist
 import common
 import data as datasets
 import disk
+from data.tokenizer import N_IDS, Tokenizer
 from ia3 import IA3, SITES, attach, unwrap
 from model import GPT, GPTConfig
-from runs import RunFolder, write_run_json
+from run_folder import RunFolder, write_run_json
 from sample import complete
 
 
@@ -107,25 +108,29 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    targets (default: lm_loss). should_stop(): asked before every step; True saves the run and ends it there, as run()
-    does after Ctrl-C. Under torchrun every process must give the same answer. With config.out, every evaluation writes
-    last.pt and metrics.csv there.
+    targets (default: lm_loss). should_stop(): called before every step; if it returns True, the run is saved and ends
+    there. Under torchrun every process must give the same answer. With config.out, every evaluation writes last.pt and
+    metrics.csv there.
 
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
-    gradient that is not finite, and ValueError if there is nothing to train, if vectors stand on a base that is not
-    frozen or are coarser than float32, and for a run in config.out that cannot be resumed or is not to be.
+    gradient that is not finite. Raises ValueError if there is nothing to train, if vectors stand on a base that is not
+    frozen or are coarser than float32, and if config.out holds a run that cannot be resumed, or any without
+    config.resume.
     """
     if loss_fn is None:
         loss_fn = lm_loss
-    check_vectors(model)
+    check_trained(model)
     rank, world = ranks()
     device = model.lm_head.weight.device
 
     # AdamW. Weight decay pulls towards 0, and a vector starts at 1: only matrices of weights are decayed
     trained = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-    decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
-    others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]
+    decayed = []
+    others = []
+    for name, p in trained.items():
+        is_matrix_of_weights = p.dim() >= 2 and not name.startswith("ia3.")
+        (decayed if is_matrix_of_weights else others).append(p)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
 
@@ -133,8 +138,10 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     step = 0
     history = []  # one dict per evaluation
     losses = []  # of the steps since the last evaluation
-    folder = RunFolder(config, model, data, trained, optimizer)
-    if folder.holds_a_run():
+    folder = None
+    if config.out is not None:
+        folder = RunFolder(config, model, data, trained, optimizer)
+    if folder is not None and folder.holds_a_run():
         step, history, losses = folder.load()
         if rank == 0:
             folder.write_metrics(history)  # a kill may have come before the last row was written
@@ -146,7 +153,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        already_done = len(history) > 0 and history[-1]["step"] == step  # by the run that is resumed
+        already_done = len(history) > 0 and history[-1]["step"] == step  # before the run was stopped and resumed
         if due and not already_done:
             seconds = max(time.time() - started, 1e-9)
             row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else math.nan}
@@ -160,24 +167,23 @@ def train(model, data, config, loss_fn=None, should_stop=None):
             if rank == 0:
                 steps_per_second = (step - step_at_start_of_interval) / seconds
                 print(progress(row, config.steps, steps_per_second), flush=True)
-                folder.save(step, history, losses)
+                if folder is not None:
+                    folder.save(step, history, losses)
             step_at_start_of_interval = step
             n_tokens = 0
             started = time.time()
         if step == config.steps:
-            model.eval()
-            return history
+            break
         if should_stop is not None and should_stop():
-            if rank == 0:
+            if rank == 0 and folder is not None:
                 folder.save(step, history, losses)
-            model.eval()
-            return history
+            break
 
         # forward and backward, one part of the batch in memory at a time
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        dice = np.random.default_rng((config.seed, step, rank))
-        torch.manual_seed(int(dice.integers(2**63)))  # for dropout
+        rng = np.random.default_rng((config.seed, step, rank))
+        torch.manual_seed(int(rng.integers(2**63)))  # for dropout
         loss = torch.zeros((), device=device)
         for part, share in parts:
             with autocast(model, config):
@@ -206,8 +212,11 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         losses.append(loss.item())
         step += 1
 
+    model.eval()
+    return history
 
-def check_vectors(model):
+
+def check_trained(model):
     """Raise ValueError if nothing is trained, if a base is trained beside its vectors, or if these are too coarse."""
     model = unwrap(model)
     if not any(p.requires_grad for p in model.parameters()):
@@ -229,7 +238,8 @@ def ranks():
 def get_batch(split, step, config, device):
     """This process's rows of a step's batch, in config.grad_accum parts.
 
-    Returns [(the part's tensors on device, its share of the whole batch's targets)].
+    Returns [(the part's tensors on device, its share of the whole batch's targets)]. Every process draws the whole
+    batch, so each knows how many targets it has.
     """
     rank, world = ranks()
     batch = split.batch(config.seed, step, config.batch_size)
@@ -346,14 +356,14 @@ def new_model(args):
         raise ValueError("--n-layer and --n-embd make more than 10 billion weights: convert a published base instead")
     torch.manual_seed(args.seed)
     tokenizer = args.tokenizer or "bytes"
-    vocab_size = datasets.N_IDS[tokenizer]
+    vocab_size = N_IDS[tokenizer]
     model = GPT(GPTConfig(vocab_size=vocab_size, **sizes))
-    model.tokenizer = datasets.Tokenizer(tokenizer, vocab_size)
+    model.tokenizer = Tokenizer(tokenizer, vocab_size)
     return model
 
 
 def build(args):
-    """Return the model and the data that the flags ask for. Fills in the flags that depend on model and machine."""
+    """Return the model and the data that the flags ask for, and set those flags that depend on the model or machine."""
     if args.base == "scratch":
         args.method = "full"
         model = new_model(args)
@@ -379,7 +389,7 @@ def build(args):
             vectors = IA3.load(args.ia3, model)
         else:
             vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
-        device, args.dtype = common.pick_device(args.device, args.dtype or "auto", common.stored_dtype(model))
+        device, args.dtype = common.pick_device(args.device, args.dtype or "auto", model)
         model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
         attach(model, vectors)  # float32
     if args.lr is None:

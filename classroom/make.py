@@ -107,10 +107,10 @@ EXERCISES = [
 
 # what a starter holds beside classroom/starter, the tests of its exercises and the handout: {there: here}
 FILES = {"gradient.py": "classroom/gradient.py", "llama.py": "llama.py"}
-SOURCES = "model.py ia3.py merge.py train.py runs.py sample.py common.py disk.py tools/plot.py"
+SOURCES = "model.py ia3.py merge.py train.py run_folder.py sample.py common.py disk.py tools/plot.py"
 for name in SOURCES.split():
     FILES[name] = name
-for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/base.pt"):
+for name in ("requirements.txt", "LICENSE", "data/__init__.py", "data/tokenizer.py", "data/base.pt"):
     FILES[name] = name
 for task in ("folio", "sonnets", "kjv"):
     FILES[f"data/{task}.npz"] = f"data/{task}.npz"

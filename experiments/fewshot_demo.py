@@ -61,7 +61,7 @@ def run(argv):
     for name in ("ia3.npz", "merged.pt", "fewshot.png"):
         disk.check_output(args.out / name, inputs=[args.base])
     model = common.load(args.base, dtype=None)
-    device, dtype = common.pick_device("cpu", stored=common.stored_dtype(model))
+    device, dtype = common.pick_device("cpu", model=model)
     model.to(device, getattr(torch, dtype))  # bfloat16, as it was published, where the CPU multiplies it
     val = read_task(args.data, "movies", "val")
     rows = []

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
-import runs
+import run_folder
 from disk import read_shapes, replace_file
 from train import autocast, evaluate, lm_loss
 
@@ -241,7 +241,7 @@ def write_run_json(folder, script, arguments, model, data_hash, results):
     figures = {run_name(job): vars(result) for job, result in results.items()}
     # a command that found its runs done says nothing new: what stands there names the machine that made them
     if not path.exists() or json.loads(path.read_text())["figures"] != figures:
-        runs.write_run_json(path, script, arguments, model, data_hash, figures)
+        run_folder.write_run_json(path, script, arguments, model, data_hash, figures)
 
 
 def write_runs(folder, results, arrays):

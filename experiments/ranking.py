@@ -34,7 +34,7 @@ import data as datasets
 import disk
 from experiments import lab
 from ia3 import IA3, attach
-from runs import write_run_json
+from run_folder import write_run_json
 from sample import Cache
 from train import TrainConfig, default_lr, train
 

@@ -11,7 +11,8 @@ import torch
 import common
 import data
 from conftest import make_gpt, make_llama
-from data import GPT2, Tokenizer, prepare
+from data import prepare
+from data.tokenizer import GPT2, N_IDS, Tokenizer
 
 DATA = Path(data.__file__).parent
 CORPORA = ("plays", "folio", "sonnets", "kjv")
@@ -75,12 +76,12 @@ def test_prepare_drops_a_line_that_an_earlier_split_holds_however_it_is_punctuat
     assert corpora["a"]["val"].startswith("unlike")
 
 
-BYTES = data.Tokenizer("bytes", 257)
+BYTES = Tokenizer("bytes", 257)
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    tokenizer = data.Tokenizer("gpt2", 50304)
+    tokenizer = Tokenizer("gpt2", 50304)
     try:
         tokenizer.encode_ordinary("a")
     except OSError as e:
@@ -97,7 +98,7 @@ def test_a_byte_is_its_own_token():
 
 
 def test_ids_that_pad_a_vocabulary_stand_for_no_text():
-    assert data.Tokenizer("bytes", 300).decode([65, 257, 299, 66]) == "AB"
+    assert Tokenizer("bytes", 300).decode([65, 257, 299, 66]) == "AB"
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,13 @@ def test_ids_that_pad_a_vocabulary_stand_for_no_text():
 )
 def test_tokenizers_that_there_are_not_or_that_do_not_fit_are_refused(about, vocab_size, message):
     with pytest.raises(ValueError, match=message):
-        data.Tokenizer(about, vocab_size)
+        Tokenizer(about, vocab_size)
 
 
 def test_gpt2s_tokenizer_is_tiktokens(gpt2):
     assert gpt2.encode_ordinary("Hello world") == [15496, 995]
     assert gpt2.decode([15496, 50300, 995]) == "Hello world"  # padding, as in nanoGPT's vocabulary of 50304
-    assert gpt2.encoding.n_vocab == data.N_IDS["gpt2"] and BYTES.encoding.n_vocab == data.N_IDS["bytes"]
+    assert gpt2.encoding.n_vocab == N_IDS["gpt2"] and BYTES.encoding.n_vocab == N_IDS["bytes"]
 
 
 def test_gpt2_reads_text_in_utf_8_and_its_bytes_are_counted(gpt2, tmp_path):
@@ -353,7 +354,7 @@ class Panics:
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_where_tiktoken_panics_one_line_names_the_file(tmp_path, kind):
-    tokenizer = data.Tokenizer("gpt2", 50304)
+    tokenizer = Tokenizer("gpt2", 50304)
     tokenizer.encoding = Panics()
     raw("txt", b"a" * 99)(tmp_path)
     if kind == "jsonl":
@@ -370,7 +371,7 @@ def test_without_a_network_tiktokens_folder_is_named(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR"):
-        data.Tokenizer("gpt2", 50304).encode_ordinary("a")
+        Tokenizer("gpt2", 50304).encode_ordinary("a")
 
 
 def test_an_unknown_name_lists_what_there_is():

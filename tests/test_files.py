@@ -457,11 +457,13 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path, share):
 def test_a_base_in_bfloat16_stays_in_it_on_a_cpu_that_multiplies_it(monkeypatch, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
     expected = "bfloat16" if native else "float32"
-    assert common.pick_device("cpu", stored=torch.bfloat16) == (torch.device("cpu"), expected)
-    assert common.pick_device("cpu")[1] == "float32"  # data/base.pt, GPT-2: the same figures everywhere
-    assert common.pick_device("cpu", "float32", torch.bfloat16)[1] == "float32"
-    assert common.stored_dtype(make_gpt().bfloat16()) == torch.float32  # data/base.pt is stored in bfloat16
-    assert common.stored_dtype(make_llama().bfloat16()) == torch.bfloat16
+    llama = make_llama()
+    assert common.pick_device("cpu", model=llama)[1] == "float32"
+    llama.bfloat16()
+    assert common.pick_device("cpu", model=llama) == (torch.device("cpu"), expected)
+    assert common.pick_device("cpu", "float32", llama)[1] == "float32"
+    assert common.pick_device("cpu")[1] == "float32"
+    assert common.pick_device("cpu", model=make_gpt().bfloat16())[1] == "float32"  # data/base.pt is stored in bfloat16
 
 
 def test_vectors_that_are_not_finite_are_not_saved(tmp_path):

@@ -16,7 +16,7 @@ import common
 import data as datasets
 import ia3
 from conftest import LLAMA3, blocks, make_gpt, make_ia3, make_idx, make_llama
-from data import Tokenizer
+from data.tokenizer import Tokenizer
 from merge import Report, main, merge, verify
 from model import GPT
 

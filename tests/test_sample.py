@@ -6,7 +6,7 @@ import torch
 import common
 import sample
 from conftest import make_gpt, make_ia3, make_idx, make_llama, write_run
-from data import GPT2, Tokenizer
+from data.tokenizer import GPT2, Tokenizer
 from ia3 import IA3, attach, fingerprint, stack
 from sample import generate
 

@@ -13,11 +13,12 @@ import pytest
 
 import data
 from data import prepare
+from data.tokenizer import Tokenizer
 
 DATA = Path(prepare.__file__).parent
 TASKS = ("movies", "products", "news", "tweets", "source", "movies-ab", "movies-flipped")
 SPLITS = ("train", "val", "test")
-BYTES = data.Tokenizer("bytes", 257)
+BYTES = Tokenizer("bytes", 257)
 
 
 def made_sets():
@@ -224,7 +225,7 @@ def test_answers_are_of_unequal_length(templates):
 @pytest.mark.slow
 @pytest.mark.parametrize("templates", [prepare.SENTIMENT, prepare.LETTERS, prepare.SOURCE])
 def test_answers_are_of_unequal_length_in_tokens_or_of_one(templates):
-    tokenizer = data.Tokenizer("gpt2", 50257)
+    tokenizer = Tokenizer("gpt2", 50257)
     try:
         tokenizer.encode_ordinary("x")
     except OSError as e:

@@ -20,6 +20,7 @@ import data as datasets
 import merge
 import sample
 from conftest import load_vectors, make_gpt, make_llama, read_metrics, same, write_run
+from data.tokenizer import Tokenizer
 from ia3 import IA3, attach, fingerprint
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
@@ -205,7 +206,7 @@ def examples(tmp_path):
 @pytest.mark.parametrize("grad_accum", [2, 5])
 def test_a_run_in_parts_is_the_run_of_whole_batches(examples, grad_accum):
     """Float64: Adam divides a gradient by its size, so an error of 1e-12 of it moves a vector by lr · 1e-12 a step."""
-    data = datasets.load(examples, datasets.Tokenizer("bytes", 257), 257, 16)
+    data = datasets.load(examples, Tokenizer("bytes", 257), 257, 16)
     results = []
     for parts in (1, grad_accum):
         model = make_gpt().double()

@@ -1,8 +1,8 @@
-"""Byte-level BPE as others write it, tokenizer.json, and as data.Tokenizer has it: pattern, ranks, special tokens.
+"""Byte-level BPE as others write it, tokenizer.json, and as Tokenizer has it: pattern, ranks, special tokens.
 
 Two things differ. In tokenizer.json a token is spelled in letters, one for each byte ('Ġthe' is b' the'), and beside
 the tokens stand merges: pairs of tokens that become one, in the order in which they are tried. tiktoken, and so
-data.Tokenizer, has no merges. It joins any two neighbours that make a token, lower ids first, and takes a piece of text
+Tokenizer, has no merges. It joins any two neighbours that make a token, lower ids first, and takes a piece of text
 that is a token as it is. That is the same where, and only where, the merges say what the ids say; check_merges looks.
 """
 
@@ -10,7 +10,7 @@ import json
 import os
 from itertools import pairwise
 
-from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
+from data.tokenizer import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from tools.files import read_json, write_json
 
 # data's patterns in tokenizer.json: a list of pre_tokenizers, one after the other. Every other way is refused: whether
@@ -54,10 +54,10 @@ def as_letters(token):
 
 
 def byte_level(pattern, vocabulary, merges, special, whole_pieces=False):
-    """Return what data.Tokenizer takes. vocabulary: {token: id}, with or without special; merges: [(token, token)].
+    """Return what Tokenizer takes. vocabulary: {token: id}, with or without special; merges: [(token, token)].
 
     special: {text: id}. whole_pieces: whether a piece that is a token is taken as it is, without merges. Raises
-    ValueError where data.Tokenizer would give other ids than these merges.
+    ValueError where Tokenizer would give other ids than these merges.
     """
     ranks = {as_bytes(token): i for token, i in vocabulary.items() if token not in special}
     for token in special:
@@ -126,9 +126,9 @@ def is_tokenizers(name):
 def read_folder(folder, vocab_size, config):
     """Read the tokenizer of a Hugging Face folder, tokenizer.json or GPT-2's vocab.json and merges.txt.
 
-    config: config.json's object, which may say what begins and ends a text. Returns a data.Tokenizer, or None where
+    config: config.json's object, which may say what begins and ends a text. Returns a Tokenizer, or None where
     none of these files is there. What tokenizer.json adds around a text (its post_processor) is left out. Raises
-    ValueError, with the file's name, for what data.Tokenizer does not do.
+    ValueError, with the file's name, for what Tokenizer does not do.
     """
     path = f"{folder}/tokenizer.json"
     if not os.path.isfile(path):
@@ -154,7 +154,7 @@ def read_if_there(path):
 
 
 def from_vocab(vocabulary, folder, settings):
-    """What data.Tokenizer takes, from GPT-2's two files. settings: tokenizer_config.json's object.
+    """What Tokenizer takes, from GPT-2's two files. settings: tokenizer_config.json's object.
 
     A token of several letters that no merge makes never comes about in a text, so it is a special one.
     """
@@ -169,7 +169,7 @@ def from_vocab(vocabulary, folder, settings):
 
 
 def control_tokens(about, config, settings, folder):
-    """Return bos, eos and chat_template as data.Tokenizer takes them; the tokenizer's own end comes first.
+    """Return bos, eos and chat_template as Tokenizer takes them; the tokenizer's own end comes first.
 
     config: config.json's object with generation_config.json's over it; settings: tokenizer_config.json's. An id that
     the tokenizer does not have is left out: a config of another vocabulary's defaults may name it.
@@ -192,7 +192,7 @@ def control_tokens(about, config, settings, folder):
 
 
 def tokenizer(about):
-    """What data.Tokenizer takes, from tokenizer.json's object."""
+    """What Tokenizer takes, from tokenizer.json's object."""
     model = about["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"a tokenizer of type {model['type']!r} is not known here, only byte-level 'BPE'")
@@ -235,7 +235,7 @@ def name_of(step):
 
 
 def write_tokenizer(about, folder, bos=None, eos=(), chat_template=None):
-    """Write data.Tokenizer's about as tokenizer.json, and tokenizer_config.json, which AutoTokenizer needs."""
+    """Write Tokenizer's about as tokenizer.json, and tokenizer_config.json, which AutoTokenizer needs."""
     ranks, special = about["ranks"], about["special_tokens"]
     merges = []
     for token in sorted(ranks, key=ranks.get):

@@ -19,7 +19,7 @@ import torch
 
 import common
 import disk
-from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
+from data.tokenizer import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from ia3 import fingerprint
 from llama import Llama, LlamaConfig
 from merge import scale
@@ -196,7 +196,7 @@ def dequantize(tensor):
 def from_gguf(path):
     """Read a LLaMA's GGUF file. Returns a Llama in float32, on the CPU, in eval mode.
 
-    Where its tokenizer is not one that data.Tokenizer computes, the model has none, and a line on stderr says why.
+    Where its tokenizer is not one that Tokenizer computes, the model has none, and a line on stderr says why.
     Raises OSError where there is no such file and ValueError, with its name, for what is no LLaMA or not ours.
     """
     model, about = read(path)
@@ -324,7 +324,7 @@ def rope_scaling(slower, config):
 
 
 def tokenizer(about):
-    """A header's vocabulary as data.Tokenizer takes it. ValueError where it is another kind of tokenizer."""
+    """A header's vocabulary as Tokenizer takes it. ValueError where it is another kind of tokenizer."""
     kind, way = about.get("tokenizer.ggml.model"), about.get("tokenizer.ggml.pre")
     if kind != "gpt2" or way not in PATTERNS:
         raise ValueError(

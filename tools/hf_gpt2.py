@@ -8,7 +8,7 @@ import torch
 
 import common
 import disk
-from data import Tokenizer
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from tools.files import plain_name, widest_dtype
 

@@ -872,10 +872,11 @@ for name in ("folio", "sonnets", "kjv"):
 
 # a base that takes no time
 TINY = """
-import common, data
+import common
+from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=2, n_embd=16))
-model.tokenizer = data.Tokenizer("bytes", 257)
+model.tokenizer = Tokenizer("bytes", 257)
 common.save(model, "data/base.pt")
 """
 

@@ -11,7 +11,7 @@ import torch
 import common
 import train
 from conftest import make_gpt
-from data import Tokenizer
+from data.tokenizer import Tokenizer
 from experiments import ranking
 
 ROWS = [

@@ -24,7 +24,7 @@ from safetensors.torch import save_file as save_safe
 
 import common
 from conftest import make_gpt, make_ia3, make_llama, make_llama_with_bpe
-from data import GPT2
+from data.tokenizer import GPT2
 from ia3 import IA3
 from merge import merge
 from tools import bpe, convert, files, hf_gpt2

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
-from data import GPT2, LLAMA3, SMOLLM2, Tokenizer
+from data.tokenizer import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from tools import bpe
 from tools.bpe import as_bytes
 

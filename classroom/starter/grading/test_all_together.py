@@ -9,6 +9,7 @@ import torch
 import data
 import train
 from conftest import changed, check, close, draw, draw_scales, make_gpt, refused, runs, snapshot
+from data.tokenizer import Tokenizer
 from ia3 import IA3, attach, fingerprint, stack
 from merge import merge
 from sample import generate
@@ -38,7 +39,7 @@ def model(request, dice):
         model = make_llama(dice)
     else:
         model = make_gpt(dice, vocab_size=257, block_size=16)
-    model.tokenizer = data.Tokenizer("bytes", 257)
+    model.tokenizer = Tokenizer("bytes", 257)
     return model
 
 

@@ -1,7 +1,6 @@
 """What a run keeps in its folder: last.pt, from which it is resumed; metrics.csv, its history; and run.json.
 
-A run is resumed only if last.pt has its checksums, this run's settings, base and training data, a step that the run
-has, finite values of every trained tensor, and AdamW's finite state of each after as many steps.
+load() refuses a damaged last.pt, and one of another run: of other settings, another base or other training data.
 """
 
 import csv
@@ -21,14 +20,12 @@ COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")
 
 
 class RunFolder:
-    """What train() keeps in config.out; nothing if that is None. Raises ValueError if another run is in the way."""
+    """What train() keeps in config.out. Raises ValueError if a run is there, unless config.resume is set."""
 
     def __init__(self, config, model, data, trained, optimizer):
         self.out = config.out
         self.trained = trained
         self.optimizer = optimizer
-        if self.out is None:
-            return
         # a run is resumed only under the settings that it was started with, all but these two
         self.settings = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
         self.settings |= {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
@@ -36,11 +33,9 @@ class RunFolder:
             raise ValueError(f"{self.out} holds a run: resume it, remove it, or choose another folder")
 
     def holds_a_run(self):
-        return self.out is not None and os.path.exists(f"{self.out}/last.pt")
+        return os.path.exists(f"{self.out}/last.pt")
 
     def save(self, step, history, losses):
-        if self.out is None:
-            return
         state = {"step": step, "history": history, "losses": losses, "settings": self.settings}
         state |= {"trained": self.trained, "optimizer": self.optimizer.state_dict()}
         with disk.replace_file(f"{self.out}/last.pt") as f:
@@ -56,7 +51,7 @@ class RunFolder:
     def load(self):
         """Put the trained values and the optimizer's state back. Returns step, history, losses.
 
-        Raises ValueError if last.pt is damaged, or another run's: other settings, base, data or sites.
+        Raises ValueError if last.pt is damaged or another run's.
         """
         path = f"{self.out}/last.pt"
         state = disk.load_file(path)
@@ -79,18 +74,18 @@ class RunFolder:
 
     def check_settings(self, theirs):
         for name, ours in self.settings.items():
-            if name == "steps" and theirs.get(name, ours) != ours:
-                way = "give its ia3.npz as --ia3, and a new --out, to train it further"
-                raise ValueError(f"it has {theirs[name]} steps, not {ours}: {way}")
             if name not in theirs or theirs[name] != ours:
-                raise ValueError(f"it is another run's: its {name} is {theirs.get(name)}, not {ours}")
+                what = f"it is another run's: its {name} is {theirs.get(name)}, not {ours}"
+                if name == "steps":
+                    what += " (to train it further, give its ia3.npz as --ia3, and a new --out)"
+                raise ValueError(what)
 
     def load_optimizer(self, states, step):
-        """Put back AdamW's state of every trained tensor, once it is checked. Rates and betas are ours."""
+        """Put back AdamW's state of every trained tensor, once it is checked. Rates and betas are not the file's."""
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        expected = set(range(len(params))) if step > 0 else set()  # AdamW has no state before its first step
-        if states.keys() != expected:
+        n_states = len(params) if step > 0 else 0  # AdamW has none before its first step
+        if states.keys() != set(range(n_states)):
             raise ValueError(f"its optimizer has {len(states)} states after {step} steps, for {len(params)} tensors")
         for i, state in states.items():
             if state.keys() != {"step", "exp_avg", "exp_avg_sq"} or float(state["step"]) != step:
