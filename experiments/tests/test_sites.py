@@ -9,7 +9,7 @@ from conftest import make_gpt, make_idx, make_llama
 from experiments.sites import ORDER, OTHER, attach_sites
 from ia3 import SITES
 from model import GPT
-from train import check_vectors, lm_loss
+from train import check_trained, lm_loss
 
 
 def powers_of_two(l):
@@ -67,7 +67,7 @@ def test_each_site_has_its_width_and_only_those_asked_for_learn(make_model):
     _, kv, hidden = model.config.widths
     widths = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
     assert widths == {"l_q": (2, C), "l_v": (2, kv), "l_x": (2, C), "l_pre": (2, hidden)}
-    check_vectors(model)
+    check_trained(model)
     idx = make_idx(model)
     lm_loss(model, idx, idx).backward()
     for name, p in model.named_parameters():
