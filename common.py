@@ -42,15 +42,8 @@ def load(path, dtype=torch.float32):
         weights = checkpoint_weights(checkpoint["model"])
         check_size(weights, path)
         model = build_model(checkpoint["model_args"], weights)
-        for name, empty in model.state_dict().items():
-            if name in weights:  # if not, load_weights says so
-                t = check_weight(weights[name], name, empty.shape)
-                weights[name] = t.to(dtype or t.dtype, copy=True)  # load_file maps the file: copied, it may be replaced
-        load_weights(model, weights)
-        tokenizer = checkpoint.get("tokenizer", TOKENIZERS.get(model.config.vocab_size))
-        if tokenizer is not None:
-            control = {name: checkpoint.get(name) for name in ("bos", "eos", "chat_template")}
-            model.tokenizer = Tokenizer(tokenizer, model.config.vocab_size, **control)
+        load_weights(model, copy_weights(weights, model, dtype))
+        model.tokenizer = build_tokenizer(checkpoint, model.config.vocab_size)
     except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, OverflowError) as e:
         why = str(e).splitlines()[-1].strip()  # torch's first line names the class, its last one the weight
         raise ValueError(f"{path} is not a checkpoint: {why[:200]}") from None
@@ -92,6 +85,19 @@ def build_model(args, names):
     return empty_model(Llama, LlamaConfig(**args), names)
 
 
+def copy_weights(weights, model, dtype):
+    """Return copies of weights, {name: tensor}, in dtype (None: as they are). ValueError if one does not fit model.
+
+    Copied, because load_file maps the file into memory, and the file may be replaced later.
+    """
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    copies = {}
+    for name, t in weights.items():
+        check_weight(t, name, shapes.get(name))  # load_weights refuses a name that the model does not have
+        copies[name] = t.to(dtype or t.dtype, copy=True)
+    return copies
+
+
 def empty_model(model_class, config, names):
     """Return model_class(config) without memory for its weights. ValueError for more layers than names of tensors."""
     if config.n_layer > len(names):  # checked before anything is made for each layer
@@ -112,6 +118,15 @@ def load_weights(model, weights):
         if not torch.equal(embedding.weight, model.lm_head.weight):
             raise ValueError("the head differs from the embedding, and in this model they are one matrix")
         embedding.weight = model.lm_head.weight
+
+
+def build_tokenizer(checkpoint, vocab_size):
+    """Return the Tokenizer that a checkpoint names, or that its vocabulary's size tells; None if neither does."""
+    about = checkpoint.get("tokenizer", TOKENIZERS.get(vocab_size))
+    if about is None:
+        return None
+    control = {name: checkpoint.get(name) for name in ("bos", "eos", "chat_template")}
+    return Tokenizer(about, vocab_size, **control)
 
 
 def save(model, path):

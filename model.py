@@ -184,7 +184,7 @@ class GPT(nn.Module):
         start = 0  # tokens read before
         caches = [None] * self.config.n_layer
         if cache is not None:
-            start = cache.start(self, task_ids)
+            start = cache.n_read(self, task_ids)
             caches = cache.layers
         end = start + idx.size(1)
         if not start < end <= self.config.block_size:

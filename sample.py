@@ -24,9 +24,8 @@ from ia3 import IA3, stack, unwrap
 class Cache:
     """The keys and values of all tokens read so far, so that only new tokens are read. Allocated once.
 
-    Cached keys and values are already scaled, and in a Llama rotated: a cached key holds l_k, a cached value l_v. So a
-    cache is valid only for the model, the vectors and the task_ids that it was created with, the same objects. It is
-    written in place, so use it under torch.no_grad.
+    Keys and values are cached after they are scaled (and in a Llama rotated). So a cache belongs to one model, one IA3
+    and one task_ids, the very objects that it was made for. It is written in place, so use it under torch.no_grad.
     """
 
     def __init__(self, model, batch_size, max_tokens, task_ids=None):
@@ -38,7 +37,7 @@ class Cache:
         self.made_for = (model, model.ia3, task_ids)
         self.layers = [LayerCache(shape, weight.device, weight.dtype) for _ in range(config.n_layer)]
 
-    def start(self, model, task_ids):
+    def n_read(self, model, task_ids):
         """The number of tokens read so far. Raises ValueError for another model, other vectors or other task_ids."""
         for made_for, given in zip(self.made_for, (model, model.ia3, task_ids), strict=True):
             if made_for is not given:
@@ -79,7 +78,7 @@ class LayerCache:
 def store_by_columns(model):
     """Lay the weights of all linear maps out in memory column by column: the same values, shapes and names.
 
-    A CPU multiplies one token's activations by them faster so.
+    This way a CPU multiplies the activations of one token faster.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -90,12 +89,12 @@ def store_by_columns(model):
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=None, generator=None, end=()):
     """Continue idx (B, T) long by max_new_tokens, each drawn from the prediction of the last block_size tokens.
 
-    temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: each row's
-    task, where the vectors are stacked. The prompt is read once, then a token a step; past block_size every step moves
-    the window, so all of it is read again. end: ids that end a text; writing stops early when every row has one, and
-    what stands behind a row's first is not part of its text. Returns (B, at most T + max_new_tokens). Raises ValueError
-    for an empty idx and for numbers that make no sense, and, on a CPU, FloatingPointError for logits that are not
-    finite.
+    temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: the task of
+    each row if the vectors are stacked. end: ids that end a text; generating stops once every row has one. What follows
+    the first one in a row is not part of its text.
+
+    Returns (B, T + max_new_tokens) or fewer columns. Raises ValueError for an empty idx and for numbers that make no
+    sense, and, on a CPU, FloatingPointError for logits that are not finite.
     """
     if idx.numel() == 0:
         raise ValueError("idx is empty: there is nothing to continue")
@@ -113,9 +112,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     n_prompt = idx.size(1)
     for _ in range(max_new_tokens):
         if idx.size(1) <= block_size:
-            n_read = cache.start(model, task_ids)
+            n_read = cache.n_read(model, task_ids)
             hidden = model.hidden(idx[:, n_read:], task_ids, cache)  # (B, new tokens, n_embd)
-        else:
+        else:  # every step moves the window, so all positions change and all of it is read again
             hidden = model.hidden(idx[:, -block_size:], task_ids)  # (B, block_size, n_embd)
         logits = model.lm_head(hidden[:, -1]).float()  # (B, vocab_size), of the last position only
         if logits.device.type == "cpu" and not logits.isfinite().all():  # on a GPU to look would be to wait
@@ -139,11 +138,11 @@ def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, tas
     A text stops before the token that ends it.
     """
     device = model.lm_head.weight.device
-    dice = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(seed)
     if task_ids is not None:
         task_ids = task_ids.to(device)
     end = [] if model.tokenizer is None else model.tokenizer.eos
-    rows = generate(model, prompt.to(device), n_tokens, temperature, top_k, task_ids, dice, end).tolist()
+    rows = generate(model, prompt.to(device), n_tokens, temperature, top_k, task_ids, rng, end).tolist()
     if model.tokenizer is None:
         return [str(row) for row in rows]
     n_prompt = prompt.size(1)
@@ -173,7 +172,9 @@ def chat_turn(tokenizer, text):
 def task_name(path):
     """What a file of vectors is called beside others: data/kjv.npz and out/kjv/ia3.npz are both kjv."""
     path = Path(path)
-    return path.parent.name if path.stem == "ia3" and path.parent.name else path.stem
+    if path.stem == "ia3" and path.parent.name:
+        return path.parent.name
+    return path.stem
 
 
 def side_by_side(names, texts, width=38):

@@ -7,8 +7,13 @@ A data folder holds one of, tried in this order:
     train.bin    val.bin     token ids, nanoGPT's format or llm.c's; memory-mapped, so they may be larger than memory
     train.txt    val.txt     UTF-8 text, or under the bytes tokenizer any bytes at all
 
-A split's data is a Stream of tokens or a set of Examples; both answer the same: len(split), how many windows it has,
-split.windows(ids) of them, split.batch(seed, step, batch_size), split.prompt(n) to go on from, and split.data_hash().
+A split is a Stream of tokens or a set of Examples. Both have
+
+    len(split)                             how many windows it has; of Examples, each one is a window
+    split.windows(ids)                     these windows: inputs and targets
+    split.batch(seed, step, batch_size)    the batch of a step: inputs and targets
+    split.prompt(n)                        n tokens to continue
+    split.data_hash()                      tells it from other data
 """
 
 import hashlib
@@ -41,8 +46,8 @@ class Stream:
 
     def batch(self, seed, step, batch_size):
         """The batch of a step: windows that start anywhere, drawn from (seed, step) and nothing else."""
-        dice = np.random.default_rng((seed, step))
-        return self._cut(dice.integers(0, len(self.tokens) - self.block_size, batch_size))
+        rng = np.random.default_rng((seed, step))
+        return self._cut(rng.integers(0, len(self.tokens) - self.block_size, batch_size))
 
     def data_hash(self):
         """Tells these windows from others, so that no run is resumed on other training data."""
@@ -84,13 +89,13 @@ class Examples:
         y = torch.full_like(x, -1)
         for row, (prompt, completion) in enumerate(rows):
             both = torch.tensor(prompt + completion)
-            start = max(len(prompt) - 1, 0)  # the position that predicts the completion's first token
+            n_given = max(len(prompt), 1)  # the very first token of a text has no prediction
             x[row, : len(both) - 1] = both[:-1]
-            y[row, start : len(both) - 1] = both[start + 1 :]
+            y[row, n_given - 1 : len(both) - 1] = both[n_given:]
         return x, y
 
     def batch(self, seed, step, batch_size):
-        """The batch of a step: every example once an epoch, in an order drawn from (seed, epoch)."""
+        """The batch of a step: the next examples of an endless list, in which every epoch is shuffled by (seed, epoch)."""
         n = len(self.examples)
         orders = {}  # of the epochs that the batch takes from
         ids = []
@@ -145,23 +150,28 @@ def load(name_or_path, tokenizer, vocab_size, block_size, splits=("train", "val"
     """
     data = {}
     for split, path in find(name_or_path, splits).items():
-        if path.suffix == ".bin" and tokenizer is not None and (path.parent / "meta.pkl").exists():
-            raise ValueError(f"{path} holds nanoGPT's ids of characters (meta.pkl), not of this model's tokenizer")
         if path.suffix != ".bin" and tokenizer is None:
             raise ValueError(f"{path} holds text, but this model's tokenizer is unknown: it can read .bin files only")
         if path.suffix == ".jsonl":
             data[split] = read_jsonl(path, tokenizer, block_size)
-            continue
-        if path.suffix == ".bin":
-            tokens = read_bin(path, vocab_size)
-            n_bytes = None  # of its text: the file does not tell
         else:
-            tokens = read_text(path, tokenizer)
-            n_bytes = path.stat().st_size
-        if len(tokens) <= block_size:
-            raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of block_size {block_size}")
-        data[split] = Stream(tokens, block_size, n_bytes)
+            data[split] = read_stream(path, tokenizer, vocab_size, block_size)
     return data
+
+
+def read_stream(path, tokenizer, vocab_size, block_size):
+    """Read a .bin or a .txt file as a Stream. Raises as load does."""
+    if path.suffix == ".bin":
+        if tokenizer is not None and (path.parent / "meta.pkl").exists():
+            raise ValueError(f"{path} holds nanoGPT's ids of characters (meta.pkl), not of this model's tokenizer")
+        tokens = read_bin(path, vocab_size)
+        n_bytes = None  # of its text: the file does not tell
+    else:
+        tokens = read_text(path, tokenizer)
+        n_bytes = path.stat().st_size
+    if len(tokens) <= block_size:
+        raise ValueError(f"{path} holds {len(tokens)} tokens, too few for one window of block_size {block_size}")
+    return Stream(tokens, block_size, n_bytes)
 
 
 def tokens_of(raw, tokenizer):

@@ -21,12 +21,16 @@ PATTERNS = (GPT2, SMOLLM2, LLAMA3)  # and none of a file's own: some regular exp
 class Tokenizer:
     """Text to token ids and back, by tiktoken, which is imported where the first text is read.
 
-    about: what a checkpoint holds of it: 'bytes', 'gpt2', or a byte-level BPE as plain data: {'pattern': one of
-    PATTERNS, which cuts a text into pieces, 'ranks': {bytes: id}, 'special_tokens': {text: id}}; lower ids are merged
-    first. vocab_size: the model's; ids beyond the tokenizer's own are padding, and stand for no text. bos: the id that
-    begins a text, or None; eos: a list of the ids that end one; both named tokenizers have one id for both.
-    chat_template: Jinja text or None. Raises ValueError for a name that is not known, and for ids that do not fit the
-    vocabulary.
+    about           'bytes', 'gpt2', or a byte-level BPE as plain data, as a checkpoint holds it, a dict of
+      pattern         one of PATTERNS, which cuts a text into pieces
+      ranks           {bytes: id}; in a piece, the neighbours that make the lowest id are merged first
+      special_tokens  {text: id}
+    vocab_size      the model's; ids beyond the tokenizer's own are padding and stand for no text
+    bos             the id that begins a text, or None
+    eos             a list of the ids that end one; for 'bytes' and 'gpt2' both are the last id
+    chat_template   Jinja text, or None
+
+    Raises ValueError for a name that is not known, and for ids that do not fit the vocabulary.
     """
 
     def __init__(self, about, vocab_size, bos=None, eos=None, chat_template=None):
@@ -73,8 +77,8 @@ class Tokenizer:
         return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @cached_property
-    def missing(self):
-        """The bytes that no token stands for alone."""
+    def bytes_without_token(self):
+        """The bytes that no token stands for alone: SmolLM2 has 21 of them."""
         if isinstance(self.about, str):
             return b""
         return bytes(i for i in range(256) if bytes([i]) not in self.about["ranks"])
@@ -85,7 +89,7 @@ class Tokenizer:
         Raises ValueError for a text that tiktoken fails on.
         """
         raw = text.encode("utf-8", "replace")
-        if raw.translate(None, self.missing) == raw:
+        if raw.translate(None, self.bytes_without_token) == raw:
             try:
                 return self.encoding.encode_ordinary(text)
             except BaseException as e:
@@ -98,7 +102,7 @@ class Tokenizer:
 
         ids = []
         for piece in regex.finditer(self.about["pattern"], text):
-            known = piece[0].encode("utf-8", "replace").translate(None, self.missing)
+            known = piece[0].encode("utf-8", "replace").translate(None, self.bytes_without_token)
             ids += merge_bytes(known, self.about["ranks"])
         return ids
 

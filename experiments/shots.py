@@ -211,7 +211,7 @@ class PromptCache:
             raise ValueError("this needs a Llama: padding before a prompt would move a GPT-2's positions")
         self.layers = [PromptLayer(padding) for _ in range(model.config.n_layer)]
 
-    def start(self, _model, _task_ids):
+    def n_read(self, _model, _task_ids):
         return self.layers[0].length
 
 
