@@ -95,7 +95,7 @@ class Examples:
         return x, y
 
     def batch(self, seed, step, batch_size):
-        """The batch of a step: the next examples of an endless list, in which every epoch is shuffled by (seed, epoch)."""
+        """The batch of a step: the next examples of an endless list; (seed, epoch) shuffles each epoch."""
         n = len(self.examples)
         orders = {}  # of the epochs that the batch takes from
         ids = []
