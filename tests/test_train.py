@@ -630,7 +630,7 @@ def test_a_run_is_not_resumed_on_other_data_another_base_or_other_settings(text,
     attach(other)
     resume(other, text, "it is another run's: its fingerprint is")
     resume(fresh(), text, "it is another run's: its seed is 0, not 1", seed=1)
-    resume(fresh(), text, "it has 3 steps, not 4", steps=4)
+    resume(fresh(), text, ".*steps is 3, not 4", steps=4)
     some = make_gpt()
     attach(some, sites=["k"])
     resume(some, text, "it trained ia3.l_k, ia3.l_v, ia3.l_ff, not ia3.l_k")

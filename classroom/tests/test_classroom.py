@@ -164,8 +164,6 @@ ORDINARY = {
     "check_finite(model)",
     "check_finite(arrays)",
     "except Exception as e:",
-    "except ValueError as e:",
-    'raise ValueError(f"{path}: {e}") from None',
     "with replace_file(path) as f:",
     "return vectors",
 }
