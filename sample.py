@@ -219,7 +219,8 @@ def run(argv):
         prompt = chat_turn(model.tokenizer, args.prompt)
     else:
         prompt = model.tokenizer.encode_ordinary(args.prompt)
-        spelled = [token for token in sorted(model.tokenizer.encoding.special_tokens_set) if token in args.prompt]
+        control = model.tokenizer.encoding.special_tokens_set - model.tokenizer.plain
+        spelled = [token for token in sorted(control) if token in args.prompt]
         if spelled:
             print(f"sample.py: {', '.join(spelled)} in the prompt is text, not a control token", file=sys.stderr)
     if not prompt:

@@ -25,6 +25,7 @@ class Tokenizer:
       pattern         one of PATTERNS, which cuts a text into pieces
       ranks           {bytes: id}; in a piece, the neighbours that make the lowest id are merged first
       special_tokens  {text: id}
+      plain_tokens    if any, a list of those special_tokens that a text can spell
     vocab_size      the model's; ids beyond the tokenizer's own are padding and stand for no text
     bos             the id that begins a text, or None
     eos             a list of the ids that end one; for 'bytes' and 'gpt2' both are the last id
@@ -37,10 +38,12 @@ class Tokenizer:
         if isinstance(about, dict):
             check_bpe(about, vocab_size)
             self.ids = {*about["ranks"].values(), *about["special_tokens"].values()}
+            self.plain = set(about.get("plain_tokens", []))
         elif isinstance(about, str) and about in N_IDS:
             if N_IDS[about] > vocab_size:
                 raise ValueError(f"tokenizer {about} has {N_IDS[about]} ids, but the vocabulary only {vocab_size}")
             self.ids = range(N_IDS[about])
+            self.plain = set()
             bos = N_IDS[about] - 1
             eos = [bos]
         else:
@@ -84,14 +87,14 @@ class Tokenizer:
         return bytes(i for i in range(256) if bytes([i]) not in self.about["ranks"])
 
     def encode_ordinary(self, text):
-        """Return the ids of text. Text that looks like a special token is text; a byte without a token is left out.
+        """Return the ids of text. A special token that is not plain is text; a byte without a token is left out.
 
         Raises ValueError for a text that tiktoken fails on.
         """
         raw = text.encode("utf-8", "replace")
         if raw.translate(None, self.bytes_without_token) == raw:
             try:
-                return self.encoding.encode_ordinary(text)
+                return self.encoding.encode(text, allowed_special=self.plain, disallowed_special=())
             except BaseException as e:
                 if type(e).__name__ != "PanicException":  # a failure in tiktoken's Rust part; it is not an Exception
                     raise
@@ -135,7 +138,7 @@ def merge_bytes(piece, ranks):
 
 def check_bpe(about, vocab_size):
     """Raise ValueError unless about is a byte-level BPE as Tokenizer has it, every id its own and below vocab_size."""
-    if about.keys() != set(BPE):
+    if about.keys() - {"plain_tokens"} != set(BPE):
         raise ValueError(f"a tokenizer of its own has {', '.join(BPE)}, not {', '.join(map(str, about))}")
     pattern, ranks, special = [about[name] for name in BPE]
     if pattern not in PATTERNS:
@@ -147,6 +150,8 @@ def check_bpe(about, vocab_size):
         if type(i) is not int or not 0 <= i < vocab_size:
             allowed = f"whole numbers from 0 to the vocabulary's {vocab_size - 1}"
             raise ValueError(f"a tokenizer's ids must be {allowed}, but {token[:40]!r} has {str(i)[:40]}")
+    if not set(about.get("plain_tokens", [])) <= special.keys():
+        raise ValueError("a tokenizer's plain_tokens must be special_tokens, too")
     ids = [*ranks.values(), *special.values()]
     if len(set(ids)) < len(ids):
         raise ValueError("two of a tokenizer's tokens have the same id")

@@ -53,11 +53,11 @@ def as_letters(token):
 # --- merges and ids ---
 
 
-def byte_level(pattern, vocabulary, merges, special, whole_pieces=False):
+def byte_level(pattern, vocabulary, merges, special, whole_pieces=False, plain=()):
     """Return what Tokenizer takes. vocabulary: {token: id}, with or without special; merges: [(token, token)].
 
-    special: {text: id}. whole_pieces: whether a piece that is a token is taken as it is, without merges. Raises
-    ValueError where Tokenizer would give other ids than these merges.
+    special: {text: id}. whole_pieces: whether a piece that is a token is taken as it is, without merges. plain: those
+    of special that are found in a text, too. Raises ValueError where Tokenizer would give other ids.
     """
     ranks = {as_bytes(token): i for token, i in vocabulary.items() if token not in special}
     for token in special:
@@ -65,7 +65,26 @@ def byte_level(pattern, vocabulary, merges, special, whole_pieces=False):
             raise ValueError(f"{token!r} is a special token and a byte's own")
     pairs = [(as_bytes(a), as_bytes(b)) for a, b in merges]
     check_merges(ranks, pairs, whole_pieces)
-    return {"pattern": pattern, "ranks": ranks, "special_tokens": special}
+    about = {"pattern": pattern, "ranks": ranks, "special_tokens": special}
+    if plain:
+        check_plain(plain, special, ranks)
+        about["plain_tokens"] = list(plain)
+    return about
+
+
+def check_plain(plain, special, ranks):
+    """Raise ValueError where it depends on the library which tokens are found: where two of them can share a letter."""
+    for text in plain:
+        for other in special:
+            if other != text and (overlap(text, other) or overlap(other, text)):
+                raise ValueError(f"the added tokens {text!r} and {other!r} overlap")
+    if len(ranks) < 256 or any(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError(f"{plain[0]!r} is an added token that is not special, and not every byte has a token")
+
+
+def overlap(a, b):
+    """Whether b can begin within a in a text."""
+    return any(a[i:].startswith(b) or b.startswith(a[i:]) for i in range(len(a)))
 
 
 def check_merges(ranks, pairs, whole_pieces):
@@ -165,7 +184,16 @@ def from_vocab(vocabulary, folder, settings):
         merges = [line.split(" ") for line in f.read().split("\n") if line and not line.startswith("#version")]
     made = {a + b for a, b in merges}
     special = {token: i for token, i in vocabulary.items() if len(token) > 1 and token not in made}
-    return byte_level(GPT2, vocabulary, merges, special | read_if_there(f"{folder}/added_tokens.json"))
+    added = read_if_there(f"{folder}/added_tokens.json")
+    # which of these are special, because a setting names them, such as pad_token, or lists them as special
+    listed = [token for token in settings.get("added_tokens_decoder", {}).values() if token.get("special")]
+    settings = settings | {"added_tokens_decoder": listed}
+    named = json.dumps([read_if_there(f"{folder}/special_tokens_map.json"), settings])
+    tokens = []
+    for text in sorted(added, key=added.get):
+        tokens.append({"content": text, "id": added[text], "special": json.dumps(text) in named})
+    added, plain = added_tokens(tokens, vocabulary)
+    return byte_level(GPT2, vocabulary, merges, special | added, plain=plain)
 
 
 def control_tokens(about, config, settings, folder):
@@ -206,14 +234,37 @@ def tokenizer(about):
             raise ValueError(f"{key} is {model[key]!r}, and byte-level BPE has none")
     if about.get("normalizer") is not None:
         raise ValueError(f"the normalizer {name_of(about['normalizer'])} is not known here")
-    special = {}
-    for token in about.get("added_tokens") or []:
-        if token.get("special") is not True:
-            raise ValueError(f"{token['content']!r} is an added token, but no special one")
-        special[token["content"]] = token["id"]
+    special, plain = added_tokens(about.get("added_tokens") or [], model["vocab"])
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     pattern = find_pattern(about.get("pre_tokenizer"))
-    return byte_level(pattern, model["vocab"], merges, special, model.get("ignore_merges", False))
+    return byte_level(pattern, model["vocab"], merges, special, model.get("ignore_merges", False), plain)
+
+
+def added_tokens(tokens, vocabulary):
+    """Return {text: id} of tokenizer.json's added_tokens, and the texts of those that are not special.
+
+    The library gives one that is not in the vocabulary the next free id, whatever the file says: ValueError where these
+    differ, and for one that is not special and takes the spaces around it, or is found between spaces only.
+    """
+    special = {}
+    plain = []
+    free = len(vocabulary)
+    for token in tokens:
+        text = token["content"]
+        expected = vocabulary.get(text, free)
+        if token["id"] != expected:
+            raise ValueError(
+                f"the added token {text!r} has id {token['id']}, and the tokenizers library's is {expected}"
+            )
+        free = max(free, expected + 1)
+        special[text] = expected
+        if token.get("special") is True:
+            continue
+        plain.append(text)
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if token.get(flag):
+                raise ValueError(f"the added token {text!r} has {flag}, which is not known here")
+    return special, plain
 
 
 def find_pattern(pre_tokenizer):
@@ -244,12 +295,15 @@ def write_tokenizer(about, folder, bos=None, eos=(), chat_template=None):
             merges.append(parts)
         elif len(parts) > 2:
             merges += halves(token, ranks)
-    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = []
+    for text in sorted(special, key=special.get):
+        token = {"id": special[text], "content": text, "special": text not in about.get("plain_tokens", [])}
+        added.append(token | {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False})
     whole = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": special[text], "content": text} | flags for text in sorted(special, key=special.get)],
+        "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[about["pattern"]]},
         "post_processor": None,

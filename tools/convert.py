@@ -46,7 +46,13 @@ def hf_files(path):
     path = os.fspath(path)
     if os.path.isdir(path):
         folder = path
-        path = find(folder, "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+        path = find(
+            folder,
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        )
     elif os.path.isfile(path):
         folder = os.path.dirname(path) or "."
     else:
@@ -169,7 +175,8 @@ def run(argv):
         folder, files = hf_files(args.source)
         inputs = [args.source, *files, f"{folder}/config.json"]
         inputs += [f"{folder}/{name}" for name in os.listdir(folder) if bpe.is_tokenizers(name)]
-        disk.check_output(args.out, [*inputs, f"{folder}/model.safetensors.index.json"])
+        inputs += [f"{folder}/{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")]
+        disk.check_output(args.out, inputs)
         save_checkpoint(from_hf(args.source), args.source, args.out)
         if os.path.isfile(f"{folder}/tokenizer.model") and not os.path.isfile(f"{folder}/tokenizer.json"):
             print("tokenizer.model is sentencepiece's, which is not read here")

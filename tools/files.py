@@ -79,7 +79,7 @@ def plain_name(name):
 
 
 def shards(index_path):
-    """Return {path: names of its tensors} of a model.safetensors.index.json; the files it names are beside it.
+    """Return {path: names of its tensors} of an index of several files, which are beside it.
 
     Raises ValueError where it is no such index, or names a file elsewhere.
     """
@@ -88,8 +88,8 @@ def shards(index_path):
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index_path} has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index_path}: {file!r} is no .safetensors file of its folder")
+        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{index_path}: {file!r} is not a .safetensors or .bin file of its folder")
         names_of.setdefault(os.path.join(os.path.dirname(index_path), file), []).append(name)
     return names_of
 

@@ -57,7 +57,8 @@ VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM2, "llama-bpe": LLAMA3}  # how tokenizer.ggml.pre says a text is cut
-ORDINARY = 1  # a token_type; the others are control tokens and the like
+ORDINARY = 1  # a token_type; the others are control tokens and the like,
+USER_DEFINED = 4  # and these, which a text can spell, too
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
 
@@ -334,7 +335,8 @@ def tokenizer(about):
     kinds = about["tokenizer.ggml.token_type"]
     special = {token: i for token, i in vocabulary.items() if kinds[i] != ORDINARY}
     merges = [merge.split(" ") for merge in about["tokenizer.ggml.merges"]]
-    return bpe.byte_level(PATTERNS[way], vocabulary, merges, special, whole_pieces=way == "llama-bpe")
+    plain = [token for token, i in vocabulary.items() if kinds[i] == USER_DEFINED]
+    return bpe.byte_level(PATTERNS[way], vocabulary, merges, special, way == "llama-bpe", plain)
 
 
 # --- the order of rotated channels ---

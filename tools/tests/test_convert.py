@@ -183,6 +183,15 @@ def test_a_gpt2s_own_vocab_and_merges_are_read_and_never_guessed(folder):
         cut = transformers.GPT2Tokenizer("own/vocab.json", "own/merges.txt", split_special_tokens=True)
         assert ours.encode_ordinary(text) == cut.encode(text)
     assert ours.about["special_tokens"] == {"<|endoftext|>": 0} and ours.decode([0]) == "<|endoftext|>"
+    n = len(ours.ids)
+    Path("own/added_tokens.json").write_text(json.dumps({"<new>": n, "<pad>": n + 1}))
+    Path("own/special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
+    tokens = {n: {"content": "<new>", "special": False}, n + 1: {"content": "<pad>", "special": True}}
+    for settings in ({}, {"added_tokens_decoder": tokens}):
+        Path("own/tokenizer_config.json").write_text(json.dumps(settings))
+        cut = transformers.AutoTokenizer.from_pretrained("own", split_special_tokens=True)
+        ids = convert.from_hf("own").tokenizer.encode_ordinary("the <new> King <pad>")
+        assert ids == cut("the <new> King <pad>").input_ids and n in ids and n + 1 not in ids
     os.rename("own/vocab.json", "own/vocab.json.off")
     assert convert.from_hf("own").tokenizer is None
 
@@ -277,7 +286,7 @@ W = torch.ones(16, 16)
         (lambda: change_json("hf/config.json", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer"),
         (
             lambda: os.remove("hf/pytorch_model.bin"),
-            "hf holds no model.safetensors or model.safetensors.index.json or pytorch_model.bin",
+            "hf holds no model.safetensors or",
         ),
         (lambda: cut("hf/pytorch_model.bin"), "hf/pytorch_model.bin is truncated"),
         (lambda: torch.save({"wte.weight": Code()}, "hf/pytorch_model.bin"), "carries code"),
@@ -534,6 +543,18 @@ def test_shards_are_read_one_at_a_time(llama, monkeypatch):
     assert len(mapped) == 6  # two norms in each of two layers, the last norm, and one that is not in the index
 
 
+def test_shards_of_the_older_kind(llama):
+    """pytorch_model.bin.index.json and .bin files, as Llama 2 was published."""
+    weights = torch.load("hf/pytorch_model.bin", weights_only=True)
+    os.remove("hf/pytorch_model.bin")
+    where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(weights)}
+    for shard in set(where.values()):
+        torch.save({name: t for name, t in weights.items() if where[name] == shard}, f"hf/{shard}")
+    Path("hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    for source in ("hf", "hf/pytorch_model.bin.index.json"):
+        assert is_same(convert.from_hf(source), make_llama_with_bpe())
+
+
 def test_a_single_safetensors_file_and_what_older_versions_stored(llama):
     weights = torch.load("hf/pytorch_model.bin", weights_only=True)
     weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
@@ -652,12 +673,12 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda: change_llama(norm__weight=torch.ones(16, device="meta")), "on meta"),
         (lambda: change_llama(norm__weight="words"), "model.norm.weight is a str"),
         (lambda: torch.save({NORM: Code()}, "hf/pytorch_model.bin"), "carries code"),
-        (lambda: os.remove("hf/pytorch_model.bin"), "hf holds no model.safetensors or model.safetensors.index.json or"),
-        (lambda: make_shards({NORM: "../hf/model-2.safetensors"}), "'../hf/model-2.safetensors' is no .safetensors"),
-        (lambda: make_shards({NORM: f"{os.getcwd()}/hf/model-2.safetensors"}), "is no .safetensors file of its folder"),
-        (lambda: make_shards({NORM: "model-2.bin"}), "'model-2.bin' is no .safetensors file of its folder"),
-        (lambda: make_shards({NORM: ""}), "'' is no .safetensors file of its folder"),
-        (lambda: make_shards({NORM: 2}), "2 is no .safetensors file of its folder"),
+        (lambda: os.remove("hf/pytorch_model.bin"), "hf holds no model.safetensors or"),
+        (lambda: make_shards({NORM: "../hf/model-2.safetensors"}), "'../hf/model-2.safetensors' is not a .safetensors"),
+        (lambda: make_shards({NORM: f"{os.getcwd()}/hf/model-2.safetensors"}), "is not a .safetensors"),
+        (lambda: make_shards({NORM: "model-2.pt"}), "'model-2.pt' is not a .safetensors"),
+        (lambda: make_shards({NORM: ""}), "'' is not a .safetensors"),
+        (lambda: make_shards({NORM: 2}), "2 is not a .safetensors"),
         (lambda: make_shards({NORM: "model-3.safetensors"}), "hf/model-3.safetensors"),
         (lambda: make_shards({NORM: "model-1.safetensors"}), f"model-1.safetensors has no {NORM}"),
         (lambda: (make_shards(), cut("hf/model-2.safetensors")), "hf/model-2.safetensors is damaged"),
@@ -722,14 +743,15 @@ PLAIN_TOKEN = {"id": 0, "content": "<end>", "special": False}
         (lambda: change_tokenizer("pre_tokenizer.pretokenizers", [SPLIT, BYTE_LEVEL]), '"Regex": "'),
         (lambda: change_tokenizer("pre_tokenizer.pretokenizers", [{"type": "Digits"}, BYTE_LEVEL]), '"Digits"'),
         (lambda: change_tokenizer("pre_tokenizer.pretokenizers", 5), "hf/tokenizer.json: TypeError"),
-        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN]), "'<end>' is an added token, but no special one"),
+        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"id": 9}]), "'<end>' has id 9"),
+        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"lstrip": True}]), "'<end>' has lstrip"),
         (lambda: change_tokenizer("added_tokens", [{"id": 0}]), "'content'"),
         (
-            lambda: change_tokenizer("added_tokens", [{"id": 64, "content": "a", "special": True}]),
+            lambda: change_tokenizer("added_tokens", [{"id": 98, "content": "a", "special": True}]),
             "'a' is a special token and a byte's own",
         ),
-        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"id": 1, "special": True}]), "the same id"),
-        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"content": "", "special": True}]), "special_tokens"),
+        (lambda: change_tokenizer("added_tokens", [PLAIN_TOKEN | {"id": 1, "special": True}]), "'<end>' has id 1"),
+        (lambda: change_tokenizer("added_tokens", [{"id": 265, "content": "", "special": True}]), "special_tokens"),
         (lambda: change_merges(lambda m: [m[1], m[0], *m[2:]]), "the merges are not in the order of the ids"),
         (lambda: change_merges(lambda m: [m[0], *m[2:]]), "the merges do not make the token b' th' as the ids do"),
         (lambda: change_merges(lambda m: [*m[:2], ["t", "he"], *m[3:]]), "b't' and b'he' is none of two tokens"),

@@ -90,7 +90,8 @@ def add_tokenizer(writer, about):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(names)
-    writer.add_token_types([3 if name in about["special_tokens"] else 1 for name in names])
+    plain = about.get("plain_tokens", [])
+    writer.add_token_types([4 if name in plain else 3 if name in about["special_tokens"] else 1 for name in names])
     writer.add_token_merges([" ".join(bpe.as_letters(part) for part in parts) for parts in merges])
 
 
@@ -182,7 +183,8 @@ def test_the_tokenizer_comes_in_or_a_line_says_why_not(tmp_path, capsys):
     assert convert.main(["gguf", f"{tmp_path}/none.gguf", "--out", f"{tmp_path}/none.pt"]) == 0
     assert capsys.readouterr().err.count("\n") == 1
     assert common.load(tmp_path / "none.pt").tokenizer is None
-    model.tokenizer = common.Tokenizer(make_bpe(), 280)
+    model.tokenizer = common.Tokenizer(make_bpe() | {"plain_tokens": ["<start>"]}, 280)  # a text can spell it
+    assert model.tokenizer.encode_ordinary("<start>the") == [264, 259]
     write_gguf(tmp_path / "base.gguf", model)
     assert convert.main(["gguf", f"{tmp_path}/base.gguf", "--out", f"{tmp_path}/base.pt"]) == 0
     assert not capsys.readouterr().err

@@ -132,6 +132,49 @@ def test_a_tokenizer_json_comes_in_and_goes_out(tmp_path, pattern, alphabet):
         assert back.encode(text).ids == [1, *ours.encode_ordinary("it's 1623"), 0]
 
 
+def test_added_tokens_that_are_not_special_are_found_in_a_text(tmp_path):
+    """Those that are special stay text, and the library agrees once it is told to leave them so."""
+    theirs = make_theirs(GPT2, True)
+    theirs.add_tokens(["<new>", "1623"])
+    theirs.add_special_tokens(["<sep>"])
+    theirs.save(f"{tmp_path}/tokenizer.json")
+    ours = bpe.read_folder(tmp_path, 710, {})
+    assert ours.about["special_tokens"] | {"<new>": 700, "1623": 701, "<sep>": 702} == ours.about["special_tokens"]
+    text = "the <new> King in 1623<new><sep> <end>\n <new"
+    theirs.encode_special_tokens = True  # as text, the library means
+    assert {700, 701} < set(ours.encode_ordinary(text)) and 702 not in ours.encode_ordinary(text)
+    assert ours.encode_ordinary(text) == theirs.encode(text).ids
+    the_same_ids(theirs, ours)
+    bpe.write_tokenizer(ours.about, tmp_path)
+    assert bpe.read_folder(tmp_path, 710, {}).about == ours.about
+    back = tokenizers.Tokenizer.from_file(f"{tmp_path}/tokenizer.json")
+    back.encode_special_tokens = True
+    assert back.encode(text).ids == theirs.encode(text).ids
+
+
+def test_an_added_token_has_the_id_that_the_library_gives_it(tmp_path):
+    """Behind a gap it is another one than the file says."""
+    theirs = make_theirs(GPT2, True)
+    theirs.add_tokens(["<new>"])
+    theirs.save(f"{tmp_path}/tokenizer.json")
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["added_tokens"][-1]["id"] = 705
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    assert tokenizers.Tokenizer.from_file(f"{tmp_path}/tokenizer.json").token_to_id("<new>") == 700
+    with pytest.raises(ValueError, match=r"'<new>' has id 705.* 700"):
+        bpe.read_folder(tmp_path, 710, {})
+
+
+@pytest.mark.parametrize("tokens", [["<a>", "<a>b"], ["ing", "ping"], ["<sep", "p>"], ["<e"]], ids=" ".join)
+def test_added_tokens_that_overlap_are_refused(tmp_path, tokens):
+    """Which of them is found in a text is a matter of the library: here the longest, in tiktoken any."""
+    theirs = make_theirs(GPT2, True)
+    theirs.add_tokens(tokens)
+    theirs.save(f"{tmp_path}/tokenizer.json")
+    with pytest.raises(ValueError, match="overlap"):
+        bpe.read_folder(tmp_path, 710, {})
+
+
 def test_every_merge_that_makes_a_token_as_llama_3s_file_has_them(tmp_path):
     """With tokens that lower ids do not make of two: only a whole piece, or merges of higher ids first, become them."""
     theirs = make_theirs(LLAMA3, alphabet=True)
