@@ -136,7 +136,7 @@ def from_peft(folder, model):
         }
     matrices = {name: matrix for name, matrix in matrices.items() if matrix is not None}
     if tensors or not matrices:
-        raise ValueError(f"{path}: {next(iter(tensors), 'nothing in it')} is no (IA)³ vector of this base")
+        raise ValueError(f"{path}: {next(iter(tensors), 'nothing in it')} is not an (IA)³ vector of this base")
     vectors = IA3(model.config, [name.removeprefix("l_") for name in matrices])
     for name, p in vectors.matrices().items():
         p.data = disk.check_weight(matrices[name].float(), f"{path}: {name}")  # a product may have overflown

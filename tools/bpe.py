@@ -98,7 +98,7 @@ def check_merges(ranks, pairs, whole_pieces):
     order = [ranks.get(a + b) if a in ranks and b in ranks else None for a, b in pairs]
     if None in order:
         a, b = pairs[order.index(None)]
-        raise ValueError(f"the merge of {a!r} and {b!r} is none of two tokens to a third")
+        raise ValueError(f"the merge of {a!r} and {b!r} does not join two tokens to a third")
     if order != sorted(order):
         raise ValueError("the merges are not in the order of the ids")
     there = {token: set() for token in ranks}

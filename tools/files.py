@@ -47,7 +47,7 @@ def import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("a .safetensors file wants the safetensors package: pip install safetensors") from None
+        raise ValueError("a .safetensors file needs the safetensors package: pip install safetensors") from None
     return safetensors
 
 

@@ -119,7 +119,7 @@ def read_header(path):
     gguf = import_gguf()
     with open(path, "rb") as f:
         if f.read(4) != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file")
+            raise ValueError(f"{path} is not a GGUF file")
     try:
         return parse(np.memmap(path, mode="r"), gguf)
     except ValueError as e:  # also of text that is no UTF-8
@@ -131,7 +131,7 @@ def parse(data, gguf):
     header.take(4)
     version = header.number("I")
     if version not in (2, 3):
-        raise ValueError(f"version {version}, and known are 2 and 3")
+        raise ValueError(f"version {version}, but only 2 and 3 are known")
     n_tensors = header.number("Q")
     n_keys = header.number("Q")
     about = {}
@@ -177,7 +177,7 @@ def import_gguf():
     try:
         import gguf
     except ImportError:
-        raise ValueError("there is no gguf here: python -m pip install -r requirements-llama.txt") from None
+        raise ValueError("the gguf package is missing: python -m pip install -r requirements-llama.txt") from None
     return gguf
 
 
@@ -232,7 +232,7 @@ def llama(about, tensors):
         del names["output.weight"]
     for name in names:
         if name not in tensors:
-            raise ValueError(f"there is no {name}, so it is no LLaMA of {config.n_layer} layers as its header says")
+            raise ValueError(f"{name} is missing, but the header says {config.n_layer} layers")
     weights = {}
     for theirs, tensor in tensors.items():
         if theirs == "rope_freqs.weight":  # llama_config has read it
@@ -241,7 +241,7 @@ def llama(about, tensors):
             raise ValueError(f"{theirs[:80]!r} is not LLaMA's")
         ours = names[theirs]
         if tensor.shape != list(shapes[ours]):  # before it is unpacked: a small file may claim any shape
-            raise ValueError(f"{theirs} is {tuple(tensor.shape)}, where {tuple(shapes[ours])} is wanted")
+            raise ValueError(f"{theirs} is {tuple(tensor.shape)}, not {tuple(shapes[ours])}")
         t = disk.check_weight(dequantize(tensor), theirs)
         if ".attn_q." in theirs:
             t = from_interleaved(t, config.n_head)
@@ -267,11 +267,11 @@ def llama_config(about, tensors):
     """The LlamaConfig that a header describes. Raises ValueError for what ours does not compute."""
     architecture = about.get("general.architecture")
     if architecture != "llama":
-        raise ValueError(f"its architecture is {architecture!r}, and known is 'llama'")
+        raise ValueError(f"its architecture is {architecture!r}, not 'llama'")
     if about.get("split.count", 1) != 1:
         raise ValueError(f"it is one of {about['split.count']} parts: llama.cpp's llama-gguf-split joins them")
     if "token_embd.weight" not in tensors:
-        raise ValueError("there is no token_embd.weight")
+        raise ValueError("token_embd.weight is missing")
     own = {key.removeprefix("llama."): value for key, value in about.items() if key.startswith("llama.")}
     n_head = own.get("attention.head_count")
     rope_base = own.get("rope.freq_base", 10000.0)

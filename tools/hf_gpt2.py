@@ -66,7 +66,7 @@ def gpt2(config, tensors):
     for name, ours in model.state_dict().items():
         theirs = name.removeprefix("transformer.")
         if theirs not in tensors:
-            raise ValueError(f"there is no {theirs}, so it is no GPT-2 of {config.n_layer} layers")
+            raise ValueError(f"{theirs} is missing, so this is not a GPT-2 of {config.n_layer} layers")
         t = tensors.pop(theirs)
         if theirs.endswith(CONV1D):
             t = disk.check_weight(t, theirs, ours.shape[::-1]).t()

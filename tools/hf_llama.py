@@ -72,7 +72,7 @@ def llama(config, files):
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     missing = [name for name in shapes if name not in names and not (config.tied and name == "lm_head.weight")]
     if missing:
-        raise ValueError(f"there is no {missing[0]}, so it is no LLaMA of {config.n_layer} layers as config.json says")
+        raise ValueError(f"{missing[0]} is missing, but config.json says {config.n_layer} layers")
     for name in names:
         if name not in shapes:
             raise ValueError(f"{name} is not LLaMA's")

@@ -42,7 +42,7 @@ def read_metrics(path):
         raise ValueError(f"{path} has steps beyond 0 to a billion")
     # a train loss is NaN at step 0, before there is one
     if not all(0 <= loss <= 10**6 for loss in val) or not all(math.isnan(loss) or 0 <= loss <= 10**6 for loss in train):
-        raise ValueError(f"{path} has losses that are no numbers from 0 to a million")
+        raise ValueError(f"{path} has losses that are not numbers from 0 to a million")
     return steps, val, train
 
 
@@ -83,7 +83,7 @@ def read_vectors(path):
     except OSError:
         raise
     except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
-        raise ValueError(f"{path} is no file of (IA)³ vectors") from None
+        raise ValueError(f"{path} is not a file of (IA)³ vectors") from None
     return matrices, d_head
 
 
@@ -166,7 +166,7 @@ def run(argv):
         return 0
     for folder in args.runs:
         if not (folder / "metrics.csv").is_file():
-            raise FileNotFoundError(f"{folder} holds no metrics.csv: it is no run of train.py")
+            raise FileNotFoundError(f"{folder} holds no metrics.csv: it is not a run of train.py")
     tasks = [folder / "ia3.npz" for folder in args.runs if (folder / "ia3.npz").is_file()]
     for path in tasks:
         read_vectors(path)  # refused, if it is damaged, before the first picture is written
