@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +358,15 @@ def block_noise(nats, n_bytes):
     return np.quantile(drawn @ nats / (drawn @ n_bytes), (0.025, 0.975)).tolist()
 
 
+@cache  # a table takes hundreds of differences, and drawing is most of the work
+def resamples(n_items, n_draws):
+    """N_RESAMPLES bootstrap resamples, as shares: of items (N_RESAMPLES, n_items), of draws (N_RESAMPLES, n_draws)."""
+    dice = np.random.default_rng(0)
+    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items
+    draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), N_RESAMPLES) / n_draws
+    return items, draws
+
+
 def accuracy_difference(ours, theirs):
     """Accuracy of ours less theirs, both (draws, templates, items) bool of the same draws and items.
 
@@ -366,9 +376,7 @@ def accuracy_difference(ours, theirs):
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     n_draws, _, n_items = ours.shape
     of_draw = np.median(ours.mean(-1), -1) - np.median(theirs.mean(-1), -1)  # (draws,)
-    dice = np.random.default_rng(0)
-    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items  # (N_RESAMPLES, items)
-    draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), N_RESAMPLES) / n_draws
+    items, draws = resamples(n_items, n_draws)
     # (N_RESAMPLES, draws) each
     medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]
     low, high = np.quantile((draws * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))

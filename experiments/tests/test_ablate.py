@@ -227,7 +227,7 @@ def test_quick(folder, capsys):
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(folder, handler):
     command = [sys.executable, "-m", "experiments.ablate", "--base", f"{folder}/base.pt", "--data", f"{folder}/text"]
-    command += f"--device cpu --sites k v --ref-steps 400 --seeds 3 --out {folder}/run".split()
+    command += f"--device cpu --sites k v --ref-steps 400 --seeds 3 --workers 1 --out {folder}/run".split()
     pipe = subprocess.PIPE
     with subprocess.Popen(
         command, cwd=lab.ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True

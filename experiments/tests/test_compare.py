@@ -175,8 +175,10 @@ def test_a_llama_has_three_methods_and_its_frozen_weights_in_bfloat16(texts, cap
             assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
 
 
-def test_what_is_kept_for_backward_depends_on_the_place(capsys):
-    assert compare.main(["--counts"]) == 0
+def test_what_is_kept_for_backward_depends_on_the_place(texts, capsys):
+    """As wide as the bundled base, since the head's share counts."""
+    common.save(make_gpt(n_layer=6, n_head=6, n_embd=192), texts / "wide.pt")
+    assert compare.main([*flags(texts, "wide.pt"), "--counts"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     kept = {line.split(" | ")[0].strip("| "): float(line.split(" | ")[2]) for line in lines}
     assert kept["(IA)³ on k, v, ff"] > 0.97 and kept["LoRA r = 1 on all maps"] > 0.97

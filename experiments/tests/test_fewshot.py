@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from here import Here
 
 import common
 from conftest import make_gpt, make_ia3, make_llama
@@ -266,12 +267,13 @@ def test_the_list_of_runs_has_none_twice_and_products_test_in_none():
         assert shots.Run("test", task, "icl", "chat", 32, seed=seed) in to_report
 
 
-def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys):
+def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
     model = make_llama(block_size=4096)
     common.save(model, tmp_path / "base.pt")
     data = write_sets(tmp_path / "data")
     out = tmp_path / "out"
-    argv = [f"--base={tmp_path}/base.pt", f"--data={data}", f"--out={out}", "--quick", "--workers=2", "--dtype=float32"]
+    argv = [f"--base={tmp_path}/base.pt", f"--data={data}", f"--out={out}", "--quick", "--dtype=float32"]
 
     def stage(*flags):
         status = fewshot.main([*argv, "--stage", *flags])
