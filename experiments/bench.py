@@ -40,7 +40,6 @@ import gc
 import itertools
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -55,6 +54,7 @@ import torch
 
 import common
 from experiments import lab, peers
+from experiments.edge_contestant import peak_of_process
 from ia3 import IA3, attach, stack
 from merge import merge
 from model import GPTConfig
@@ -173,14 +173,14 @@ def trainer(name, config, batch, dtype, compiled):
     return found
 
 
-def peak_of_process(name, config):
-    """The peak of this process's memory, in bytes, after two steps of one of peers.COMPLETIONS on a CPU."""
+def peak_of_steps(name, config):
+    """The peak of this process's memory, in bytes, after two steps of one of peers.COMPLETIONS on a CPU, or None."""
     batch = make_completions(config, torch.device("cpu"))
     model, loss_fn = peers.build(name, config, "cpu", torch.float32)
     step = lab.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
     step()
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return peak_of_process()
 
 
 def completers(config, batch, dtype):
@@ -190,7 +190,7 @@ def completers(config, batch, dtype):
     for name in peers.COMPLETIONS:
         found |= trainer(name, config, batch, dtype, compiled=False)
         with ProcessPoolExecutor(1, spawn) as process:
-            found[name].counts["peak_bytes"] = process.submit(peak_of_process, name, config).result()
+            found[name].counts["peak_bytes"] = process.submit(peak_of_steps, name, config).result()
     return found
 
 
@@ -337,7 +337,10 @@ def table(rows):
         if what == "mixed":
             cells.append(f"{1000 * row.seconds:.2f}")
         elif what == "completions":
-            cells += [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / plain.peak_bytes:.2f}"]
+            memory = ["", ""]
+            if row.peak_bytes and plain.peak_bytes:
+                memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / plain.peak_bytes:.2f}"]
+            cells += memory
             cells.append(lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high))
         else:
             linear = row.linear_flops / plain.linear_flops

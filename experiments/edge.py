@@ -131,8 +131,10 @@ def tables(folder):
     lines = []
     for row in rows:
         speed = lab.spread(1 / row["over_theirs"], 1 / row["over_theirs_high"], 1 / row["over_theirs_low"])
-        cells = [row["contestant"], f"{WRITTEN / row['seconds']:.1f}", speed, f"{row['peak_bytes'] / 1e6:.0f}"]
-        lines.append([*cells, f"{row['peak_bytes'] / theirs['peak_bytes']:.2f}"])
+        memory = ["", ""]
+        if row["peak_bytes"] and theirs["peak_bytes"]:
+            memory = [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / theirs['peak_bytes']:.2f}"]
+        lines.append([row["contestant"], f"{WRITTEN / row['seconds']:.1f}", speed, *memory])
     merged = rows[-1]
     ratio = lab.spread(1 / merged["over_base"], 1 / merged["over_base_high"], 1 / merged["over_base_low"])
     return f"{about}\n\n{lab.markdown(head, lines)}\n\nMerged over the base file, tokens a second: {ratio}."
@@ -153,7 +155,6 @@ def run(argv):
             raise ValueError(f"rounds must be 2 or more, not {args.rounds}")
         prepare(args.gguf, args.ia3, args.folder)
         times, peaks = measure(args.folder, args.rounds)
-        torch.set_num_threads(THREADS)
         shared = {"load": os.getloadavg()[1], "rounds": args.rounds}
         shared["hardware"] = lab.device_name(torch.device("cpu")).partition(",")[0]
         shared["date"] = datetime.date.today().isoformat()

@@ -1,14 +1,15 @@
 """A contestant of edge.py, in a process of its own: python -m experiments.edge_contestant LIBRARY FILE
 
 It loads a model, then writes once for every line of stdin and answers with the seconds that took; to the line "end" it
-answers with the peak of its memory in bytes. Only the library at hand is imported, since it is counted, too.
+answers with the peak of its memory in bytes, or null. Only the library at hand is imported, since it is counted, too.
 """
 
 import json
 import os
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 READ, WRITTEN = 32, 128
 THREADS = 1  # llama.cpp's threads wait for each other, so two are slow where another program holds a core
@@ -51,6 +52,17 @@ def load_llama_cpp(path):
     return lambda: server.handle_completions(request)
 
 
+def peak_of_process():
+    """The most memory that this process has held, in bytes; None where there is no /proc.
+
+    VmHWM counts from the program's start. getrusage's ru_maxrss does not: a child begins with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+
+
 def main(argv=None):
     library, path, *dtype = sys.argv[1:] if argv is None else argv
     load = {"nanoIA3": load_ours, "transformers": load_transformers, "llama.cpp": load_llama_cpp}[library]
@@ -61,7 +73,7 @@ def main(argv=None):
         start = time.perf_counter()
         write()
         print(json.dumps(time.perf_counter() - start), flush=True)
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024), flush=True)  # Linux counts in KiB
+    print(json.dumps(peak_of_process()), flush=True)
     os._exit(0)  # at once: llama.cpp's server may wait for itself at the interpreter's end
 
 

@@ -1,12 +1,15 @@
 """quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from conftest import make_ia3, make_idx, make_llama
 from experiments import edge, lab, quantized
+from experiments.edge_contestant import peak_of_process
 from tools.gguf_llama import dequantize
 
 
@@ -85,3 +88,19 @@ def test_a_speed_is_taken_over_transformers_and_over_the_base_file_round_by_roun
     assert [row["over_theirs"] for row in rows] == [1.0, 0.5, 0.5, 0.5, 0.25, 0.5]
     assert rows[-1]["over_base"] == rows[-1]["over_base_low"] == rows[-1]["over_base_high"] == 2.0
     assert {*rows[0]} <= {*edge.COLUMNS}
+
+
+@pytest.mark.skipif(peak_of_process() is None, reason="no /proc here")
+def test_a_processs_peak_is_its_own():
+    """The parent's is larger: it holds so much."""
+    held = bytearray(2**28)
+    assert peak_of_process() > len(held)
+    call = "from experiments.edge_contestant import peak_of_process; a = bytearray(2**26); print(peak_of_process())"
+    child = subprocess.run([sys.executable, "-c", call], cwd=lab.ROOT, capture_output=True, text=True, check=True)
+    assert 2**26 < int(child.stdout) < 2**27  # Python takes some 10 MB
+
+
+def test_peaks_that_are_not_known_leave_their_cells_empty(tmp_path):
+    rows = lab.read_csv(lab.RESULTS / "edge/results.csv", edge.COLUMNS)
+    lab.write_csv(tmp_path / "results.csv", [row | {"peak_bytes": None} for row in rows])
+    assert edge.tables(tmp_path).count(" |  |  |\n") == len(rows)
