@@ -301,8 +301,8 @@ REMOVE = """
             if os.path.exists(path):
                 os.remove(path)"""
 CAST = '.astype(np.float32, casting="same_kind")'
-FINITE = "            check_finite(arrays)\n"
-FIRST_LAYER = "            check_finite({name: a[0] for name, a in arrays.items()})\n"
+FINITE = '        check_finite(arrays, f"{path}: ")\n'
+FIRST_LAYER = "        check_finite({name: a[0] for name, a in arrays.items()})\n"
 KNOWN = "        vectors.fingerprint = ours\n"
 STRANGE_CONFIG = KNOWN + '        if about["config"] != asdict(model.config):\n            raise ValueError\n'
 LOADED = "return vectors.to(next(model.parameters()).device)"
@@ -313,8 +313,8 @@ BY_ROW = "torch.stack([matrix[t, layer] for t in task_ids.tolist()]).unsqueeze(1
 BY_TASK = "sum((task_ids == t).float().view(-1, 1, 1) * matrix[t, layer] for t in range(len(matrix)))"
 BASES = "{task.fingerprint for task in given if task.fingerprint}"
 DEPTH = "(task.config.n_layer, task.config.widths)"
-OWN = "own.get(name, ones)"
-EACH = "for task in tasks:\n            own"
+OWN = "matrix = ones  #"
+EACH = "for task in tasks:\n            matrix"
 WARMUP = "int(config.warmup * config.steps)"
 COSINE = "0.5 * (1 + math.cos(math.pi * done))"
 WIDTHS = "self.n_kv_head * d_head, self.n_kv_head * d_head, self.n_hidden"
@@ -502,7 +502,7 @@ WRONG = [
     ("save_and_load_refusal", "ia3.py", "if theirs != ours:", "if False:", "another base of the same shape"),
     ("save_and_load_refusal", "ia3.py", "if theirs != ours:", "if theirs[:8] != ours[:8]:", "in its last digit"),
     ("save_and_load_refusal", "ia3.py", "if theirs != ours:", "if theirs not in ('None', ours):", "no fingerprint"),
-    ("save_and_load_refusal", "ia3.py", FINITE, "            pass\n", "NaN"),
+    ("save_and_load_refusal", "ia3.py", FINITE, "        pass\n", "NaN"),
     ("save_and_load_refusal", "ia3.py", FINITE, FIRST_LAYER, "NaN in the last entry"),
     (
         "save_and_load_refusal",
@@ -527,7 +527,7 @@ WRONG = [
     ("stack_tasks", "ia3.py", DEPTH, "task.config.n_layer", "compare widths"),
     ("stack_tasks", "ia3.py", DEPTH, "(task.config.n_layer, task.config.n_embd)", "compare widths"),
     ("stack_tasks", "ia3.py", DEPTH, "str(task.config)", "whose configs differ"),
-    ("stack_tasks", "ia3.py", OWN, "own.get(name, ones * 0)", "must be ones"),
+    ("stack_tasks", "ia3.py", OWN, "matrix = ones * 0  #", "must be ones"),
     ("stack_tasks", "ia3.py", EACH, EACH.replace("tasks", "tasks[::-1]"), "l_k"),
     ("stack_tasks", "ia3.py", " or len(fingerprints) > 1", "", "two bases"),
     ("train", "train.py", "if step < warmup:", "if False:", "warmup"),
