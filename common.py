@@ -45,7 +45,7 @@ def load(path, dtype=torch.float32):
         load_weights(model, copy_weights(weights, model, dtype))
         model.tokenizer = build_tokenizer(checkpoint, model.config.vocab_size)
     except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, OverflowError) as e:
-        why = str(e).splitlines()[-1].strip()  # torch's first line names the class, its last one the weight
+        why = str(e).strip().rpartition("\n")[2].strip()  # torch's first line names the class, its last one the weight
         raise ValueError(f"{path} is not a checkpoint: {why[:200]}") from None
     return model.eval()
 
@@ -54,9 +54,9 @@ def check_whose(checkpoint, path):
     """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
     if isinstance(checkpoint, dict):
         weights = checkpoint.get("model", checkpoint)
-        names = str(list(weights)) if isinstance(weights, dict) else ""
-        for name, whose in FOREIGN.items():
-            if name in names:
+        names = [str(name) for name in weights] if isinstance(weights, dict) else []
+        for theirs, whose in FOREIGN.items():
+            if any(name.endswith(theirs) for name in names):
                 raise ValueError(f"{path} is a checkpoint of {whose} that python -m tools.convert hf reads")
         if {"model", "model_args"} <= checkpoint.keys():
             return
@@ -117,7 +117,7 @@ def load_weights(model, weights):
         embedding = model.transformer.wte if is_gpt else model.model.embed_tokens
         if not torch.equal(embedding.weight, model.lm_head.weight):
             raise ValueError("the head differs from the embedding, and in this model they are one matrix")
-        embedding.weight = model.lm_head.weight
+        embedding.weight = model.lm_head.weight  # load_state_dict made them two
 
 
 def build_tokenizer(checkpoint, vocab_size):
@@ -196,8 +196,8 @@ def cpu_multiplies_bfloat16():
 def exit_status(name, run, argv, stopped="stopped"):
     """Return the exit status of the script called name, whose work is run(argv).
 
-    A mistake in the input is one line on stderr and status 2. Ctrl-C is 130, and prints stopped. Any other exception is
-    a mistake of ours and keeps its traceback.
+    ValueError, OSError and their like are taken for a mistake in the input: one line on stderr and status 2. Ctrl-C is
+    130, and prints stopped. Any other exception is a mistake of ours and keeps its traceback.
     """
     try:
         status = run(argv)

@@ -20,8 +20,9 @@ def load_file(path):
         try:
             is_zip = zipfile.is_zipfile(f)
             damaged = zipfile.ZipFile(f).testzip() if is_zip else None  # the first member with a wrong checksum
+            loaded = None
             if damaged is None:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except Exception as e:  # a damaged file makes torch and zipfile raise nearly anything
             if isinstance(e, MemoryError) or is_out_of_memory(e):  # a damaged header may ask for any size
                 raise ValueError(f"{path} does not fit into memory, or is damaged") from None
@@ -30,13 +31,16 @@ def load_file(path):
                 way = "save it again with tensors and plain values only"
                 raise ValueError(f"{path} carries code ({code[1]}): {way}") from None
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
-    raise ValueError(f"{path} is damaged: {damaged[:80]} fails its checksum")
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged[:80]} fails its checksum")
+    return loaded
 
 
 def check_size(tensors, path):
-    """Raise ValueError if {name: tensor} would take over twice as much memory as the file at path: a tied head may.
+    """Raise ValueError if copies of {name: tensor} would take over twice as much memory as the file at path.
 
-    In a file one number may be expanded to a matrix, and one matrix may have many names; once copied, they fill memory.
+    Twice, because a tied head is stored once and copied twice. A damaged file may expand one number to a matrix, or
+    give one matrix many names; once copied, they would fill memory.
     """
     claimed = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, torch.Tensor))
     if claimed > 2 * os.path.getsize(path):
@@ -69,8 +73,8 @@ def replace_file(path, text=False):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     partial = f"{path}.tmp"
     try:
-        f = open(partial, "w", encoding="utf-8", newline="") if text else open(partial, "wb")  # noqa: SIM115
-        with f:
+        how = {"mode": "w", "encoding": "utf-8", "newline": ""} if text else {"mode": "wb"}
+        with open(partial, **how) as f:
             yield f
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # on a full disk torch.save raises the latter, and neither names the file
@@ -105,12 +109,13 @@ def read_shapes(file):
         with file.zip.open(f"{name}.npy") as member:
             np.lib.format.read_magic(member)
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        if name != "about":
-            if dtype.kind not in "fiub":
-                raise ValueError(f"{name} holds {dtype}")
-            shapes[name] = shape
-        elif shape != () or dtype.itemsize > 2**16:
-            raise ValueError("'about' is too long")
+        if name == "about":
+            if shape != () or dtype.itemsize > 2**16:
+                raise ValueError("'about' is too long")
+            continue
+        if dtype.kind not in "fiub":
+            raise ValueError(f"{name} holds {dtype}")
+        shapes[name] = shape
     return shapes
 
 

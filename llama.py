@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ia3 import layers_of
 
 # the names of a rope_scaling's numbers
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class LlamaConfig:
     rope_base: float  # θ of the rotation: pair i turns by rope_base^(-2i/d_head) radians a token
     norm_eps: float
     tied: bool  # whether the head is the embedding
-    rope_scaling: dict | None = None  # {'rope_type': 'llama3', ...} with LLAMA3's numbers; None: the plain rotation
+    rope_scaling: dict | None = None  # {'rope_type': 'llama3', ...} with ROPE_NUMBERS; None: the plain rotation
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -63,10 +63,10 @@ class LlamaConfig:
             kind = self.rope_scaling.get("rope_type")
             if kind != "llama3":
                 raise ValueError(f"rope_scaling of type {kind!r} is unknown: it must be 'llama3' or None")
-            factor, low, high, length = [float(self.rope_scaling.get(name, math.nan)) for name in LLAMA3]
+            factor, low, high, length = [float(self.rope_scaling.get(name, math.nan)) for name in ROPE_NUMBERS]
             if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 < length < math.inf):
-                raise ValueError(f"rope_scaling needs {', '.join(LLAMA3)}, not {self.rope_scaling}")
-            self.rope_scaling = {"rope_type": kind} | dict(zip(LLAMA3, (factor, low, high, length), strict=True))
+                raise ValueError(f"rope_scaling needs {', '.join(ROPE_NUMBERS)}, not {self.rope_scaling}")
+            self.rope_scaling = {"rope_type": kind} | dict(zip(ROPE_NUMBERS, (factor, low, high, length), strict=True))
 
     @property
     def widths(self):
@@ -88,7 +88,7 @@ def rotary_table(config, pos, dtype):
         # Llama 3.1 reads longer texts with its slow pairs slowed down. What counts is how often a pair turns in the
         # original length: below low_freq_factor it is slowed down by factor, above high_freq_factor not at all, and in
         # between by a mix of both
-        factor, low, high, length = [config.rope_scaling[name] for name in LLAMA3]
+        factor, low, high, length = [config.rope_scaling[name] for name in ROPE_NUMBERS]
         turns = length / (2 * math.pi / speed)
         mix = ((turns - low) / (high - low)).clamp(0, 1)
         speed = (1 - mix) * speed / factor + mix * speed

@@ -106,7 +106,7 @@ class Report:
     """How exact a merge was. A distance to the float64 truth is the root mean square over all logits."""
 
     max_difference: float  # max |Δlogit|, merged against unmerged, in the model's own dtype
-    float64_difference: float  # max |Δlogit| of a float64 copy of unmerged, before and after it is folded
+    float64_difference: float  # max |Δlogit| when the same fold is done in float64
     unmerged_distance: float  # of the unmerged model to the truth: itself, run in float64
     merged_distance: float  # of the merged model to the same truth
     argmax_agreement: float  # share of positions at which both predict the same token
@@ -117,7 +117,9 @@ class Report:
         Both distances are rounding noise of the same size. The largest ratio we have seen is 1.35 (a very narrow
         Llama), so 1.5 leaves a margin. A float64 model is its own truth, at distance 0: hence the 1e-11 there, too.
         """
-        return self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11) and self.float64_difference <= 1e-11
+        is_near_truth = self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11)
+        is_folded_right = self.float64_difference <= 1e-11
+        return is_near_truth and is_folded_right
 
     def __str__(self):
         return (
@@ -152,13 +154,13 @@ def verify(model, merged, idx, lengths=None):
     merged_errors = []
     same_predictions = []
     for row, truth in zip(rows, truths, strict=True):
-        a = model(row)[0].double()  # (1, n, vocab_size)
-        b = merged(row)[0].double()
-        differences += (a - b).abs().amax(-1).flatten().tolist()
+        unmerged_logits = model(row)[0].double()  # (1, n, vocab_size)
+        merged_logits = merged(row)[0].double()
+        differences += (unmerged_logits - merged_logits).abs().amax(-1).flatten().tolist()
         float64_differences += (model64(row)[0] - truth).abs().amax(-1).flatten().tolist()
-        unmerged_errors += (a - truth).square().mean(-1).flatten().tolist()
-        merged_errors += (b - truth).square().mean(-1).flatten().tolist()
-        same_predictions += (a.argmax(-1) == b.argmax(-1)).flatten().tolist()
+        unmerged_errors += (unmerged_logits - truth).square().mean(-1).flatten().tolist()
+        merged_errors += (merged_logits - truth).square().mean(-1).flatten().tolist()
+        same_predictions += (unmerged_logits.argmax(-1) == merged_logits.argmax(-1)).flatten().tolist()
     n_tokens = len(differences)
     return Report(
         max_difference=max(differences),

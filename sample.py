@@ -109,7 +109,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     model = unwrap(model)
     block_size = model.config.block_size
     cache = Cache(model, idx.size(0), min(idx.size(1) + max_new_tokens, block_size), task_ids)
-    n_prompt = idx.size(1)
+    ended = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # rows that hold one of end
     for _ in range(max_new_tokens):
         if idx.size(1) <= block_size:
             n_read = cache.n_read(model, task_ids)
@@ -127,8 +127,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
         else:
             new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
         idx = torch.cat((idx, new), dim=1)
-        if end and torch.isin(idx[:, n_prompt:], torch.tensor(end, device=idx.device)).any(dim=1).all():
-            break  # every row has ended
+        if end:
+            ended |= torch.isin(new.squeeze(1), torch.tensor(end, device=idx.device))
+            if ended.all():
+                break
     return idx
 
 

@@ -126,12 +126,11 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
     # AdamW. Weight decay pulls towards 0, and a vector starts at 1: only matrices of weights are decayed
     trained = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-    decayed = []
-    others = []
-    for name, p in trained.items():
-        is_matrix_of_weights = p.dim() >= 2 and not name.startswith("ia3.")
-        (decayed if is_matrix_of_weights else others).append(p)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    decayed = {name for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")}
+    groups = [
+        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
 
     # a new run, or where an earlier one stopped
@@ -153,8 +152,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        already_done = len(history) > 0 and history[-1]["step"] == step  # before the run was stopped and resumed
-        if due and not already_done:
+        evaluated = len(history) > 0 and history[-1]["step"] == step  # so in a run that was resumed right after it
+        if due and not evaluated:
             seconds = max(time.time() - started, 1e-9)
             row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else math.nan}
             row["val_loss"] = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
@@ -187,7 +186,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
         loss = torch.zeros((), device=device)
         for part, share in parts:
             with autocast(model, config):
-                part_loss = loss_fn(model, *part) * share  # shares sum to 1 over all parts and processes
+                part_loss = loss_fn(model, *part) * share  # the sum over all parts and processes is the batch's mean
             part_loss.backward()
             loss += part_loss.detach()
             n_tokens += part[0].numel() * world
@@ -238,16 +237,16 @@ def ranks():
 def get_batch(split, step, config, device):
     """This process's rows of a step's batch, in config.grad_accum parts.
 
-    Returns [(the part's tensors on device, its share of the whole batch's targets)]. Every process draws the whole
-    batch, so each knows how many targets it has.
+    Returns [(the part's tensors on device, its share of the whole batch's targets)]. A part's mean loss times its
+    share, summed over all parts and processes, is the whole batch's mean loss.
     """
     rank, world = ranks()
-    batch = split.batch(config.seed, step, config.batch_size)
+    batch = split.batch(config.seed, step, config.batch_size)  # the whole one in every process
     n_targets = (batch[1] >= 0).sum().item()
-    rows = torch.arange(config.batch_size)[rank::world]  # this process's
+    own_rows = torch.arange(config.batch_size)[rank::world]
     parts = []
-    for part_rows in rows.tensor_split(config.grad_accum):
-        part = [t[part_rows] for t in batch]
+    for rows in own_rows.tensor_split(config.grad_accum):
+        part = [t[rows] for t in batch]
         share = (part[1] >= 0).sum().item() / n_targets
         parts.append((datasets.to_device(part, device), share))
     return parts
@@ -294,6 +293,9 @@ def progress(row, steps, steps_per_second):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # the defaults are TrainConfig's, but for those that depend on the model, the machine or the data
+    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"lr": None, "dtype": "auto", "out": None}
+    parser.set_defaults(**defaults)
 
     add = parser.add_argument_group("what learns what").add_argument
     add("--base", default="data/base.pt", help="a checkpoint, or 'scratch' for a new GPT (default: %(default)s)")
@@ -322,7 +324,7 @@ def parse(argv):
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
-    add("--dtype", choices=("float32", "bfloat16"), help="of a frozen base or of autocast (default: the device's best)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of a frozen base, or of autocast (the device's best)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on a GPU)")
 
     add = parser.add_argument_group("a new GPT, --base scratch").add_argument
@@ -330,10 +332,6 @@ def parse(argv):
     add("--n-head", type=int, help="heads (default: 6)")
     add("--n-embd", type=int, help="width (default: 192)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="what a token is (default: bytes)")
-
-    # the defaults are TrainConfig's, but for those that depend on the model, the machine or the data
-    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"lr": None, "dtype": None, "out": None}
-    parser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
 
@@ -382,14 +380,14 @@ def build(args):
     data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
 
     if args.method == "full":
-        device, args.dtype = common.pick_device(args.device, args.dtype or "auto")
+        device, args.dtype = common.pick_device(args.device, args.dtype)
         model.to(device, torch.float32)  # under autocast if --dtype is bfloat16
     else:
         if args.ia3 is not None:
             vectors = IA3.load(args.ia3, model)
         else:
             vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
-        device, args.dtype = common.pick_device(args.device, args.dtype or "auto", model)
+        device, args.dtype = common.pick_device(args.device, args.dtype, model)
         model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
         attach(model, vectors)  # float32
     if args.lr is None:

@@ -18,6 +18,7 @@ A split is a Stream of tokens or a set of Examples. Both have
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ class Stream:
 
     def __len__(self):
         """The number of windows that do not overlap; the last may be short."""
-        return -(-self.n_tokens // self.block_size)
+        return math.ceil(self.n_tokens / self.block_size)
 
     def windows(self, ids):
         """The windows ids, left to right: inputs and targets, both (len(ids), block_size) long; -1 is no target."""
@@ -89,9 +90,10 @@ class Examples:
         y = torch.full_like(x, -1)
         for row, (prompt, completion) in enumerate(rows):
             both = torch.tensor(prompt + completion)
-            n_given = max(len(prompt), 1)  # the very first token of a text has no prediction
+            targets = both.clone()
+            targets[: len(prompt)] = -1
             x[row, : len(both) - 1] = both[:-1]
-            y[row, n_given - 1 : len(both) - 1] = both[n_given:]
+            y[row, : len(both) - 1] = targets[1:]
         return x, y
 
     def batch(self, seed, step, batch_size):
@@ -99,7 +101,7 @@ class Examples:
         n = len(self.examples)
         orders = {}  # of the epochs that the batch takes from
         ids = []
-        for place in range(step * batch_size, (step + 1) * batch_size):
+        for place in range(step * batch_size, (step + 1) * batch_size):  # examples since step 0
             epoch = place // n
             if epoch not in orders:
                 orders[epoch] = np.random.default_rng((seed, epoch)).permutation(n)

@@ -92,28 +92,34 @@ class Tokenizer:
         Raises ValueError for a text that tiktoken fails on.
         """
         raw = text.encode("utf-8", "replace")
-        if raw.translate(None, self.bytes_without_token) == raw:
-            try:
-                return self.encoding.encode(text, allowed_special=self.plain, disallowed_special=())
-            except BaseException as e:
-                if type(e).__name__ != "PanicException":  # a failure in tiktoken's Rust part; it is not an Exception
-                    raise
-                raise ValueError(f"tiktoken fails on this text of {len(text):,} characters") from None
-
-        # tiktoken does not know such a byte. Cut the text first: without the byte its neighbours could be one piece
-        import regex  # tiktoken's own dependency
-
-        ids = []
-        for piece in regex.finditer(self.about["pattern"], text):
-            known = piece[0].encode("utf-8", "replace").translate(None, self.bytes_without_token)
-            ids += merge_bytes(known, self.about["ranks"])
-        return ids
+        if raw.translate(None, self.bytes_without_token) != raw:
+            return encode_without(self.bytes_without_token, text, self.about)
+        try:
+            return self.encoding.encode(text, allowed_special=self.plain, disallowed_special=())
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # a failure in tiktoken's Rust part; it is not an Exception
+                raise
+            raise ValueError(f"tiktoken fails on this text of {len(text):,} characters") from None
 
     def decode(self, ids):
         return self.encoding.decode([i for i in ids if i in self.ids])
 
     def __deepcopy__(self, memo):
         return self  # it never changes, so a copied model shares it
+
+
+# --- a text with bytes that no token stands for, which tiktoken does not know ---
+
+
+def encode_without(missing, text, about):
+    """Return the ids of text without the bytes missing. The text is cut into pieces first, as it would be with them."""
+    import regex  # tiktoken's own dependency
+
+    ids = []
+    for piece in regex.finditer(about["pattern"], text):
+        known = piece[0].encode("utf-8", "replace").translate(None, missing)
+        ids += merge_bytes(known, about["ranks"])
+    return ids
 
 
 def merge_bytes(piece, ranks):
@@ -134,6 +140,9 @@ def merge_bytes(piece, ranks):
             else:
                 merged.append(part)
         parts = merged
+
+
+# --- what a checkpoint may hold ---
 
 
 def check_bpe(about, vocab_size):

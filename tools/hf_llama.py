@@ -4,7 +4,7 @@ import torch
 
 import common
 import disk
-from llama import LLAMA3, Llama, LlamaConfig
+from llama import ROPE_NUMBERS, Llama, LlamaConfig
 from tools.files import each_tensor, plain_name, read_tensors, widest_dtype
 
 FREQUENCIES = ".rotary_emb.inv_freq"  # the rotation's speeds, kept as a weight by older versions
@@ -23,7 +23,7 @@ def llama_config(about):
         raise ValueError(f"the rotation is {kind!r} by rope_type and {rope['type']!r} by type")
     scaling = None
     if kind != "default":  # LlamaConfig refuses all but 'llama3'
-        scaling = {"rope_type": kind} | {name: rope[name] for name in LLAMA3 if name in rope}
+        scaling = {"rope_type": kind} | {name: rope[name] for name in ROPE_NUMBERS if name in rope}
     n_head = about.get("num_attention_heads")
     n_kv_head = about.get("num_key_value_heads")
     config = LlamaConfig(
