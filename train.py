@@ -146,7 +146,8 @@ def train(model, data, config, loss_fn=None, should_stop=None):
             folder.write_metrics(history)  # a kill may have come before the last row was written
 
     parts = get_batch(data["train"], step, config, device)
-    n_tokens = 0  # read since the last evaluation
+    step_at_start_of_interval = step
+    n_tokens = 0  # read since then
     started = time.time()
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
@@ -161,12 +162,13 @@ def train(model, data, config, loss_fn=None, should_stop=None):
             if not math.isfinite(row["val_loss"]):
                 raise FloatingPointError(f"val loss {row['val_loss']} at step {step}: try a smaller --lr")
             history.append(row)
-            steps_per_second = len(losses) / seconds
             losses = []
             if rank == 0:
+                steps_per_second = (step - step_at_start_of_interval) / seconds
                 print(progress(row, config.steps, steps_per_second), flush=True)
                 if folder is not None:
                     folder.save(step, history, losses)
+            step_at_start_of_interval = step
             n_tokens = 0
             started = time.time()
         if step == config.steps:
