@@ -4,9 +4,10 @@
 
 submissions holds a folder or a .zip per student. Of each only the files with exercises are taken, wherever in it they
 lie; the grader, its tests and the data are the starter's (classroom/make.py). graded/NAME.json is NAME's results.json,
-complete up to the row that is being graded. Every process has limits on memory, processes and files.
+complete up to the row that is being graded. Every process has limits on memory, processes and files. The table and
+the student's sheet name files that are missing.
 
-With --one, submissions is one student's folder and --out one results.json: so runs Gradescope (classroom/TEACHING.md).
+With --one, submissions is one student's folder and --out one results.json, as Gradescope needs (classroom/TEACHING.md).
 """
 
 import argparse

@@ -4,8 +4,8 @@
     python grade.py 3                   # one, in the sheet's words
     python -m pytest -m exercise3       # one, with all that pytest can say about it
 
-Every row of the sheet is graded in a process of its own, with a time limit: what loops forever or ends the program
-costs that row only. The inputs are drawn anew every time; GRADE_SEED=... repeats those of an earlier grading.
+Every row of the sheet is graded in a process of its own, with a time limit: an endless loop or an exit costs only
+that row. The inputs are drawn anew every time; GRADE_SEED=... repeats those of an earlier grading.
 """
 
 import argparse
