@@ -28,7 +28,8 @@ import common
 from experiments import lab
 from experiments.edge_contestant import READ, THREADS, WRITTEN
 from ia3 import IA3
-from tools.convert import from_gguf, to_gguf, to_hf
+from tools.convert import to_hf
+from tools.gguf_llama import from_gguf, to_gguf
 
 THEIRS = "transformers, float32"
 BASE = "llama.cpp, Q4_1"

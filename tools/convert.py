@@ -30,7 +30,7 @@ from tools import bpe, gguf_llama, hf_gpt2, hf_llama, smollm2
 from tools.adapters import adapter_files, from_peft, to_peft
 from tools.count import PUBLISHED, count
 from tools.files import each_tensor, find, read_json, shards, write_json
-from tools.gguf_llama import from_gguf, to_gguf  # noqa: F401 - to_gguf is for who imports this
+from tools.gguf_llama import from_gguf
 from tools.hf_gpt2 import SIZES, published
 from tools.hub import cached, fetch_published
 
@@ -102,7 +102,7 @@ def to_hf(model, folder):
     own_bpe = model.tokenizer is not None and isinstance(model.tokenizer.about, dict)
     written = ["config.json", "tokenizer.json", "tokenizer_config.json"] if own_bpe else ["config.json"]
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        if name.endswith((".json", ".safetensors")) and name not in written:
+        if name.endswith((".json", ".safetensors", ".jinja")) and name not in written:
             raise ValueError(
                 f"{folder} holds another model's {name}, which would be opened instead of this one, or with it"
             )
@@ -220,14 +220,14 @@ def run(argv):
         print(f"{args.adapter} → {args.out}: {vectors.count():,} values")
         n_ones = sum(all((l == 1).all() for l in layer if l is not None) for layer in vectors.per_layer())
         if n_ones:
-            print(f"{n_ones} of the base's {vectors.config.n_layer} layers have no vectors in it and keep ones")
+            print(f"{n_ones} of the base's {vectors.config.n_layer} layers keep ones: theirs are missing or untrained")
         if l_q is not None and (l_q != 1).any():
             print(f"its {(l_q != 1).sum():,} query values other than 1 are folded into l_k: the same function")
 
     elif args.command == "smollm2":
         gguf = f"{os.path.splitext(args.out)[0]}.gguf"
-        for path in (args.out, gguf):
-            disk.check_output(path)
+        disk.check_output(args.out, [gguf])
+        disk.check_output(gguf)
         smollm2.fetch(gguf)
         save_checkpoint(from_gguf(gguf).bfloat16(), gguf, args.out)  # SmolLM2 was published in bfloat16
 

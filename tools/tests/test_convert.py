@@ -155,8 +155,10 @@ def test_a_model_and_an_adapter_share_no_folder(folder, capsys):
     )
     check(folder, capsys, "to-peft --base base.pt --ia3 ia3.npz --out hf", "hf holds a model")
     assert convert.main("to-hf --base base.pt --ia3 ia3.npz --out hf".split()) == 0  # written anew
-    Path("hf/added_tokens.json").write_text("{}")
-    check(folder, capsys, "to-hf --base base.pt --out hf", "another model's added_tokens.json")
+    for name in ("added_tokens.json", "chat_template.jinja"):
+        Path(f"hf/{name}").write_text("{}")
+        check(folder, capsys, "to-hf --base base.pt --out hf", name)
+        Path(f"hf/{name}").unlink()
 
 
 def test_a_gpt2_with_a_tokenizer_of_its_own(folder):
@@ -416,9 +418,11 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(folder, capsys)
         "to-hf --base base.pt --ia3 base/pytorch_model.bin.tmp --out base",
         "to-peft --base base.pt --ia3 adapter/adapter_config.json.tmp --out adapter",
         "to-peft --base adapter/adapter_model.safetensors --ia3 ia3.npz --out adapter",
+        "smollm2 --out new.gguf",
     ],
 )
-def test_no_output_replaces_what_the_command_reads(folder, capsys, flags):
+def test_no_output_replaces_what_the_command_reads(folder, capsys, monkeypatch, flags):
+    monkeypatch.setattr(convert.smollm2, "fetch", lambda path: Path(path).write_bytes(b""))
     Path("new.npz.tmp").write_bytes(Path("base.pt").read_bytes())
     Path("hf/config.json.tmp").write_bytes(Path("hf/pytorch_model.bin").read_bytes())
     Path("base").mkdir()

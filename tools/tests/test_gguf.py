@@ -16,7 +16,17 @@ import common
 from conftest import make_bpe, make_gpt, make_ia3, make_idx, make_llama
 from ia3 import IA3
 from tools import bpe, convert
-from tools.gguf_llama import SCALES, VALUES, Tensor, dequantize, gguf_name, interleaved, read_header, scale_rows
+from tools.gguf_llama import (
+    SCALES,
+    VALUES,
+    Tensor,
+    dequantize,
+    gguf_name,
+    interleaved,
+    read_header,
+    scale_rows,
+    to_gguf,
+)
 
 TYPES = gguf.GGMLQuantizationType
 SIZES = {"n_embd": 256, "n_hidden": 256, "n_head": 4, "n_kv_head": 2, "n_layer": 1, "vocab_size": 280, "block_size": 8}
@@ -200,7 +210,7 @@ def test_powers_of_two_are_exact_and_only_scales_change(tmp_path, kind):
     write_gguf(base, make_model(), kind)
     model = convert.from_gguf(base)
     vectors = make_ia3(model, powers_of_two=True)
-    convert.to_gguf(base, vectors, merged)
+    to_gguf(base, vectors, merged)
     expected = weights_of(base)
     for layer, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
         l_k = interleaved(l_k, 2)
@@ -252,7 +262,7 @@ def test_other_vectors_round_each_scale_once(tmp_path, kind):
 def test_sites_left_out_stay(small):
     model = convert.from_gguf(small / "base.gguf")
     vectors = make_ia3(model, sites=("v",))
-    convert.to_gguf(small / "base.gguf", vectors, small / "merged.gguf")
+    to_gguf(small / "base.gguf", vectors, small / "merged.gguf")
     before, after = weights_of(small / "base.gguf"), weights_of(small / "merged.gguf")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         "blk.0.attn_v.weight",
@@ -294,7 +304,7 @@ def test_vectors_of_another_base_and_vectors_twice(small, capsys):
     check(small, capsys, again, "another base")
     vectors = make_ia3(make_model(n_embd=32, n_hidden=32))
     with pytest.raises(ValueError, match="another base"):
-        convert.to_gguf(small / "base.gguf", vectors, small / "other.gguf")
+        to_gguf(small / "base.gguf", vectors, small / "other.gguf")
     check(small, capsys, flags.replace("merged.gguf", "base.gguf"), "base.gguf")
 
 

@@ -16,7 +16,8 @@ import torch
 from ia3 import IA3
 from merge import merge
 from sample import generate
-from tools.convert import from_gguf, to_gguf, to_hf
+from tools.convert import to_hf
+from tools.gguf_llama import from_gguf, to_gguf
 
 llama_cpp = pytest.importorskip("xllamacpp", reason="no xllamacpp: python -m pip install -r requirements-edge.txt")
 
