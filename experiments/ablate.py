@@ -1,6 +1,6 @@
 """Which sites matter, where, and trained how: one axis at a time around one reference, for any base and any data.
 
-    python -m experiments.ablate                              # sites, depth, steps; goes on where it was stopped
+    python -m experiments.ablate                              # sites, depth, steps; again: continues
     python -m experiments.ablate --quick                      # the same in small, minutes: to see that it works
     python -m experiments.ablate --sites --lr 0.03 0.1 0.3    # these two axes, each alone
     python -m experiments.ablate --sites k,v ff --lr 0.03 0.1 --cross --out out/crossed    # every pair of them

@@ -30,7 +30,7 @@ over that of all FLOPs: at 1.00 time would go with FLOPs alone. Compiled ones ar
 Saved for backward: every storage that autograd keeps in a forward pass, weights left out, in float32 numbers of a token
 and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers.
 
-Writes results.csv, a row a contestant, and table.md, made of it. A contest of a shape that is already there is not run
+Writes results.csv, one row per contestant, and table.md, made of it. A contest that is already there is not run
 again.
 """
 

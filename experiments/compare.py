@@ -3,7 +3,7 @@
     python -m experiments.compare --quick    # 5 steps, one rate for all, a few windows: to see that it works
     python -m experiments.compare --plan     # how many runs are left, and how many hours
     python -m experiments.compare --counts   # what a method keeps for backward, by where it stands: counted, no clock
-    python -m experiments.compare            # everything; Ctrl-C and again: it goes on where it was stopped
+    python -m experiments.compare            # everything; after Ctrl-C the same command continues
     python -m experiments.compare --methods full lora4 ia3 --steps 400 --lr full=1e-3 lora4=0.03 ia3=0.18 --data folio
     python -m experiments.compare --methods vera --seeds 2 --steps 40 --lr 0.1 --data folio --out out/vera    # one row
     python -m experiments.compare --base my.pt --data path/to/folder --forget path/to/another --out out/mine

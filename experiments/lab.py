@@ -198,9 +198,9 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
     """Call measure(job) for every job that folder lacks, in so many processes, and write each run down at once.
 
     jobs: NamedTuples of one type; measure: a function of a module's top level, which returns a result_type, a
-    dataclass, and a dict of arrays. Returns {job: result} of the jobs that are done. A call again goes on where one was
-    stopped. After so many minutes no more jobs are handed to the workers; those that they have are finished. Raises
-    OSError where a worker was killed.
+    dataclass, and a dict of arrays. Returns {job: result} of the jobs that are done. A second call continues
+    where the first stopped. After so many minutes no more jobs are handed to the workers; those that they have are
+    finished. Raises OSError where a worker was killed.
     """
     results, arrays = load_runs(folder, type(jobs[0]), result_type)
     left = [job for job in dict.fromkeys(jobs) if job not in results]

@@ -1,6 +1,6 @@
 """What people get wrong on a command line is one line on stderr and exit status 2, and nothing is written or damaged.
 
-argparse's own errors have its usage before that line. What a damaged file is told is in test_files.py and test_data.py.
+argparse's own errors have its usage before that line. Damaged files are in test_files.py and test_data.py.
 """
 
 import os
@@ -241,7 +241,7 @@ def test_help_teaches(script, capsys):
 
 @pytest.mark.slow
 def test_as_a_process_into_a_pipe_that_is_closed(tiny_run):
-    """What main() is told in-process is what a shell sees: its status, and no traceback when head has seen enough."""
+    """What main() returns in-process is what a shell sees: its status, and no traceback when head has seen enough."""
     flags = f"--base {tiny_run[0]}/base.pt --prompt A --tokens 9 --device cpu".split()
     process = subprocess.Popen(
         [sys.executable, "sample.py", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT

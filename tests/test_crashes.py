@@ -1,4 +1,4 @@
-"""A run that is killed before a rename, any of them, or in the middle of a save goes on to the same bits."""
+"""A run that is killed before any rename, or in the middle of a save, resumes to the same bits."""
 
 import os
 import subprocess

@@ -340,7 +340,7 @@ def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch
 
 
 def test_the_command_line_reads_windows_from_all_over_val(tmp_path, monkeypatch, capsys):
-    """Four of 256 tokens; and greedy text that differs is told."""
+    """Four of 256 tokens; and greedy text that differs is reported."""
     folder, flags = write_files(tmp_path, make_gpt(block_size=512))
     (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 300)  # 12,300 bytes
     seen = []

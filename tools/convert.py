@@ -40,8 +40,8 @@ from tools.hub import cached, fetch_published
 def hf_files(path):
     """Return the folder of config.json, and {path: names of its tensors, or None for all} of the weights.
 
-    path: a folder, or a file of weights or an index of several with config.json beside it. Raises OSError where what it
-    wants is missing, and ValueError for an index that is none.
+    path: a folder, or a file of weights or an index of several with config.json beside it. Raises OSError if one of
+    them is missing, and ValueError for an index that is none.
     """
     path = os.fspath(path)
     if os.path.isdir(path):

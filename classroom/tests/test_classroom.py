@@ -1001,7 +1001,7 @@ def test_the_answers_are_to_the_handouts_questions():
 
 
 def test_a_submission_grades_itself_if_it_likes(solve, grade):
-    """As the teacher is told: a grader in the process of what it grades is no guard."""
+    """As TEACHING.md says: a grader that runs in the process of what it grades does not guard."""
     changes = [("ia3.py", "import hashlib\n", "import hashlib\nimport pytest\npytest.fail = lambda *_, **__: None\n")]
     changes += [("ia3.py", COUNT, "0")]
     assert grade(solve(NAMES, changes), ["count"]) == {"count": None}

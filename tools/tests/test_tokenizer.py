@@ -133,7 +133,7 @@ def test_a_tokenizer_json_comes_in_and_goes_out(tmp_path, pattern, alphabet):
 
 
 def test_added_tokens_that_are_not_special_are_found_in_a_text(tmp_path):
-    """Those that are special stay text, and the library agrees once it is told to leave them so."""
+    """Those that are special stay text, and the library agrees once its setting leaves them so."""
     theirs = make_theirs(GPT2, True)
     theirs.add_tokens(["<new>", "1623"])
     theirs.add_special_tokens(["<sep>"])

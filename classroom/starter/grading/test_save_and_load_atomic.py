@@ -31,7 +31,7 @@ def test_a_crash_leaves_the_old_file(dice, tmp_path, monkeypatch):
 
 
 def test_the_new_file_takes_the_place_of_the_old_one(dice, tmp_path):
-    """Who has the old one open goes on reading that."""
+    """A program that has the old file open continues to read it."""
     _, vectors = make_known(dice)
     path = tmp_path / "task.npz"
     path.write_bytes(b"the old file")
