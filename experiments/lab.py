@@ -98,8 +98,8 @@ def read_about(folder):
 def read_csv(path, columns):
     """Return a CSV's rows as dicts; none where there is no such file.
 
-    columns: {name: type} in the file's order, such as a dataclass's annotations. An empty cell is None. Raises
-    ValueError, with the line, for a file that does not fit.
+    columns: {name: type} in the file's order, such as a dataclass's annotations. An empty cell is None, if its type
+    allows that. Raises ValueError, with the line, for a file that does not fit.
     """
     if not os.path.exists(path):
         return []
@@ -114,8 +114,8 @@ def read_csv(path, columns):
                     raise ValueError("too many cells")
                 row = {}
                 for name, kind in columns.items():
-                    kind = getattr(kind, "__args__", (kind,))[0]  # of float | None: float
-                    row[name] = None if cells[name] == "" else kind(cells[name])
+                    kinds = getattr(kind, "__args__", (kind,))  # of float | None: both
+                    row[name] = None if cells[name] == "" and len(kinds) > 1 else kinds[0](cells[name])
                 rows.append(row)
         except (csv.Error, TypeError, ValueError) as e:  # TypeError: too few cells
             why = f"line {max(reader.line_num, 1)}: {e}"

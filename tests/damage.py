@@ -92,14 +92,15 @@ def rewrite(path, dice):
     elif path.suffix == ".npz":
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files if name != "about"}
-            about = json.loads(file["about"].item()) if "about" in file.files else {}
+            about = json.loads(file["about"].item()) if "about" in file.files else None
         if about and dice.random() < 0.5:
             about = damage_meaning(about, dice)
         else:
             arrays = damage_meaning(arrays, dice)
         arrays = {str(name): np.asarray(a) for name, a in arrays.items() if not isinstance(a, torch.Tensor)}
-        text = json.dumps(about, default=lambda _: None)
-        np.savez(path, about=np.bytes_(text), **{name: a for name, a in arrays.items() if a.dtype != object})
+        if about is not None:
+            arrays["about"] = np.bytes_(json.dumps(about, default=lambda _: None))
+        np.savez(path, **{name: a for name, a in arrays.items() if a.dtype != object})
     elif path.suffix == ".json":
         path.write_text(json.dumps(damage_meaning(json.loads(path.read_text()), dice), default=lambda _: None))
     elif path.suffix == ".jsonl":

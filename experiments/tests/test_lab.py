@@ -149,6 +149,7 @@ def test_a_folder_takes_more_data_and_no_contradiction(tmp_path):
         ("a,b\n1,2\n", "line 1: other columns"),
         ("name,seed,loss,gain\nx,1,many,\n", "line 2: could not convert"),
         ("name,seed,loss,gain\nx,1\n", "line 2: "),
+        ("name,seed,loss,gain\nx,1,,2\n", "line 2: "),  # only a gain may be missing
         ("name,seed,loss,gain\nx,1,2,3,4\n", "line 2: too many cells"),
         ("name,seed,loss,gain\nx,1.5,2,\n", "line 2: invalid literal"),
         (b"\xff\xfe\x00", "remove it to measure again"),
