@@ -155,8 +155,10 @@ def read_folder(folder, vocab_size, config):
     if not os.path.isfile(path):
         return None
     try:
-        settings = read_if_there(f"{folder}/tokenizer_config.json")
+        settings = read_if_there(f"{folder}/special_tokens_map.json")
+        settings |= read_if_there(f"{folder}/tokenizer_config.json")
         if path.endswith("vocab.json"):
+            settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | settings  # GPT-2's, unless told
             about = from_vocab(read_json(path), folder, settings)
         else:
             about = tokenizer(read_json(path))
@@ -173,7 +175,7 @@ def read_if_there(path):
 
 
 def from_vocab(vocabulary, folder, settings):
-    """What Tokenizer takes, from GPT-2's two files. settings: tokenizer_config.json's object.
+    """What Tokenizer takes, from GPT-2's two files. settings: of tokenizer_config.json.
 
     A token of several letters that no merge makes never comes about in a text, so it is a special one.
     """
@@ -187,8 +189,7 @@ def from_vocab(vocabulary, folder, settings):
     added = read_if_there(f"{folder}/added_tokens.json")
     # which of these are special, because a setting names them, such as pad_token, or lists them as special
     listed = [token for token in settings.get("added_tokens_decoder", {}).values() if token.get("special")]
-    settings = settings | {"added_tokens_decoder": listed}
-    named = json.dumps([read_if_there(f"{folder}/special_tokens_map.json"), settings])
+    named = json.dumps(settings | {"added_tokens_decoder": listed})
     tokens = []
     for text in sorted(added, key=added.get):
         tokens.append({"content": text, "id": added[text], "special": json.dumps(text) in named})
@@ -199,7 +200,7 @@ def from_vocab(vocabulary, folder, settings):
 def control_tokens(about, config, settings, folder):
     """Return bos, eos and chat_template as Tokenizer takes them; the tokenizer's own end comes first.
 
-    config: config.json's object with generation_config.json's over it; settings: tokenizer_config.json's. An id that
+    config: config.json's object with generation_config.json's over it; settings: of tokenizer_config.json. An id that
     the tokenizer does not have is left out: a config of another vocabulary's defaults may name it.
     """
     known = {*about["ranks"].values(), *about["special_tokens"].values()}

@@ -185,6 +185,7 @@ def test_a_gpt2s_own_vocab_and_merges_are_read_and_never_guessed(folder):
         cut = transformers.GPT2Tokenizer("own/vocab.json", "own/merges.txt", split_special_tokens=True)
         assert ours.encode_ordinary(text) == cut.encode(text)
     assert ours.about["special_tokens"] == {"<|endoftext|>": 0} and ours.decode([0]) == "<|endoftext|>"
+    assert ours.eos == [cut.eos_token_id] == [0]
     n = len(ours.ids)
     Path("own/added_tokens.json").write_text(json.dumps({"<new>": n, "<pad>": n + 1}))
     Path("own/special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
