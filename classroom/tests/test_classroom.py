@@ -777,7 +777,7 @@ def test_make_grade_in_a_fresh_folder(starter, tmp_path):
 TROUBLE = {
     "hidden_activations": ("model.py", H, "raise SystemExit(0)", "SystemExit: 0 (model.py, line"),
     "gradient": ("gradient.py", "import torch\n", "import torch\ndef oh no\n", "(gradient.py, line 4)"),
-    "train": ("train.py", "import csv\n", "import csv\nno_such_name\n", "(train.py, line"),
+    "train": ("train.py", "import shutil\n", "import shutil\nno_such_name\n", "(train.py, line"),
     "fold_rows": ("merge.py", ROW, "raise KeyboardInterrupt", "did not come to their end"),
     "fold_columns": ("merge.py", COLUMN, "'a' + 1", "TypeError: can only concatenate"),
 }
