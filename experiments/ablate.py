@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 import common
-from experiments import lab
+from experiments import clocks, lab
 from experiments.sites import ORDER, attach_sites
 from ia3 import SITES, attach, fingerprint
 from tools.plot import plt, save_picture
@@ -399,7 +399,9 @@ def run(argv):
     left = [job for job in jobs if job not in there]
     steps = sum(job.steps for job in left if job.sites != "none")
     attach(model)
-    a_step, a_window = lab.pace(model, data["train"], TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype))
+    a_step, a_window = clocks.pace(
+        model, data["train"], TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype)
+    )
     seconds = steps * a_step + len(left) * sum(map(len, works.values())) * a_window
     workers = 1 if device.type == "cuda" else args.workers
     minutes = seconds / workers / 60

@@ -53,7 +53,7 @@ from typing import NamedTuple
 import torch
 
 import common
-from experiments import lab, peers
+from experiments import clocks, lab, peers
 from experiments.edge_contestant import peak_of_process
 from ia3 import IA3, attach, stack
 from merge import merge
@@ -154,21 +154,21 @@ def variants(name, model, compiled):
 def trainer(name, config, batch, dtype, compiled):
     """Return {name: Contestant} of a training step: peers.build's, if it is ours also compiled."""
     device = batch[0].device
-    before = lab.allocated(device)
+    before = clocks.allocated(device)
     model, loss_fn = peers.build(name, config, device, dtype)
     settings = TrainConfig(lr=1e-5, dtype=str(dtype).removeprefix("torch."))
-    counts = lab.count_step(model, batch, loss_fn, settings)
-    alone = lab.allocated(device)
+    counts = clocks.count_step(model, batch, loss_fn, settings)
+    alone = clocks.allocated(device)
     found = {}
     for variant, called in variants(name, model, compiled and name in (peers.FULL, peers.OURS)).items():
-        others = lab.allocated(device) - alone  # AdamW's averages of the variant before
-        step = lab.training_step(called, batch, loss_fn, settings)
+        others = clocks.allocated(device) - alone  # AdamW's averages of the variant before
+        step = clocks.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
         saved = counts["saved_bytes"]
         if called is not model:
             with autocast(called, settings):
-                saved = lab.count_saved(partial(loss_fn, called, *batch), called)
-        peak = lab.peak_bytes(step, device, before + others)
+                saved = clocks.count_saved(partial(loss_fn, called, *batch), called)
+        peak = clocks.peak_bytes(step, device, before + others)
         found[variant] = Contestant(step, counts | {"saved_bytes": saved, "peak_bytes": peak})
     return found
 
@@ -177,7 +177,7 @@ def peak_of_steps(name, config):
     """The peak of this process's memory, in bytes, after two steps of one of peers.COMPLETIONS on a CPU, or None."""
     batch = make_completions(config, torch.device("cpu"))
     model, loss_fn = peers.build(name, config, "cpu", torch.float32)
-    step = lab.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
+    step = clocks.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
     step()
     step()
     return peak_of_process()
@@ -197,7 +197,7 @@ def completers(config, batch, dtype):
 def reader(name, config, batch, dtype, compiled):
     """Return {name: Contestant} of a forward pass without gradients: one of INFERENCE, also compiled."""
     idx = batch[0]
-    before = lab.allocated(idx.device)
+    before = clocks.allocated(idx.device)
     with torch.device(idx.device):
         model = peers.our_model(config).to(dtype).eval()
         if name != BASE:
@@ -211,13 +211,13 @@ def reader(name, config, batch, dtype, compiled):
         with torch.no_grad():
             return called(idx)[0]
 
-    linear, attention = lab.count_flops(lambda: forward(model, idx[:1]))
+    linear, attention = clocks.count_flops(lambda: forward(model, idx[:1]))
     counts = {"values": 0, "linear_flops": linear // idx.size(1), "attention_flops": attention // idx.size(1)}
     found = {}
     for variant, called in variants(name, model, compiled).items():
         read = partial(forward, called, idx)
         read()  # compiles
-        peak = lab.peak_bytes(read, idx.device, before)
+        peak = clocks.peak_bytes(read, idx.device, before)
         found[variant] = Contestant(read, counts | {"saved_bytes": 0, "peak_bytes": peak})
     return found
 
@@ -281,7 +281,7 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
         contestants = mixers(config, device, dtype)
         n_rows = MIXED_ROWS
         tokens = min(tokens, MIXED_TOKENS)
-    times = lab.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
+    times = clocks.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
     plain = next(iter(contestants))
     found = []
     for name, contestant in contestants.items():
@@ -291,8 +291,8 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
             what,
             name,
             **contestant.counts,
-            **lab.ratio("over_plain", times[name], times[plain]),
-            **lab.ratio("ours_over", times[ours], times[name]),
+            **clocks.ratio("over_plain", times[name], times[plain]),
+            **clocks.ratio("ours_over", times[ours], times[name]),
             seconds=seconds,
             tokens_per_second=n_rows * tokens / seconds,
             n_layer=config.n_layer,
@@ -397,7 +397,7 @@ def run(argv):
     if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile needs a C++ compiler (g++, or CXX): --no-compile leaves it out")
     peft, transformers = peers.their_packages()
-    about = {"hardware": lab.device_name(device), "dtype": dtype, "torch": torch.__version__}
+    about = {"hardware": clocks.device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     about["date"] = datetime.date.today().isoformat()

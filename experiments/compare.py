@@ -51,7 +51,7 @@ import numpy as np
 import torch
 
 import common
-from experiments import compare_tables, costs, lab, rivals
+from experiments import clocks, compare_tables, costs, lab, rivals
 from experiments.compare_tables import RATE_SEEDS, Job, Result, mean_losses
 from experiments.rivals import METHODS
 from ia3 import fingerprint
@@ -239,7 +239,7 @@ def plan(settings, datas, given, methods, args, results):
         n_steps += sum(job.steps for job in left)
         n_windows += len(left) * read
     split = lab.load_data(settings.folders[datas[0]], model, ("train", "val"))["train"]
-    a_step, a_window = lab.pace(model, split, settings.config())
+    a_step, a_window = clocks.pace(model, split, settings.config())
     hours = (n_steps * a_step + n_windows * a_window) / args.workers / 3600
     print(f"{n_runs} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
     print(f"about {hours:.1f} hours on {args.workers} cores", flush=True)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from experiments import lab, rivals
+from experiments import clocks, lab, rivals
 from experiments.rivals import METHODS
 from ia3 import stack
 from train import autocast, lm_loss
@@ -72,13 +72,13 @@ def measure(build, batch, config, methods, repeats):
             model(idx, task_ids=task_ids)
 
     for name in ["base", *methods]:
-        before = lab.allocated(device)
+        before = clocks.allocated(device)
         model = build(name, 0)
-        costs[name] = Cost(name, device=lab.device_name(device), torch=torch.__version__, date=f"{date.today()}")
+        costs[name] = Cost(name, device=clocks.device_name(device), torch=torch.__version__, date=f"{date.today()}")
         if name != "base":
-            vars(costs[name]).update(lab.count_step(model, batch, lm_loss, config))
-            steps[name] = lab.training_step(model, batch, lm_loss, config)
-            costs[name].peak_bytes = lab.peak_bytes(steps[name], device, before)
+            vars(costs[name]).update(clocks.count_step(model, batch, lm_loss, config))
+            steps[name] = clocks.training_step(model, batch, lm_loss, config)
+            costs[name].peak_bytes = clocks.peak_bytes(steps[name], device, before)
         passes[name, "unmerged"] = partial(forward, model, batch[0][:1])
         if METHODS[name].merge:
             passes[name, "merged"] = partial(forward, METHODS[name].merge(model).eval(), batch[0][:1])
@@ -95,18 +95,18 @@ def measure(build, batch, config, methods, repeats):
         "ia3": partial(forward, stacked, short, task_ids),
     }
 
-    step_times = lab.interleave(steps, repeats, device)
-    times = lab.interleave(passes, 8 * repeats, device, warmup=5)
-    mixed_times = lab.interleave(mixed, 8 * repeats, device, warmup=5)
+    step_times = clocks.interleave(steps, repeats, device)
+    times = clocks.interleave(passes, 8 * repeats, device, warmup=5)
+    mixed_times = clocks.interleave(mixed, 8 * repeats, device, warmup=5)
     for name in steps:
-        vars(costs[name]).update(lab.ratio("step", step_times[name], step_times["full"]))
+        vars(costs[name]).update(clocks.ratio("step", step_times[name], step_times["full"]))
     for name, what in passes:
-        vars(costs[name]).update(lab.ratio(what, times[name, what], times["base", "unmerged"]))
+        vars(costs[name]).update(clocks.ratio(what, times[name, what], times["base", "unmerged"]))
         if what == "merged":
-            ends = lab.equivalence(times[name, "merged"], times["base", "unmerged"])
+            ends = clocks.equivalence(times[name, "merged"], times["base", "unmerged"])
             costs[name].equal_low, costs[name].equal_high = ends
     for name in mixed:
-        vars(costs[name]).update(lab.ratio("mixed", mixed_times[name], mixed_times["base"]))
+        vars(costs[name]).update(clocks.ratio("mixed", mixed_times[name], mixed_times["base"]))
     return list(costs.values())
 
 
@@ -163,7 +163,7 @@ def places(build, batch, config):
     for title, add in PLACES.items():
         model = build("base", 0)
         rivals.attach(model, add)
-        found[title] = lab.count_step(model, batch, lm_loss, config)
+        found[title] = clocks.count_step(model, batch, lm_loss, config)
     full = found["full fine-tuning"]
     lines = []
     for title, counted in found.items():

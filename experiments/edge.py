@@ -25,7 +25,7 @@ import gguf
 import torch
 
 import common
-from experiments import lab
+from experiments import clocks, lab
 from experiments.edge_contestant import READ, THREADS, WRITTEN
 from ia3 import IA3
 from tools.convert import to_hf
@@ -115,8 +115,8 @@ def rows_of(times, peaks):
     rows = []
     for name, took in times.items():
         row = {"contestant": name, "seconds": statistics.median(took), "peak_bytes": peaks[name]}
-        row |= lab.ratio("over_theirs", took, times[THEIRS])
-        rows.append(row | lab.ratio("over_base", took, times[BASE]))
+        row |= clocks.ratio("over_theirs", took, times[THEIRS])
+        rows.append(row | clocks.ratio("over_base", took, times[BASE]))
     return rows
 
 
@@ -157,7 +157,7 @@ def run(argv):
         prepare(args.gguf, args.ia3, args.folder)
         times, peaks = measure(args.folder, args.rounds)
         shared = {"load": os.getloadavg()[1], "rounds": args.rounds}
-        shared["hardware"] = lab.device_name(torch.device("cpu")).partition(",")[0]
+        shared["hardware"] = clocks.device_name(torch.device("cpu")).partition(",")[0]
         shared["date"] = datetime.date.today().isoformat()
         shared["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "xllamacpp"))
         rows = [row | shared for row in rows_of(times, peaks)]

@@ -14,7 +14,7 @@ import sys
 import torch
 
 import common
-from experiments import lab
+from experiments import clocks, lab
 from ia3 import IA3, attach
 from merge import merge, verify
 
@@ -57,7 +57,7 @@ def run(argv):
     trained = IA3.load(args.ia3, base)
     val = lab.load_data("folio", base, ["val"])["val"]
     idx, _ = val.windows(range(0, len(val), max(len(val) // 32, 1)))
-    about = f"{lab.device_name(torch.device('cpu'))}, torch {torch.__version__}; {len(idx)} windows of folio/val."
+    about = f"{clocks.device_name(torch.device('cpu'))}, torch {torch.__version__}; {len(idx)} windows of folio/val."
     print(f"{about}\n\n{lab.markdown(HEAD, measure(base, trained, idx))}")
     return 0
 

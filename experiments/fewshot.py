@@ -78,7 +78,7 @@ import torch
 
 import common
 import data as datasets
-from experiments import fewshot_tables, lab, ranking
+from experiments import clocks, fewshot_tables, lab, ranking
 from experiments.shots import (
     BATCH_SIZE,
     LOSSES,
@@ -228,8 +228,8 @@ def choose(found, settings):
 class Cost(NamedTuple):
     """A row of costs.csv: a prediction after k examples that are kept in a cache. k = 0 is (IA)³'s prediction, too.
 
-    FLOPs are of matrix products (lab.count_flops); by_2n is the paper's count, 2 per parameter and token. prefix_ are
-    those of reading the examples.
+    FLOPs are of matrix products (clocks.count_flops); by_2n is the paper's count, 2 per parameter and token. prefix_
+    are those of reading the examples.
     """
 
     k: int
@@ -286,7 +286,7 @@ def count_a_step(model, examples):
         batch = datasets.to_device(split.batch(0, step, BATCH_SIZE), model.lm_head.weight.device)
         loss_fn(model, *batch).backward()
 
-    return sum(sum(lab.count_flops(partial(backward, step))) for step in range(n_batches)) // n_batches
+    return sum(sum(clocks.count_flops(partial(backward, step))) for step in range(n_batches)) // n_batches
 
 
 def cost_in(model, form, questions, examples, template):
@@ -296,9 +296,9 @@ def cost_in(model, form, questions, examples, template):
     n_tokens = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked)
     all_of_it = partial(ranking.scores, model, ranking.Choices(asked), prefix)
     prefix_alone = partial(ranking.scores, model, ranking.Choices([([0], [[0]], 0)]), prefix)  # and one token
-    flops = sum(lab.count_flops(all_of_it))
-    prefix_flops = sum(lab.count_flops(prefix_alone))
-    times = lab.interleave({"all": all_of_it, "prefix": prefix_alone}, 5, model.lm_head.weight.device)
+    flops = sum(clocks.count_flops(all_of_it))
+    prefix_flops = sum(clocks.count_flops(prefix_alone))
+    times = clocks.interleave({"all": all_of_it, "prefix": prefix_alone}, 5, model.lm_head.weight.device)
     seconds = np.median(times["all"]) - np.median(times["prefix"])
     n = len(questions)
     return n_tokens / n, len(prefix), (flops - prefix_flops) / n, prefix_flops if prefix else 0, seconds / n

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import common
-from experiments import lab, peers
+from experiments import clocks, lab, peers
 from ia3 import attach
 from merge import merge
 from model import GPTConfig
@@ -69,7 +69,7 @@ def bandwidth():
     """Bytes a second at which this machine reads memory: the median of sums over a tensor of 1 GiB."""
     big = torch.ones(2**28)
     big.sum()
-    return big.nbytes / statistics.median(lab.seconds(big.sum, big.device) for _ in range(7))
+    return big.nbytes / statistics.median(clocks.seconds(big.sum, big.device) for _ in range(7))
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def measure(shape, n_rows, about):
         stored = copy.deepcopy(plain)
         store_by_columns(stored)
         contestants[name + BY_COLUMNS] = partial(generate, stored, idx, WRITTEN, temperature=0)
-    times = lab.interleave(contestants, about["rounds"], idx.device, warmup=1)
+    times = clocks.interleave(contestants, about["rounds"], idx.device, warmup=1)
     found = []
     for name, took in times.items():
         seconds = statistics.median(took)
@@ -101,7 +101,7 @@ def measure(shape, n_rows, about):
             n_rows,
             name,
             seconds,
-            **lab.ratio("over_theirs", took, times[THEIRS]),
+            **clocks.ratio("over_theirs", took, times[THEIRS]),
             tokens_per_second=n_rows * WRITTEN / seconds,
             weight_bytes=weight_bytes(merged),
             **about,
@@ -145,7 +145,7 @@ def run(argv):
     if not 2 <= rounds <= 1000:
         raise ValueError(f"rounds must be from 2 to 1000, not {rounds}")
     _, transformers = peers.their_packages()
-    shared = {"rounds": rounds, "hardware": lab.device_name(torch.device("cpu")), "torch": torch.__version__}
+    shared = {"rounds": rounds, "hardware": clocks.device_name(torch.device("cpu")), "torch": torch.__version__}
     shared |= {"transformers": transformers.__version__}
     lab.open_folder(out, shared)
     shared["date"] = datetime.date.today().isoformat()

@@ -12,7 +12,7 @@ from here import Here
 from torch import nn
 
 from conftest import make_gpt, make_ia3, make_idx
-from experiments import bench, costs, exactness, generation, lab, peers
+from experiments import bench, clocks, costs, exactness, generation, lab, peers
 from ia3 import attach
 from llama import LlamaConfig
 from model import GPTConfig
@@ -125,11 +125,11 @@ def test_flops_of_a_step(name, batch):
     four backward; ours leaves out the gradient of the first layer's queries.
     """
     model, loss_fn = make(name)
-    counts = lab.count_step(model, batch, loss_fn, TrainConfig(lr=0.1))
+    counts = clocks.count_step(model, batch, loss_fn, TrainConfig(lr=0.1))
     full = name == peers.FULL
     assert counts["linear_flops"] == (6 * matrices(CONFIG) if full else 4 * matrices(CONFIG) - 2 * 3 * C**2)
     assert counts["attention_flops"] == 12 * L * TOKENS * C - (2 * TOKENS * C if name == peers.OURS else 0)
-    linear, attention = lab.count_flops(lambda: loss_fn(model, *batch).backward())  # all rows, where lab counts one
+    linear, attention = clocks.count_flops(lambda: loss_fn(model, *batch).backward())  # all rows, where lab counts one
     per_token = counts["linear_flops"], counts["attention_flops"]
     assert (linear, attention) == (3 * TOKENS * per_token[0], 3 * TOKENS * per_token[1])
 
@@ -160,7 +160,7 @@ def test_saved_for_backward_by_a_layer(name, batch):
     total = []
     for n_layer in (2, 3):
         model, loss_fn = make(name, config=GPTConfig(TOKENS, V, n_layer, H, C))
-        total.append(lab.count_saved(partial(loss_fn, model, *batch), model))
+        total.append(clocks.count_saved(partial(loss_fn, model, *batch), model))
     small = 4 + H + (4 if "LoRA" in name else 0)
     vectors = 7 * C if name in PEFTS_IA3 else 0
     assert total[1] - total[0] == 4 * (3 * TOKENS * (SAVED[name] * C + small) + vectors)
@@ -175,7 +175,7 @@ def test_counting_what_is_saved_keeps_none_of_it():
         made.append(weakref.ref(y))
         return y.sum()
 
-    assert lab.count_saved(forward, nn.Module()) == 12
+    assert clocks.count_saved(forward, nn.Module()) == 12
     assert made[0]() is None
 
 
@@ -185,7 +185,7 @@ def test_a_training_step_is_forward_backward_adamw(batch):
     other = copy.deepcopy(one)
     start = attach(one).l_k.clone()
     attach(other)
-    step = lab.training_step(one, batch, lm_loss, TrainConfig(lr=0.1))
+    step = clocks.training_step(one, batch, lm_loss, TrainConfig(lr=0.1))
     optimizer = torch.optim.AdamW(other.ia3.parameters(), lr=1e-5, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(3):
         step()
@@ -203,7 +203,7 @@ def test_ratios_point_where_the_table_says(tiny, monkeypatch):
     def times(calls, *_):
         return {name: [took.get(name, 4.0)] * 3 for name in calls}
 
-    monkeypatch.setattr(lab, "interleave", times)
+    monkeypatch.setattr(clocks, "interleave", times)
     rows = {}
     for what in ("training", "inference", "mixed"):
         rows |= {row.contestant: row for row in bench.measure("tiny", what, 3, CPU, torch.float32, False, ABOUT)}

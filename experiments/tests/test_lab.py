@@ -13,7 +13,7 @@ from here import Here
 import common
 from conftest import make_gpt
 from data import Stream
-from experiments import lab
+from experiments import clocks, lab
 from train import TrainConfig, evaluate
 
 # --- losses and intervals ---
@@ -55,7 +55,7 @@ def test_the_noise_of_blocks_is_the_textbooks():
 @pytest.mark.parametrize("n", [16, 50, 100, 200])
 def test_two_times_are_equivalent_by_the_sign_test(n):
     """The k-th of n ratios is below the median's interval where fewer than k of n heads come in at most 5 %."""
-    low, high = lab.equivalence(list(range(1, n + 1)), [1] * n)
+    low, high = clocks.equivalence(list(range(1, n + 1)), [1] * n)
     tail = [sum(math.comb(n, i) for i in range(k)) / 2**n for k in (int(low), int(low) + 1)]
     assert tail[0] <= 0.05 < tail[1] and high == n + 1 - low
 
