@@ -43,7 +43,7 @@ CONTESTANTS = {  # name: edge_contestant's arguments, a file of a prepared folde
 }
 COLUMNS = {"contestant": str, "seconds": float, "over_theirs": float, "over_theirs_low": float}
 COLUMNS |= {"over_theirs_high": float, "over_base": float, "over_base_low": float, "over_base_high": float}
-COLUMNS |= {"peak_bytes": int, "load": float, "rounds": int, "hardware": str, "date": str, "versions": str}
+COLUMNS |= {"peak_bytes": int | None, "load": float, "rounds": int, "hardware": str, "date": str, "versions": str}
 
 
 # --- the contest ---
@@ -68,7 +68,8 @@ def rewrite(source, kind, path):
 
 
 def prepare(source, vectors, folder):
-    """Make every contestant's file in folder, where it is not there yet."""
+    """Make every contestant's file in folder, where it is not there yet. ValueError where it is of other inputs."""
+    lab.open_folder(folder, {"gguf": lab.file_hash(source), "ia3": lab.file_hash(vectors)})
     if (folder / "merged.gguf").exists():
         return
     model = from_gguf(source)

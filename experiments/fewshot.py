@@ -309,11 +309,13 @@ def cost_in(model, form, questions, examples, template):
 
 def make(runs, settings, folder, args):
     """Make the runs that folder lacks, for as long as the flags say, and print where it stands."""
-    done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
     model = common.load(settings.base).to(settings.device)
-    data_hash = {}
-    for task in sorted({run.task for run in runs}):
-        data_hash[task] = pairs_to_learn(model.tokenizer, read_task(settings.data, task, "train")).data_hash()
+    data_hash = {}  # of what a task's runs read
+    for task, split in sorted({(run.task, run.split) for run in runs}):
+        parts = [pairs_to_learn(model.tokenizer, read_task(settings.data, task, name)) for name in ("train", split)]
+        data_hash[task] = "".join(part.data_hash()[:16] for part in parts)
+    lab.open_folder(folder, lab.read_about(folder) | {"data_hash": data_hash})
+    done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
     lab.write_run_json(folder, "fewshot.py", vars(args), model, data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:

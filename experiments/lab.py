@@ -6,6 +6,7 @@ each run. A run is known by its job, a NamedTuple of what was decided in advance
 """
 
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
@@ -59,14 +60,15 @@ STOPPED = "stopped; the same command continues"
 def open_folder(folder, about):
     """Make folder for the runs that about, a dict for JSON, describes; or check that those in it are such runs.
 
-    A dict within about, such as the hashes of several data, may gain names. Raises ValueError where others' runs are.
+    A dict within about, such as the hashes of several data, may gain names; one that is missing has none yet. Raises
+    ValueError where others' runs are.
     """
     path = folder / "about.json"
     found = read_about(folder) if path.exists() else about
     merged = {}
     for name in found | about:
-        theirs = found.get(name)
-        ours = about.get(name)
+        theirs = found.get(name, {})
+        ours = about.get(name, {})
         fits = theirs == ours
         merged[name] = ours
         if isinstance(theirs, dict) and isinstance(ours, dict):
@@ -236,8 +238,8 @@ def write_run_json(folder, script, arguments, model, data_hash, results):
     """Write the run.json of a command's runs, as docs/authors.md describes it. results: {job: result}, make_runs'."""
     path = folder / "run.json"
     figures = {run_name(job): vars(result) for job, result in results.items()}
-    # a command that found its runs done says nothing new: what stands there names the machine that made them
-    if not path.exists() or json.loads(path.read_text())["figures"] != figures:
+    # a command that made no run leaves what is there: it names the machine that made them
+    if not path.exists() or path.stat().st_mtime < (folder / "results.csv").stat().st_mtime:
         run_folder.write_run_json(path, script, arguments, model, data_hash, figures)
 
 
@@ -392,6 +394,12 @@ def markdown(head, rows):
 def spread(value, low, high, form=".2f"):
     """A value and its interval or quartiles as a table has them."""
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def file_hash(path):
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def save_text(text, path):

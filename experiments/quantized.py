@@ -34,8 +34,10 @@ comes out is reported.
 """
 
 import argparse
+import itertools
 import math
 import sys
+import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -263,11 +265,12 @@ def by_draw(results, form, name):
 def tables(folder):
     """Return Markdown, made of the files in folder alone."""
     results, _ = lab.load_runs(folder, Job, Result)
+    for form in ("float", *FORMATS):
+        if not by_draw(results, form, "unmerged_accuracy"):
+            raise ValueError(f"{folder} has no draw of {form} whole: the command without --tables makes the runs")
     lines = []
     for form in FORMATS:
         unmerged = by_draw(results, form, "unmerged_accuracy")
-        if not unmerged:  # not run yet
-            continue
         for way in WAYS:
             accuracy = by_draw(results, form, f"{way}_accuracy")
             rms, kl, same, changed = [
@@ -341,10 +344,19 @@ def run(argv):
         if args.quick:
             settings |= {"steps": 2, "items": 4}
             tasks, seeds = TASKS[:1], (0,)
-        lab.open_folder(out, {"k": K, "lr": RATE, "steps": settings["steps"], "items": settings["items"]})
-        for forms in (("float",), FORMATS):  # the vectors first
+        about = {"k": K, "lr": RATE, "steps": settings["steps"], "items": settings["items"]}
+        about["files"] = {"gguf": lab.file_hash(args.gguf)}
+        for task, split in itertools.product(tasks, ("train", "test")):
+            about["files"][f"{task}-{split}"] = lab.file_hash(f"{args.data}/{task}/choices-1/{split}.jsonl")
+        lab.open_folder(out, about)
+        end = time.time() + 60 * args.minutes
+        for forms in (("float",), FORMATS):  # the vectors first, which the formats share
             jobs = [Job(task, form, seed) for seed in seeds for form in forms for task in tasks]
-            lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers, args.minutes)
+            minutes = (end - time.time()) / 60
+            done = lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers, minutes)
+            if len(done) < len(jobs):
+                print(f"{len(jobs) - len(done)} runs of {', '.join(forms)} are left: the same command continues")
+                return 0
     if args.quick:
         return 0
     text = tables(out)

@@ -328,6 +328,21 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch)
     assert {"biases-4-0", "probe-6-0"} <= arrays[zero].keys()
 
 
+def test_runs_on_other_sentences_are_another_folders(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lab, "make_runs", lambda *_: {})
+    monkeypatch.setattr(lab, "write_run_json", lambda *_: None)
+    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
+    write_sets(tmp_path / "data")
+    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--dtype=float32"]
+    for _ in range(2):
+        assert fewshot.main([*argv, "--stage=formats"]) == 0
+    path = tmp_path / "data/products/choices-2/train.jsonl"
+    path.write_text(path.read_text().replace("dull", "droll"))
+    capsys.readouterr()
+    assert fewshot.main([*argv, "--stage=rates"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, capsys):
     common.save(make_llama(block_size=4096), tmp_path / "base.pt")
     write_sets(tmp_path / "data", n_train=40)

@@ -1,5 +1,6 @@
 """What lab.py promises: losses work by work, intervals against textbooks, and folders of runs that go on."""
 
+import json
 import math
 import os
 import signal
@@ -134,12 +135,29 @@ def test_a_folder_takes_more_data_and_no_contradiction(tmp_path):
     both = {"folio": "1", "kjv": "2"}
     assert lab.read_about(tmp_path) == about | {"hash": both}
     lab.open_folder(tmp_path, about)
+    lab.open_folder(tmp_path, {"base": "b"})
     for other in ({"base": "c"}, {"hash": {"folio": "3"}}, {"more": 1}):
         with pytest.raises(ValueError, match=next(iter(other))):
             lab.open_folder(tmp_path, about | other)
     with pytest.raises(ValueError, match="base"):
         lab.open_folder(tmp_path, {"hash": both})
     assert lab.read_about(tmp_path) == about | {"hash": both}
+    (tmp_path / "about.json").write_text(json.dumps({"base": "b"}))  # written before its hashes were
+    lab.open_folder(tmp_path, about)
+    assert lab.read_about(tmp_path) == about
+
+
+def test_run_json_is_of_the_last_command_that_made_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
+
+    def command(*jobs):
+        done = lab.make_runs(jobs, half, Result, tmp_path, 1)
+        lab.write_run_json(tmp_path, "x.py", {}, make_gpt(), None, done)
+        return list(json.loads((tmp_path / "run.json").read_text())["figures"])
+
+    a, b, c = [Job("x", seed) for seed in range(3)]
+    assert command(a, b) == command(a) == ["x_0", "x_1"]
+    assert command(c) == command(a, b) == ["x_2"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -98,6 +99,55 @@ def test_a_processs_peak_is_its_own():
     call = "from experiments.edge_contestant import peak_of_process; a = bytearray(2**26); print(peak_of_process())"
     child = subprocess.run([sys.executable, "-c", call], cwd=lab.ROOT, capture_output=True, text=True, check=True)
     assert 2**26 < int(child.stdout) < 2**27  # Python takes some 10 MB
+
+
+def test_a_prepared_folder_is_not_used_for_other_inputs(tmp_path):
+    for name in ("base.gguf", "a.npz", "b.npz", "merged.gguf"):
+        (tmp_path / name).write_text(name)
+    edge.prepare(tmp_path / "base.gguf", tmp_path / "a.npz", tmp_path)
+    edge.prepare(tmp_path / "base.gguf", tmp_path / "a.npz", tmp_path)  # all are there
+    for inputs in (("base.gguf", "b.npz"), ("a.npz", "a.npz")):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            edge.prepare(*[tmp_path / name for name in inputs], tmp_path)
+
+
+@pytest.mark.parametrize("made", [[], ["float"], ["float", *quantized.FORMATS[1:]]])
+def test_tables_of_runs_that_are_not_all_there_are_refused_in_one_line(tmp_path, capsys, made):
+    results, arrays = lab.load_runs(lab.RESULTS / "quantized", quantized.Job, quantized.Result)
+    results = {job: result for job, result in results.items() if job.form in made}
+    if results:
+        lab.write_runs(tmp_path, results, arrays)
+    assert quantized.main(["--tables", f"--out={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path) in err
+
+
+def test_minutes_are_for_both_stages_and_formats_wait_for_the_vectors(tmp_path, capsys, monkeypatch):
+    """The clock stands; after half an hour of vectors, half an hour is left for the formats."""
+    (tmp_path / "base.gguf").touch()
+    for task, split in itertools.product(quantized.TASKS, ("train", "test")):
+        path = tmp_path / f"{task}/choices-1/{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    now = [0.0]
+    granted = []
+    n_left = [1, 0]
+
+    def make_runs(jobs, measure, result_type, folder, workers, minutes):
+        granted.append(({job.form for job in jobs}, minutes))
+        now[0] += 30 * 60
+        return dict.fromkeys(jobs[n_left.pop(0) :]) if n_left else {}
+
+    monkeypatch.setattr(quantized.time, "time", lambda: now[0])
+    monkeypatch.setattr(lab, "make_runs", make_runs)
+    flags = [f"--gguf={tmp_path}/base.gguf", f"--data={tmp_path}", f"--out={tmp_path}/out", "--minutes=60"]
+    assert quantized.main(flags) == 0
+    assert granted == [({"float"}, 60)]
+    assert quantized.main(flags) == 0
+    assert granted[1:] == [({"float"}, 60), (set(quantized.FORMATS), 30)]
+    (tmp_path / "base.gguf").write_text("another")
+    assert quantized.main(flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_peaks_that_are_not_known_leave_their_cells_empty(tmp_path):
