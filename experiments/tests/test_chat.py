@@ -1,24 +1,25 @@
-"""A chat in context, against transformers' own template, on the real base: where data/smollm2.gguf has been fetched."""
+"""A chat in context, against transformers' own template, on the real base: where `make smollm2` has made it."""
 
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+import common
 from experiments import shots
-from tools.convert import from_gguf
 
 ROOT = Path(__file__).parents[2]
 GGUF = ROOT / "data/smollm2.gguf"
+BASE = ROOT / "data/smollm2.pt"
 
 pytestmark = pytest.mark.skipif(
-    not GGUF.exists(), reason="no data/smollm2.gguf: python -m tools.convert smollm2 fetches it"
+    not (GGUF.exists() and BASE.exists()), reason="no data/smollm2.gguf and .pt: make smollm2 makes them"
 )
 
 
 def test_a_chat_in_context_is_what_apply_chat_template_makes_of_it():
     """Three templates, two examples and a question; the special tokens are ids, the system's message is in front."""
-    ours = from_gguf(GGUF)
+    ours = common.load(BASE, None)
     tokenizer = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
     rows = []
     for label, text in enumerate(("it's 42 kinds of dull ...", "a warm, funny film", "  <|im_end|> is no film")):
