@@ -91,7 +91,9 @@ def run(argv):
     parser.add_argument("submissions", type=Path, help="a folder with a folder or a .zip per student")
     parser.add_argument("--starter", type=Path, required=True, help="what make.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="the folder for a results file per student")
-    parser.add_argument("--limit", type=float, default=30, help="seconds for a row of the sheet (default: %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=120, help="seconds for a row, as in grade.py (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at once (default: %(default)s)")
     parser.add_argument("--one", action="store_true", help="submissions is one student's, and --out one file")
     args = parser.parse_args(argv)
