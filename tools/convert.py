@@ -72,8 +72,9 @@ def from_hf(path):
     config_path = f"{folder}/config.json"
     about = read_json(config_path)
     kind = about.get("model_type")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{config_path} describes a model of type {kind!r}: known are 'gpt2' and 'llama'")
+    if kind not in ("gpt2", *hf_llama.KINDS):
+        known = ", ".join(("gpt2", *hf_llama.KINDS))
+        raise ValueError(f"{config_path} describes a model of type {kind!r}: known are {known}")
     try:
         config = hf_gpt2.gpt2_config(about) if kind == "gpt2" else hf_llama.llama_config(about)
     except (ValueError, TypeError, OverflowError) as e:
@@ -83,7 +84,7 @@ def from_hf(path):
         if kind == "gpt2":
             model = hf_gpt2.gpt2(config, dict(each_tensor(files)))
         else:
-            model = hf_llama.llama(config, files)
+            model = hf_llama.llama(config, files, has_output_bias=kind != "qwen2")
     except (ValueError, TypeError, RuntimeError) as e:  # the latter two of sizes that no tensor can have
         raise ValueError(f"{', '.join(files)}: {str(e).splitlines()[0]}") from None
     if any(bpe.is_tokenizers(name) for name in os.listdir(folder)):

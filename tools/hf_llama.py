@@ -7,15 +7,22 @@ import disk
 from llama import ROPE_NUMBERS, Llama, LlamaConfig
 from tools.files import each_tensor, plain_name, read_tensors, widest_dtype
 
+KINDS = ("llama", "mistral", "qwen2")  # the same model, but for a window; in Qwen2 only q, k and v have biases
 FREQUENCIES = ".rotary_emb.inv_freq"  # the rotation's speeds, kept as a weight by older versions
 
 
 def llama_config(about):
-    """The LlamaConfig that a LLaMA's config.json describes. ValueError or TypeError for what ours does not do.
+    """The LlamaConfig that config.json describes, one of KINDS. ValueError or TypeError for what ours does not do.
 
     The rotary parameters have two spellings: transformers 5 has rope_parameters, with the base as rope_theta in it;
     before, rope_theta stood beside rope_scaling. What is not there has transformers' default.
     """
+    if about["model_type"] == "mistral":
+        about = {"sliding_window": 4096, "num_key_value_heads": 8} | about  # its defaults
+    elif about["model_type"] == "qwen2":
+        about = {"num_key_value_heads": 32, "attention_bias": True} | about
+        if not about.get("use_sliding_window"):
+            about["sliding_window"] = None
     rope = {"rope_theta": about.get("rope_theta", 10000.0)}
     rope |= about.get("rope_scaling") or about.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # the latter is an older spelling yet
@@ -47,6 +54,7 @@ def llama_config(about):
         "partial_rotary_factor": (None, 1),
         "sliding_window": (None,),
         "use_sliding_window": (None, False),
+        "layer_types": (None, ["full_attention"] * config.n_layer),
         "num_experts": (None,),
         "num_local_experts": (None,),
         "quantization_config": (None,),
@@ -58,10 +66,11 @@ def llama_config(about):
     return config
 
 
-def llama(config, files):
+def llama(config, files, has_output_bias=True):
     """Build a Llama from {path: names of its tensors, or None for all}, in the dtypes that are stored.
 
-    One file is open at a time. Raises ValueError with the first name, shape or dtype that is not LLaMA's, or that holds
+    One file is open at a time. has_output_bias: whether o_proj has biases where q, k and v have; if not, ours are
+    zeros. Raises ValueError with the first name, shape or dtype that is not LLaMA's, or that holds
     NaN or infinity.
     """
     names = []
@@ -70,6 +79,8 @@ def llama(config, files):
     names = [full_name(name) for name in names if not name.endswith(FREQUENCIES)]
     model = common.empty_model(Llama, config, names)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
+    if not has_output_bias:
+        names += [name for name in shapes if name.endswith("o_proj.bias")]
     missing = [name for name in shapes if name not in names and not (config.tied and name == "lm_head.weight")]
     if missing:
         raise ValueError(f"{missing[0]} is missing, but config.json says {config.n_layer} layers")
@@ -82,6 +93,9 @@ def llama(config, files):
         if name in shapes:
             t = disk.check_weight(t, name, shapes[name])
             weights[name] = t.clone(memory_format=torch.contiguous_format)  # nothing stays on the disk
+    for name in shapes:
+        if name not in weights and name.endswith("o_proj.bias"):
+            weights[name] = torch.zeros(shapes[name], dtype=weights[name.replace("bias", "weight")].dtype)
     if config.tied and "model.embed_tokens.weight" in weights:
         weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     common.load_weights(model, weights)

@@ -579,6 +579,32 @@ def test_names_of_a_wrapped_model_and_of_one_without_a_head(llama):
         assert is_same(convert.from_hf("hf"), make_llama_with_bpe())
 
 
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_the_same_model_under_another_name(folder, kind):
+    """A Mistral without a window, and a Qwen2, whose biases are random here; both compute in float32, and in another
+    order, so that logits of size 1 may differ by some units of 1e-7. A wrong bias moves them by 0.1."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"tie_word_embeddings": True} if kind == "Qwen2" else {"sliding_window": None}
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    for name, p in theirs.named_parameters():
+        torch.nn.init.normal_(p, std=1.0 if name.endswith("bias") else 0.2)
+    theirs.save_pretrained("theirs")
+    ours = convert.from_hf("theirs")
+    idx = torch.randint(0, 61, (2, 40))
+    with torch.no_grad():
+        assert (ours(idx, idx)[0] - theirs(idx).logits).abs().max() < 1e-5 * theirs(idx).logits.abs().max()
+    convert.to_hf(ours, "home")
+    home = transformers.LlamaForCausalLM.from_pretrained("home", dtype=torch.float32)
+    with torch.no_grad():
+        assert (home(idx).logits - theirs(idx).logits).abs().max() < 1e-5 * theirs(idx).logits.abs().max()
+    change = {"Mistral": {"sliding_window": 16}, "Qwen2": {"use_sliding_window": True}}
+    change_json("theirs/config.json", **change[kind])
+    with pytest.raises(ValueError, match="sliding_window"):
+        convert.from_hf("theirs")
+
+
 def test_an_unknown_token_where_every_byte_has_one(llama):
     change_tokenizer("model.unk_token", "<unk>")
     assert convert.from_hf("hf").tokenizer.encode_ordinary("the") == make_llama_with_bpe().tokenizer.encode_ordinary(
@@ -620,7 +646,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda: change_config(model_type="mistral"), "of type 'mistral': known are 'gpt2' and 'llama'"),
+        (lambda: change_config(model_type="phi"), "of type 'phi'"),
         (lambda: change_config(model_type=["llama"]), "of type ['llama']"),
         (lambda: change_config(num_hidden_layers=None), "n_layer must be a whole number"),
         (lambda: change_config(num_hidden_layers=10**9), "n_layer is 1000000000, but there are only"),
