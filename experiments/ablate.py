@@ -399,6 +399,7 @@ def run(argv):
     left = [job for job in jobs if job not in there]
     steps = sum(job.steps for job in left if job.sites != "none")
     attach(model)
+    model.to(device)
     a_step, a_window = clocks.pace(
         model, data["train"], TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype)
     )
@@ -416,7 +417,7 @@ def run(argv):
     text = tables(out)
     lab.save_text(text, out / "table.md")
     arguments = vars(args) | axes | {"seeds": seeds, "device": device, "dtype": dtype}
-    lab.write_run_json(out, "ablate.py", arguments, model.to(device), about["data_hash"], done)
+    lab.write_run_json(out, "ablate.py", arguments, model, about["data_hash"], done)
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():
         path = out / f"{'-'.join(axes)}.png"

@@ -65,7 +65,8 @@ def losses_of(model, data, items):
     """The loss in nats of up to so many windows or choices of val, (items,), as a call that measures it now."""
     if (Path(data) / "val.jsonl").exists():
         split = ranking.load_choices(Path(data) / "val.jsonl", model.tokenizer, model.config.block_size)
-        split = ranking.Choices(split.examples[:: max(len(split) // items, 1)][:items])
+        n = min(items, len(split))
+        split = ranking.Choices([split.examples[i * len(split) // n] for i in range(n)])  # from all over the file
 
         def measure():
             beta = ranking.scores(model, split)
@@ -270,6 +271,7 @@ def small_versions(vectors):
     matrices = {name: p.detach().clone() for name, p in vectors.matrices().items()}
     coarse = {name: l.bfloat16().float() for name, l in matrices.items()}
     n = vectors.count()
+    place = 2 if n <= 2**16 else 4  # bytes that say which of n values
     n_scales = len(matrices) * vectors.config.n_layer
     versions = {"float32": (4 * n, matrices), "bfloat16": (2 * n, coarse)}
     versions["int8"] = n + 4 * n_scales, {name: to_int8(l) for name, l in matrices.items()}
@@ -278,7 +280,7 @@ def small_versions(vectors):
         least = distances[round(share * n)]
         version = {name: torch.where((l - 1).abs() >= least, coarse[name], 1.0) for name, l in matrices.items()}
         kept = (distances >= least).sum().item()
-        versions[f"{share:.0%} reset"] = 4 * kept, version  # a bfloat16 and its place, in two bytes
+        versions[f"{share:.0%} reset"] = (2 + place) * kept, version  # a bfloat16 and its place
     return versions
 
 
@@ -289,8 +291,11 @@ def learn_once(settings, job):
     data = lab.load_data(settings["data"], model, ("train", "val"))
     run = {"batch_size": 16, "eval_interval": job.steps, "eval_windows": 1}
     config = TrainConfig(steps=job.steps, lr=job.lr, seed=job.seed, **run)
-    train(model, data, config)
-    loss = evaluate(model, data["val"], config, n_windows=settings["items"])
+    try:
+        train(model, data, config)
+        loss = evaluate(model, data["val"], config, n_windows=settings["items"])
+    except FloatingPointError:
+        loss = math.inf
     return Learned(loss, n_negative(vectors), vectors.count()), {}
 
 
@@ -330,7 +335,8 @@ def size(args):
     found = lab.make_runs(jobs, partial(learn_once, settings), Learned, args.out, args.workers)
     lines = []
     for job, learned in found.items():
-        cells = [f"{job.steps:,}", f"{job.lr:g}", f"{learned.loss:.4f}"]
+        loss_cell = "diverged" if math.isinf(learned.loss) else f"{learned.loss:.4f}"
+        cells = [f"{job.steps:,}", f"{job.lr:g}", loss_cell]
         lines.append([*cells, f"{learned.negative:,} of {learned.values:,}"])
     text = f"{Path(args.ia3).name} on {args.data}'s val, {args.items} windows. {negative:,} of its {vectors.count():,}"
     text += " scales are negative. Below, runs of 1 seed at other rates:"

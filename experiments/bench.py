@@ -28,7 +28,8 @@ operation counts nothing, attention counts the whole square that causality halve
 over that of all FLOPs: at 1.00 time would go with FLOPs alone. Compiled ones are counted as they were written.
 
 Saved for backward: every storage that autograd keeps in a forward pass, weights left out, in float32 numbers of a token
-and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers.
+and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers. On a GPU
+full fine-tuning keeps autocast's bfloat16 copies of its weights, too, and they count.
 
 Writes results.csv, one row per contestant, and table.md, made of it. A contest that is already there is not run
 again.

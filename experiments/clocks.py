@@ -97,7 +97,7 @@ def training_step(model, batch, loss_fn, config):
 def pace(model, split, config):
     """Seconds of one core for a training step of a language model, and for one window's forward pass.
 
-    In the processor's time, which other programs lengthen less.
+    On a CPU in the processor's time, which other programs lengthen less.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -112,6 +112,9 @@ def pace(model, split, config):
 
     times = []
     for call in (step, read):
+        if device.type == "cuda":
+            times.append(statistics.mean(seconds(call, device) for _ in range(3)))
+            continue
         start = time.process_time()
         for _ in range(3):
             call()
@@ -150,7 +153,10 @@ def count_flops(call):
 
 
 def count_saved(forward, model):
-    """Bytes of activations that autograd keeps for backward: each storage once, the model's own tensors left out."""
+    """Bytes of activations that autograd keeps for backward: each storage once, the model's own tensors left out.
+
+    Autocast's bfloat16 copies of float32 weights are not the model's own, so they count.
+    """
     own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     kept = {}
 

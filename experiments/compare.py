@@ -347,6 +347,8 @@ def run(argv):
         about["works"][name] = list(lab.read_works(folder, "test", base))
     out = args.out / "quick" if args.quick else args.out
     results, _ = lab.load_runs(out, Job, Result)
+    for data in datas:
+        check_rates(jobs_on_test(data, given, args.steps, args.seeds), results, out)
     plan(settings, datas, given, methods, args, results)
     if args.plan:
         return 0

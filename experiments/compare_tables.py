@@ -112,7 +112,8 @@ def compare(folder):
             job = next(iter(runs))
             gap = beside = seeds = None
             if "full" in methods:
-                gap = 100 * (loss["base"] - loss[name]) / (loss["base"] - loss["full"])
+                gain = loss["base"] - loss["full"]  # infinite where it diverged: then there is no share of it
+                gap = 100 * (loss["base"] - loss[name]) / np.where(np.isfinite(gain), gain, np.nan)
             if "ia3" in methods:
                 ours = by_seed["ia3"]
                 theirs = dict.fromkeys(ours, loss["base"]) if name == "base" else by_seed[name]  # it is not trained
@@ -276,8 +277,9 @@ def draw_beside(folder):
         for y, name in enumerate(names):
             if name not in rows or rows[name].beside is None:
                 continue
-            runs = list(tests[data, steps][name].values())
-            ours = list(tests[data, steps]["ia3"].values())
+            both = [{job.seed: run for job, run in tests[data, steps][of].items()} for of in (name, "ia3")]
+            seeds = both[0].keys() & both[1].keys()
+            runs, ours = [[of_seed[seed] for seed in sorted(seeds)] for of_seed in both]
             change = np.mean([run["nats"] for run in runs], 0) - np.mean([run["nats"] for run in ours], 0)  # (blocks,)
             values = rows[name].beside
             for i, value in enumerate(values):

@@ -301,11 +301,12 @@ def score(model, sentences, form="plain", shots=(), soft=()):
 def calibrated(beta, free):
     """Zhao et al. 2021, section 5: log(p / p_cf), p and p_cf normalized over the choices, p_cf a mean over free.
 
-    beta: (templates, sentences, N); free: (templates, content-free sentences, N). Returns (templates, sentences, N).
+    beta: (templates, sentences, N); free: (templates, content-free sentences, N). Returns (templates, sentences, N),
+    -inf where beta is: no such choice.
     """
     p = torch.from_numpy(beta).softmax(-1)
     p_cf = torch.from_numpy(free).softmax(-1).mean(1, keepdim=True)
-    return (p.log() - p_cf.log()).numpy()
+    return np.where(np.isneginf(beta), -np.inf, (p.log() - p_cf.log()).numpy())
 
 
 # --- the two floors: what the same labels give without touching the model ---
@@ -478,7 +479,8 @@ def measure(settings, run):
     if full:
         model.to(dtype)
 
-    beta = np.nan_to_num(score(model, sentences, run.form, shots, soft), nan=-np.inf)
+    beta = score(model, sentences, run.form, shots, soft)
+    beta = np.where(np.isnan(beta), -np.inf, beta)
     arrays = {"beta": beta, "labels": np.array([sentence.label for sentence in sentences])}
     if run.method in ("zero", "icl", "icl-other"):
         arrays["free"] = score(model, content_free(run.task), run.form, shots)

@@ -218,6 +218,19 @@ def test_an_ablation_is_train_pys_run_and_goes_on(folder, capsys):
     assert err.count("\n") == 1 and "data_hash" in err
 
 
+def test_a_step_is_timed_where_the_runs_are_made(folder, monkeypatch):
+    seen = []
+
+    def pace(model, split, config):
+        seen.append(model.lm_head.weight.device.type)
+        return 1.0, 1.0
+
+    monkeypatch.setattr(ablate.clocks, "pace", pace)
+    monkeypatch.setattr(common, "pick_device", lambda device: (torch.device("meta"), "float32"))
+    assert ablate.main(f"--plan --base {folder}/base.pt --data {folder}/text --sites v".split()) == 0
+    assert seen == ["meta"]
+
+
 def test_quick(folder, capsys):
     command = f"--quick --base {folder}/base.pt --data {folder}/text --device cpu --sites q,v,x --out {folder}/out"
     assert ablate.main(command.split()) == 0

@@ -1,6 +1,7 @@
 """What analysis.py counts, against closed forms."""
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import make_gpt, make_ia3, make_llama
 from experiments import analysis, lab
 from experiments.analysis import Head, PairsJob, Recalled
 from ia3 import IA3, attach
+from model import GPTConfig
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +103,35 @@ def test_the_smallest_changes_are_reset_first():
     least = min((vectors.matrices()[name][mask] - 1).abs().min() for name, mask in kept.items())
     most = max((vectors.matrices()[name][~mask] - 1).abs().max() for name, mask in kept.items())
     assert most < least
+
+
+def test_a_place_among_many_takes_more_bytes():
+    for n_layer, size in ((160, 4), (200, 6)):  # 6 · 64 values a layer: below 2^16, and above
+        vectors = IA3(GPTConfig(8, 9, n_layer, 1, 64))
+        with torch.no_grad():
+            for p in vectors.parameters():
+                p.normal_()
+        n_bytes, matrices = analysis.small_versions(vectors)["50% reset"]
+        assert n_bytes == size * sum((matrix != 1).sum().item() for matrix in matrices.values())
+
+
+def test_some_choices_are_from_all_over_the_file(tmp_path):
+    model = make_gpt()
+    lines = [json.dumps({"prompt": "a", "choices": ["b", word], "label": 1}) for word in ("c", "d", "e", "f", "g")]
+    (tmp_path / "val.jsonl").write_text("\n".join(lines) + "\n")
+    every = analysis.losses_of(model, tmp_path, 9)()
+    assert len(every) == 5
+    assert analysis.losses_of(model, tmp_path, 3)() == pytest.approx(every[[0, 1, 3]], rel=1e-5)
+
+
+def test_a_rate_at_which_it_diverges_is_written_down(tmp_path, monkeypatch):
+    def diverge(*_):
+        raise FloatingPointError("loss nan")
+
+    monkeypatch.setattr(analysis, "train", diverge)
+    settings = {"base": lab.BASE, "data": "folio", "items": 2}
+    found, _ = analysis.learn_once(settings, analysis.RateJob(1e3, 5, 1))
+    assert found.loss == math.inf
 
 
 @pytest.mark.parametrize("make", [make_gpt, make_llama])

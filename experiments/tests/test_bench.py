@@ -6,12 +6,14 @@ import weakref
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from here import Here
 from torch import nn
 
 from conftest import make_gpt, make_ia3, make_idx
+from data import Stream
 from experiments import bench, clocks, costs, exactness, generation, lab, peers
 from ia3 import attach
 from llama import LlamaConfig
@@ -196,6 +198,22 @@ def test_a_training_step_is_forward_backward_adamw(batch):
     assert not torch.equal(one.ia3.l_k, start)
 
 
+def test_a_gpus_step_is_timed_until_the_gpu_is_done(device, monkeypatch):
+    waited = []
+
+    def seconds(call, where):
+        waited.append(where.type)
+        return 2.0
+
+    monkeypatch.setattr(clocks, "seconds", seconds)
+    model = make_gpt().to(device)
+    split = Stream(np.arange(200) % 257, 16)
+    a_step, a_window = clocks.pace(model, split, TrainConfig(lr=0.1, batch_size=4))
+    assert waited == (["cuda"] * 6 if device == "cuda" else [])
+    if device == "cuda":
+        assert (a_step, a_window) == (2.0, 0.5)
+
+
 def test_ratios_point_where_the_table_says(tiny, monkeypatch):
     """Over what has no vectors; and ours over the contestant."""
     took = {peers.FULL: 8.0, peers.OURS: 2.0, bench.BASE: 1.0, bench.UNMERGED: 5.0, bench.ONE_TASK: 2.0}
@@ -359,6 +377,10 @@ def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
     before = (tmp_path / "quick/results.csv").read_bytes()
     assert generation.main(["--quick", "--out", str(tmp_path)]) == 0  # nothing is left to measure
     assert (tmp_path / "quick/results.csv").read_bytes() == before
+    lab.write_csv(tmp_path / "quick/results.csv", [vars(row) for row in rows[:-1]])  # of fewer contestants
+    assert generation.main(["--quick", "--out", str(tmp_path)]) == 0
+    again = generation.read_rows(tmp_path / "quick")
+    assert again[:5] == rows[:5] and [row.contestant for row in again[5:]] == names and again[5:9] != rows[5:9]
 
 
 def test_the_committed_table_of_generation_is_made_of_the_committed_files():

@@ -145,6 +145,16 @@ def test_one_new_method_by_itself_is_one_row(texts, capsys):
     assert not (texts / "out/costs.csv").exists() and "nan" not in "".join(lines)
 
 
+def test_another_rate_on_the_second_data_is_told_before_any_run(texts, capsys):
+    there = Job("test", "b", "vera", 0.1, 2, 1)
+    lab.write_runs(texts / "out", {there: Result(1, 1.0, 1.0)}, {})
+    before = (texts / "out/results.csv").read_bytes()
+    command = f"{' '.join(flags(texts))} --data {texts}/a {texts}/b --methods vera --steps 2 --seeds 1 --lr 0.2"
+    assert compare.main(command.split()) == 2
+    assert "0.1, not 0.2" in capsys.readouterr().err
+    assert (texts / "out/results.csv").read_bytes() == before
+
+
 def test_quick_is_every_method_with_its_costs(texts, capsys):
     assert compare.main([*flags(texts), "--quick"]) == 0
     table = (texts / "out/quick/table.md").read_text(encoding="utf-8")
@@ -256,12 +266,37 @@ def test_a_report_says_what_diverged(tmp_path, method, seeds):
     assert "nan" not in text and "inf" not in text
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {METHODS[method].title} | 1 |")]
     assert line.split("|")[4].strip() == "diverged"
+    gap = [line.split("|")[5].strip() for line in text.splitlines() if line.startswith("| (IA)³ |")]
+    assert (gap == ["diverged"]) == (method in ("full", "ia3"))
     assert "| BitFit | 0.000 | diverged |" in text and "| full fine-tuning | diverged | diverged |" in text
     for name in ("beside.png", "curves.png", "rates.png"):
         assert compare_tables.plt.imread(tmp_path / name)[..., :3].std() > 0.05
 
 
 # --- tables ---
+
+
+def test_a_dot_and_its_bar_are_of_the_same_seeds(tmp_path, monkeypatch):
+    """Of the seeds that both have: here 1, at which the loss is 1 nat a block above (IA)³'s."""
+    (tmp_path / "about.json").write_text(json.dumps({"forget": "plays"}))
+    results = {}
+    arrays = {}
+    for method, seed, nats in (("base", 0, 9.0), ("ia3", 1, 3.0), ("ia3", 2, 5.0), ("vera", 1, 4.0)):
+        job = Job("test", "a", method, 0.1, 0 if method == "base" else 10, seed)
+        run = {"nats": np.full(3, nats), "bytes": np.ones(3), "work": np.arange(3)}
+        results[job] = Result(1, nats, nats)
+        arrays[job] = run | {f"forget_{what}": array for what, array in run.items()}
+    lab.write_runs(tmp_path, results, arrays)
+    drawn = []
+
+    def block_noise(change, n_bytes):
+        drawn.append(change.tolist())
+        return 0.0, 1.0
+
+    monkeypatch.setattr(lab, "block_noise", block_noise)
+    compare_tables.draw_beside(tmp_path)
+    assert drawn == [[1.0]] * 3
+    assert (compare_tables.compare(tmp_path)["a", 10]["vera"].beside == 1).all()
 
 
 def test_no_ranking_where_a_difference_is_not_clear_of_0_over_works_and_over_seeds():

@@ -159,6 +159,21 @@ def test_calibration_by_hand():
     assert np.exp(shots.calibrated(beta, free)).tolist() == [[pytest.approx([0.75, 2.0])]]
 
 
+def test_where_there_is_no_such_choice_nothing_is_calibrated():
+    beta = np.array([[[-1.0, -2.0, -np.inf], [-2.0, -1.0, -3.0]]])
+    found = shots.calibrated(beta, beta[:, :1])
+    assert found[0, 0].argmax() in (0, 1) and np.isneginf(found[0, 0, 2]) and not np.isnan(found).any()
+
+
+def test_a_score_that_is_no_number_is_the_lowest(tmp_path, monkeypatch):
+    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
+    settings = shots.Settings(f"{tmp_path}/base.pt", str(write_sets(tmp_path / "data")), dtype="float32", items=1)
+    scored = np.array([[[np.nan, -np.inf, -2.0]]] * 3)
+    monkeypatch.setattr(shots, "score", lambda *_: scored)
+    _, arrays = shots.measure(settings, shots.Run("test", "movies", "zero", "chat"))
+    assert arrays["beta"].tolist() == [[[-np.inf, -np.inf, -2.0]]] * 3
+
+
 def test_a_bias_a_label_is_the_best_one():
     """Two labels: a grid of the one number that matters, b_1 - b_0, finds no better loss."""
     offset = torch.tensor([[2.0, 0.0], [1.5, 0.0], [3.0, 0.0], [0.2, 0.0]], dtype=torch.float64)
