@@ -313,7 +313,7 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
 
 
 def read_rows(folder):
-    return [Row(**row) for row in lab.read_csv(folder / "results.csv", Row.__annotations__)]
+    return lab.read_rows(folder / "results.csv", Row)
 
 
 def table(rows):

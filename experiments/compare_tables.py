@@ -206,9 +206,9 @@ def tables(folder):
         pieces.append(f"**{data}**, {steps} steps of {about['batch_size']} windows, {n_seeds(most)}, on {works}:")
         pieces.append(lab.markdown(head, lines))
     pieces += rate_tables(results)
-    measured = lab.read_csv(folder / "costs.csv", costs.Cost.__annotations__)
+    measured = lab.read_rows(folder / "costs.csv", costs.Cost)
     if measured:
-        pieces.append(costs.table([costs.Cost(**row) for row in measured]))
+        pieces.append(costs.table(measured))
     return "\n\n".join(pieces)
 
 

@@ -6,8 +6,8 @@
 One row, one thread: 32 tokens are read and 128 written, greedily. Every contestant is a process of its own, so that
 its peak memory is its own, too: Python, the library and the weights. They take turns, and a ratio is taken round by
 round. llama.cpp's Q4_1 is the published file; merged is the same with vectors folded in (tools/convert.py's to-gguf);
-Q8_0 and F16 are made of it here. The other two read the same weights,
-in float32: bfloat16 is left out, since a processor that does not multiply it took four minutes for one turn.
+Q8_0 and F16 are made of it here. The other two read the same weights, in float32: bfloat16 is left out, since a
+processor that does not multiply it took four minutes for one turn.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,9 +42,26 @@ CONTESTANTS = {  # name: edge_contestant's arguments, a file of a prepared folde
     BASE: ("llama.cpp", "Q4_1.gguf"),
     "llama.cpp, Q4_1 merged": ("llama.cpp", "merged.gguf"),
 }
-COLUMNS = {"contestant": str, "seconds": float, "over_theirs": float, "over_theirs_low": float}
-COLUMNS |= {"over_theirs_high": float, "over_base": float, "over_base_low": float, "over_base_high": float}
-COLUMNS |= {"peak_bytes": int | None, "load": float, "rounds": int, "hardware": str, "date": str, "versions": str}
+
+
+@dataclass
+class Row:
+    """A line of results.csv: a contestant, and what it shares with the others."""
+
+    contestant: str
+    seconds: float
+    over_theirs: float  # the median of the time over transformers', with quartiles
+    over_theirs_low: float
+    over_theirs_high: float
+    over_base: float  # the same over the base file's in llama.cpp
+    over_base_low: float
+    over_base_high: float
+    peak_bytes: int | None
+    load: float  # processes that were running, on average
+    rounds: int
+    hardware: str
+    date: str
+    versions: str
 
 
 # --- the contest ---
@@ -111,34 +129,33 @@ def measure(folder, rounds):
             process.kill()
 
 
-def rows_of(times, peaks):
-    """results.csv's rows without what all share, of measure's two dicts."""
+def rows_of(times, peaks, shared):
+    """The Rows of measure's two dicts. shared: a Row's last fields, a dict from load on."""
     rows = []
     for name, took in times.items():
-        row = {"contestant": name, "seconds": statistics.median(took), "peak_bytes": peaks[name]}
-        row |= clocks.ratio("over_theirs", took, times[THEIRS])
-        rows.append(row | clocks.ratio("over_base", took, times[BASE]))
+        ratios = clocks.ratio("over_theirs", took, times[THEIRS]) | clocks.ratio("over_base", took, times[BASE])
+        rows.append(Row(name, statistics.median(took), peak_bytes=peaks[name], **ratios, **shared))
     return rows
 
 
 def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
-    rows = lab.read_csv(folder / "results.csv", COLUMNS)
+    rows = lab.read_rows(folder / "results.csv", Row)
     first = rows[0]
-    theirs = next(row for row in rows if row["contestant"] == THEIRS)
-    about = f"{first['hardware']}, {THREADS} thread, {first['versions']}, {first['date']}; one row, {READ} tokens read"
-    about += f" and {WRITTEN} written; medians (quartiles) of {first['rounds']} rounds. Other programs took turns with"
-    about += f" these: {first['load']:.1f} processes were running, on the average of the last minutes."
+    theirs = next(row for row in rows if row.contestant == THEIRS)
+    about = f"{first.hardware}, {THREADS} thread, {first.versions}, {first.date}; one row, {READ} tokens read"
+    about += f" and {WRITTEN} written; medians (quartiles) of {first.rounds} rounds. Other programs took turns with"
+    about += f" these: {first.load:.1f} processes were running, on the average of the last minutes."
     head = ["contestant", "tokens a second", "speed over transformers'", "peak memory, MB", "of transformers'"]
     lines = []
     for row in rows:
-        speed = lab.spread(1 / row["over_theirs"], 1 / row["over_theirs_high"], 1 / row["over_theirs_low"])
+        speed = lab.spread(1 / row.over_theirs, 1 / row.over_theirs_high, 1 / row.over_theirs_low)
         memory = ["", ""]
-        if row["peak_bytes"] and theirs["peak_bytes"]:
-            memory = [f"{row['peak_bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / theirs['peak_bytes']:.2f}"]
-        lines.append([row["contestant"], f"{WRITTEN / row['seconds']:.1f}", speed, *memory])
+        if row.peak_bytes and theirs.peak_bytes:
+            memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / theirs.peak_bytes:.2f}"]
+        lines.append([row.contestant, f"{WRITTEN / row.seconds:.1f}", speed, *memory])
     merged = rows[-1]
-    ratio = lab.spread(1 / merged["over_base"], 1 / merged["over_base_high"], 1 / merged["over_base_low"])
+    ratio = lab.spread(1 / merged.over_base, 1 / merged.over_base_high, 1 / merged.over_base_low)
     return f"{about}\n\n{lab.markdown(head, lines)}\n\nMerged over the base file, tokens a second: {ratio}."
 
 
@@ -161,9 +178,7 @@ def run(argv):
         shared["hardware"] = clocks.device_name(torch.device("cpu")).partition(",")[0]
         shared["date"] = datetime.date.today().isoformat()
         shared["versions"] = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "xllamacpp"))
-        rows = [row | shared for row in rows_of(times, peaks)]
-        rows = [{column: row[column] for column in COLUMNS} for row in rows]
-        lab.write_csv(args.out / "results.csv", rows)
+        lab.write_csv(args.out / "results.csv", [vars(row) for row in rows_of(times, peaks, shared)])
     text = tables(args.out)
     lab.save_text(text, args.out / "table.md")
     print(text)

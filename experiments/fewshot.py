@@ -330,7 +330,7 @@ def report(settings, folder, out):
     chosen = choose(found, settings)
     tried = tried_on_products(found, settings)
     wanted = runs_of_rates(settings) + runs_to_report(settings, chosen)
-    costs = [Cost(**row) for row in lab.read_csv(folder / "costs.csv", Cost.__annotations__)]
+    costs = lab.read_rows(folder / "costs.csv", Cost)
     text = fewshot_tables.tables(found, diverged, wanted, tried, chosen, settings, costs)
     lab.save_text(text, out / "table.md")
     fewshot_tables.draw_pictures(found, wanted, chosen, settings, costs, out)

@@ -112,7 +112,7 @@ def measure(shape, n_rows, about):
 
 
 def read_rows(folder):
-    return [Row(**row) for row in lab.read_csv(folder / "results.csv", Row.__annotations__)]
+    return lab.read_rows(folder / "results.csv", Row)
 
 
 def tables(folder):

@@ -129,6 +129,11 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
+def read_rows(path, row_type):
+    """Return a CSV's rows as row_type, a dataclass or a NamedTuple. Raises as read_csv does."""
+    return [row_type(**row) for row in read_csv(path, row_type.__annotations__)]
+
+
 def run_name(job):
     """What windows.npz calls the run of a job."""
     return "_".join(str(value) for value in job)

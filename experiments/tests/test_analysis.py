@@ -148,7 +148,7 @@ def test_a_head_of_ones_is_lost_without_loss(make, tmp_path, capsys):
     (tmp_path / "val.txt").write_bytes(bytes(range(256)) * 3)
     argv = ["heads", f"--base={tmp_path}/base.pt", f"--ia3={tmp_path}/task.npz", f"--data={tmp_path}"]
     assert analysis.main([*argv, f"--out={tmp_path}/out", "--items=4"]) == 0
-    heads = [Head(**row) for row in lab.read_csv(tmp_path / "out/results.csv", Head.__annotations__)]
+    heads = lab.read_rows(tmp_path / "out/results.csv", Head)
     assert len(heads) == model.config.n_layer * model.config.widths[0] // d_head
     before = analysis.losses_of(model, tmp_path, 4)()
     model.ia3 = None

@@ -321,8 +321,8 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch)
     assert stage("runs")[0] == 0
     assert "all runs are done" in stage("runs", "--minutes", "0")[1]
     assert stage("costs")[0] == 0
-    costs = lab.read_csv(out / "quick/costs.csv", fewshot.Cost.__annotations__)
-    assert [row["prefix_flops"] > 0 for row in costs] == [False, True, True, True]  # nothing stands before K = 0
+    costs = lab.read_rows(out / "quick/costs.csv", fewshot.Cost)
+    assert [cost.prefix_flops > 0 for cost in costs] == [False, True, True, True]  # nothing stands before K = 0
     status, text, _ = stage("report")
     assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
     assert "| full | movies |" in text and "| prompt | movies |" in text

@@ -85,10 +85,10 @@ def test_the_committed_table_is_made_of_the_committed_results(room, folder):
 
 def test_a_speed_is_taken_over_transformers_and_over_the_base_file_round_by_round():
     times = {name: [4.0, 8.0] for name in edge.CONTESTANTS} | {edge.THEIRS: [8.0, 16.0], edge.BASE: [2.0, 4.0]}
-    rows = edge.rows_of(times, dict.fromkeys(times, 10**8))
-    assert [row["over_theirs"] for row in rows] == [1.0, 0.5, 0.5, 0.5, 0.25, 0.5]
-    assert rows[-1]["over_base"] == rows[-1]["over_base_low"] == rows[-1]["over_base_high"] == 2.0
-    assert {*rows[0]} <= {*edge.COLUMNS}
+    shared = dict.fromkeys(("load", "rounds", "hardware", "date", "versions"))
+    rows = edge.rows_of(times, dict.fromkeys(times, 10**8), shared)
+    assert [row.over_theirs for row in rows] == [1.0, 0.5, 0.5, 0.5, 0.25, 0.5]
+    assert rows[-1].over_base == rows[-1].over_base_low == rows[-1].over_base_high == 2.0
 
 
 @pytest.mark.skipif(peak_of_process() is None, reason="no /proc here")
@@ -151,6 +151,6 @@ def test_minutes_are_for_both_stages_and_formats_wait_for_the_vectors(tmp_path, 
 
 
 def test_peaks_that_are_not_known_leave_their_cells_empty(tmp_path):
-    rows = lab.read_csv(lab.RESULTS / "edge/results.csv", edge.COLUMNS)
-    lab.write_csv(tmp_path / "results.csv", [row | {"peak_bytes": None} for row in rows])
+    rows = lab.read_rows(lab.RESULTS / "edge/results.csv", edge.Row)
+    lab.write_csv(tmp_path / "results.csv", [vars(row) | {"peak_bytes": None} for row in rows])
     assert edge.tables(tmp_path).count(" |  |  |\n") == len(rows)
