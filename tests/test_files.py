@@ -418,6 +418,13 @@ def test_what_is_no_plain_tensor_of_floats_is_refused_by_name(tensor):
         disk.check_weight(tensor, "lm_head.weight")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_of_several_shapes_in_one_are_refused_by_name():
+    tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])  # its layout is strided, as a plain one's
+    with pytest.raises(ValueError, match=r"lm_head.weight is not"):
+        disk.check_weight(tensor, "lm_head.weight")
+
+
 def test_a_plain_tensor_of_finite_floats_passes():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         t = torch.ones(3, dtype=dtype)
