@@ -91,12 +91,12 @@ def paired(whole, ours, theirs, task):
 
     Zero-shot has a single draw: it is compared with each.
     """
-    left = whole.get(ours, {}).get(task, [])
-    right_hand = whole.get(theirs, {}).get(task, [])
-    if len(right_hand) == 1:
-        right_hand = right_hand * len(left)
-    n = min(len(left), len(right_hand))
-    return left[:n], right_hand[:n]
+    our_draws = whole.get(ours, {}).get(task, [])
+    their_draws = whole.get(theirs, {}).get(task, [])
+    if len(their_draws) == 1:
+        their_draws = their_draws * len(our_draws)
+    n = min(len(our_draws), len(their_draws))
+    return our_draws[:n], their_draws[:n]
 
 
 # --- cells ---
@@ -157,15 +157,15 @@ def other_counts(whole, settings, chosen):
     ours, in_context = primary(settings, chosen)
     lines = []
     for task in settings.tasks:
-        left, right_hand = paired(whole, ours, in_context, task)
-        batch_left, by_batch = paired(whole, ours, in_context._replace(by="beta"), task)
-        if not left or not batch_left:
+        our_draws, their_draws = paired(whole, ours, in_context, task)
+        batch_ours, batch_theirs = paired(whole, ours, in_context._replace(by="beta"), task)
+        if not our_draws or not batch_ours:
             continue
-        *_, as_compared, _ = difference(left, right_hand)
-        *_, first, _ = difference(left, right_hand, FIRST)
-        *_, by_questions, _ = difference(batch_left, by_batch)
-        our_median, our_cell = quartiles(left)
-        their_median, their_cell = quartiles(right_hand)
+        *_, as_compared, _ = difference(our_draws, their_draws)
+        *_, first, _ = difference(our_draws, their_draws, FIRST)
+        *_, by_questions, _ = difference(batch_ours, batch_theirs)
+        our_median, our_cell = quartiles(our_draws)
+        their_median, their_cell = quartiles(their_draws)
         medians = f"{our_median - their_median:+.1f}"
         lines.append([task, as_compared, first, by_questions, our_cell, their_cell, medians])
     head = ["task", "as compared", "first template alone", "in context batch-calibrated"]
@@ -183,10 +183,10 @@ def beside_rivals(whole, settings, chosen):
                 continue
             row = Row(rival, k=settings.k, lr=chosen.rates[rival], steps=settings.steps)
             for task in settings.tasks:
-                left, right_hand = paired(whole, ours, row, task)
-                if left:
-                    first = difference(left, right_hand, FIRST)[2:]
-                    lines.append([f"{rate:g}", rival, task, *difference(left, right_hand), *first])
+                our_draws, their_draws = paired(whole, ours, row, task)
+                if our_draws:
+                    first = difference(our_draws, their_draws, FIRST)[2:]
+                    lines.append([f"{rate:g}", rival, task, *difference(our_draws, their_draws), *first])
     head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
     return lab.markdown([*head, "first template (95 %, draws and items)", "t, over draws"], lines)
 
@@ -234,10 +234,10 @@ def other_differences(whole, settings, chosen):
     lines = []
     for ours, theirs in pairs_to_compare(settings, chosen):
         for task in settings.tasks:
-            left, right_hand = paired(whole, ours, theirs, task)
-            if left:
-                cells = difference(left, right_hand)[2:] + difference(left, right_hand, FIRST)[2:]
-                lines.append([ours.words(), theirs.words(), task, f"{len(left)}", *cells])
+            our_draws, their_draws = paired(whole, ours, theirs, task)
+            if our_draws:
+                cells = difference(our_draws, their_draws)[2:] + difference(our_draws, their_draws, FIRST)[2:]
+                lines.append([ours.words(), theirs.words(), task, f"{len(our_draws)}", *cells])
     interval = "(95 %, draws and items)"
     head = ["row", "less row", "task", "draws", f"difference {interval}", "t, over draws"]
     return lab.markdown([*head, f"first template {interval}", "t, over draws"], lines)
@@ -337,8 +337,7 @@ def tables(found, diverged, wanted, tried, chosen, settings, costs):
         f"{n_made} of {len(wanted)} runs are made, not counting those that chose the format.",
         comparison(whole, settings, chosen),
         "This was the comparison planned. The tasks come from four sets of sentences: movies, movies-ab and "
-        "movies-flipped ask the same sentences, and source asks some of each set. The 200 sentences of news come from "
-        "77 articles, so its interval over items is too narrow. The model may have read the movie reviews.",
+        "movies-flipped ask the same sentences, and source asks some of each set.",
         "The same on the first template alone, whose answers are single tokens; descriptive:",
         comparison(whole, settings, chosen, FIRST),
         "The same difference, counted otherwise; descriptive. Batch-calibrated: in-context learning's probabilities "
@@ -358,9 +357,7 @@ def tables(found, diverged, wanted, tried, chosen, settings, costs):
         *by_order(whole, settings, chosen),
         "Accuracy in %, the mean of the draws (lowest to highest), number of draws:",
         all_rows(rows, settings, range_of_draws),
-        "The same by template, means of the draws. The answers of two templates are of unequal length. Scored per "
-        "token, a longer phrase is favoured, since its later words follow from its first: without calibration this "
-        "small a model gives the longer of two answers to nearly every question:",
+        "The same by template, means of the draws. The answers of two templates are of unequal length:",
         all_rows(rows, settings, templates_of_draws),
         f"What products chose by, on its val, K = {settings.k}:",
         choices_on_products(tried),

@@ -283,7 +283,7 @@ def learn(model, splits, args, seed, folder):
         batch_size=args.batch_size,
         seed=seed,
         schedule="linear",
-        eval_interval=max(args.steps, 1),
+        eval_interval=args.steps,
         out=str(folder),
     )
     train(model, {"train": train_split, "val": splits["val"]}, config, make_loss(args.losses.split(",")))

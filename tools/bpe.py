@@ -90,10 +90,9 @@ def overlap(a, b):
 def check_merges(ranks, pairs, whole_pieces):
     """Raise ValueError unless merging pairs in their order is merging by ranks, {bytes: id}, lower ids first.
 
-    Before a token is made, all lower ids are: what its bytes are by then (split) is two tokens, or the token is never
-    made by merging. So the merge of these two must be there, after those of lower ids; others for the same token do no
-    harm, as they never come about. A token that is not two by then is made only as a whole piece, or where a merge of
-    a higher id came first: then every two tokens that make it must be among the merges.
+    Merge a token's bytes by id until only the token itself is left to make (split). If two parts remain, their merge
+    must be listed. If more remain, merging by ids never makes the token: then a piece that is a token must be taken
+    whole, and all merges of two tokens to this one must be listed.
     """
     order = [ranks.get(a + b) if a in ranks and b in ranks else None for a, b in pairs]
     if None in order:
