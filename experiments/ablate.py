@@ -384,7 +384,7 @@ def run(argv):
         layers(job.depth, n_layer)
     about = {
         "fingerprint": fingerprint(model),
-        "data": Path(args.data).name,
+        "data": Path(args.data).absolute().name,
         "data_hash": data["train"].data_hash()[:16] + data["val"].data_hash()[:16],
         "works": list(works),
         "block_size": min(model.config.block_size, 256),

@@ -306,11 +306,11 @@ def run(argv):
     is_llama = not isinstance(base, GPT)
     device, dtype = common.pick_device(args.device, "bfloat16" if is_llama else "auto")
     names = args.data[:1] if args.quick else args.data
-    folders = {Path(name).name: name for name in [*names, args.forget]}
+    folders = {Path(name).absolute().name: name for name in [*names, args.forget]}
     if len(folders) < len({*names, args.forget}):
         raise ValueError("two of these folders have the same name, and runs go by it: rename one")
-    datas = [Path(name).name for name in names]
-    settings = Settings(args.base, folders, Path(args.forget).name, str(device), dtype)
+    datas = [Path(name).absolute().name for name in names]
+    settings = Settings(args.base, folders, Path(args.forget).absolute().name, str(device), dtype)
     if is_llama:
         # half the rows of twice the tokens, as many at once as its logits leave room for
         settings = replace(settings, is_llama=True, batch_size=8, grad_accum=2, curve=8)

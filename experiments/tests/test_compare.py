@@ -145,6 +145,15 @@ def test_one_new_method_by_itself_is_one_row(texts, capsys):
     assert not (texts / "out/costs.csv").exists() and "nan" not in "".join(lines)
 
 
+def test_a_folder_goes_by_its_own_name(texts, capsys, monkeypatch):
+    monkeypatch.chdir(texts / "a")
+    command = "--base ../base.pt --data . --forget ../b --device cpu --out ../out --methods ia3 --steps 1 --seeds 1"
+    for _ in range(2):
+        assert compare.main([*command.split(), "--lr", "0.1"]) == 0
+    assert "0 runs are left" in capsys.readouterr().out
+    assert {job.data for job in lab.load_runs(texts / "out", Job, Result)[0]} == {"a"}
+
+
 def test_another_rate_on_the_second_data_is_told_before_any_run(texts, capsys):
     there = Job("test", "b", "vera", 0.1, 2, 1)
     lab.write_runs(texts / "out", {there: Result(1, 1.0, 1.0)}, {})
