@@ -180,16 +180,16 @@ def distance(logits, truth):
     return (logits - truth).square().mean().sqrt().item(), kl.item()
 
 
-def learned(settings, task, seed):
-    """The vectors of a task and draw, learned where the folder has none yet."""
+def learned(settings, job):
+    """The vectors of a task and draw. 'float' learns them where the folder has none yet; a format must find them."""
     model = floats(settings["gguf"])
-    path = Path(settings["folder"]) / f"vectors/{task}-{seed}.npz"
-    if path.exists():
+    path = Path(settings["folder"]) / f"vectors/{job.task}-{job.seed}.npz"
+    if path.exists() or job.form != "float":  # formats that learned the same would write one file at once
         return IA3.load(path, model)
     vectors = attach(model)
-    rows = draw(read_task(settings["data"], task, "train"), K, seed)
+    rows = draw(read_task(settings["data"], job.task, "train"), K, job.seed)
     split = SharedPrompts([ask(model.tokenizer, "plain", row, 0) for row in rows])
-    train_on(model, split, RATE, settings["steps"], seed)
+    train_on(model, split, RATE, settings["steps"], job.seed)
     model.ia3 = None
     vectors.save(path)
     return vectors
@@ -201,7 +201,7 @@ def measure(settings, job):
     Returns its Result, and where each answer is right: {'unmerged' or a way: (items,) bool}.
     """
     torch.manual_seed(job.seed)
-    vectors = learned(settings, job.task, job.seed).requires_grad_(False)
+    vectors = learned(settings, job).requires_grad_(False)
     model = floats(settings["gguf"])
     rows = read_task(settings["data"], job.task, "test")[: settings["items"]]
     examples = [ask(model.tokenizer, "plain", row, 0) for row in rows]

@@ -67,6 +67,14 @@ def test_distances_to_the_unmerged_model(model):
     assert away["scales"][1] < away["columns"][1]
 
 
+def test_a_format_learns_no_vectors(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(quantized, "floats", lambda path: model)
+    settings = {"gguf": "", "data": str(tmp_path), "folder": str(tmp_path), "steps": 1, "items": 1}
+    for form, missing in (("Q4_1", "movies-0.npz"), ("float", "train.jsonl")):
+        with pytest.raises(FileNotFoundError, match=missing):
+            quantized.measure(settings, quantized.Job("movies", form, 0))
+
+
 def test_answers_are_read_at_the_end_of_each_prompt(model):
     examples = [([1, 2, 3], [[4], [5]], 0), ([6, 7], [[8], [9], [10]], 2), ([11, 12, 13, 14], [[15], [16]], 1)]
     found = quantized.answer_logits(model, examples)
