@@ -185,7 +185,8 @@ def dequantize(tensor):
     """The values of a Tensor, float32, in its own order. ValueError for a type that gguf does not dequantize."""
     gguf = import_gguf()
     try:
-        values = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind])
+        with np.errstate(all="ignore"):  # what is not finite is refused by whoever reads the values, in one line
+            values = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.kind])
     except NotImplementedError:
         raise ValueError(f"type {tensor.kind}, which the gguf package does not dequantize") from None
     return torch.from_numpy(values.copy())  # nothing stays on the disk

@@ -405,6 +405,15 @@ def test_damaged_files_are_read_or_refused_in_one_line(small, capsys):
     assert refused > 50
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_an_infinite_scale_is_one_line_without_numpys_warnings(small, capsys):
+    raw = bytearray((small / "base.gguf").read_bytes())
+    start = read_header(small / "base.gguf")[1]["blk.0.attn_v.weight"].start
+    raw[start : start + 2] = np.float16(np.inf).tobytes()
+    (small / "bad.gguf").write_bytes(raw)
+    check(small, capsys, f"gguf {small}/bad.gguf --out {small}/base.pt", "blk.0.attn_v.weight")
+
+
 def test_a_tensor_that_is_not_where_the_one_before_it_ends(small, capsys):
     raw = bytearray((small / "base.gguf").read_bytes())
     name = b"blk.0.attn_v.bias"
