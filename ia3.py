@@ -171,8 +171,8 @@ def read_npz(path, most):
     most: how many values the arrays may have together; their headers tell it before one is unpacked. Raises OSError if
     there is no such file and ValueError for a larger one or a damaged one.
     """
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder: python -m tools.convert from-peft reads a PEFT adapter's")
+    if os.path.isdir(path) or os.fspath(path).endswith(".safetensors"):
+        raise ValueError(f"{path} is not an .npz of vectors: python -m tools.convert from-peft makes one of PEFT's")
     with open(path, "rb") as f:
         try:
             file = np.load(f, allow_pickle=False)

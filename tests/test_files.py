@@ -398,8 +398,9 @@ def test_other_libraries_files_name_the_command_that_converts_them(tmp_path):
             common.load(tmp_path / name)
     with pytest.raises(ValueError, match=r"a\.gguf .*gguf"):
         common.load(tmp_path / "a.gguf")
-    with pytest.raises(ValueError, match="from-peft"):
-        IA3.load(tmp_path, make_gpt())
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(ValueError, match="from-peft"):
+            IA3.load(path, make_gpt())
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ def from_hf(path):
         else:
             model = hf_llama.llama(config, files, has_output_bias=kind != "qwen2")
     except (ValueError, TypeError, RuntimeError) as e:  # the latter two of sizes that no tensor can have
-        raise ValueError(f"{', '.join(files)}: {str(e).splitlines()[0]}") from None
+        where = folder if len(files) > 1 else next(iter(files))  # many shards' names would fill the line
+        raise ValueError(f"{where}: {str(e).splitlines()[0]}") from None
     if any(bpe.is_tokenizers(name) for name in os.listdir(folder)):
         model.tokenizer = tokenizer  # no guess by the size of the vocabulary
     return model
