@@ -120,12 +120,21 @@ def test_truncated_vectors_are_refused(tmp_path, keep):
         IA3.load(tmp_path / "a.npz", model)
 
 
-def test_a_small_file_that_unfolds_to_much_is_refused_unread(tmp_path):
-    """32 MiB of zeros are 32 KiB in the file: its header is compared first."""
-    model = write_npz(tmp_path / "a.npz", l_k=np.zeros((2**12, 2**11), np.float32))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"l_k": np.zeros((2**12, 2**11), np.float32)},
+        {"l_k": np.zeros((2, 16), f"S{2**20}")},  # as many values as there should be, each a mebibyte of text
+        {"about": np.zeros(2**25, "S1")},
+        {"about": np.bytes_("x" * 2**25)},
+    ],
+)
+def test_a_small_file_that_unfolds_to_much_is_refused_unread(tmp_path, changes):
+    """32 MiB of one byte are 32 KiB in the file: headers are compared first."""
+    model = write_npz(tmp_path / "a.npz", **changes)
     assert (tmp_path / "a.npz").stat().st_size < 2**17
     tracemalloc.start()
-    with pytest.raises(ValueError, match="this base takes"):
+    with pytest.raises(ValueError, match=r"a\.npz"):
         IA3.load(tmp_path / "a.npz", model)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
