@@ -14,7 +14,7 @@ batch is 16 short rows of 8 tokens: under one task, of several tasks at once (ia
 themselves, one after another. A CPU computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and
 full fine-tuning has float32 weights and autocast.
 
-A step on completions (a Llama's shape, on a CPU) has targets at the end of each row only: 8 rows of 57 tokens with 3
+A step on completions (a Llama's shape, on a CPU) has targets at the end of each row only: 8 rows of 56 tokens with 4
 targets each, as batches of data/sentiment/products/completions have on average. Ours applies the head to the positions
 with targets only; it is raced against the same with the head applied everywhere, and against PEFT's around
 transformers' Llama, which does the latter. Peak memory is that of a process of its own which does two such steps:
@@ -78,8 +78,8 @@ INFERENCE = (BASE, UNMERGED, MERGED)
 ONE_TASK = "one task"
 CONTESTS = ("training", "completions", "inference", "mixed")
 COMPLETION_ROWS = 8
-COMPLETION_TOKENS = 57
-COMPLETION_TARGETS = 3  # in each row
+COMPLETION_TOKENS = 56
+COMPLETION_TARGETS = 4  # in each row
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
 FLOORS = ("FLOPs: linear maps", "all FLOPs", "time ÷ all FLOPs")  # columns
