@@ -8,7 +8,10 @@ import copy
 import json
 import os
 import pickle
+import runpy
+import sys
 import tracemalloc
+import types
 from dataclasses import asdict
 from pathlib import Path
 
@@ -292,6 +295,14 @@ def test_a_tokenizer_is_kept_and_so_is_having_none(tmp_path):
 def test_the_bundled_base_is_what_the_readme_says():
     model = common.load(ROOT / "data/base.pt")
     assert model.tokenizer.about == "bytes" and attach(model).count() == 6 * 6 * 192
+
+
+def test_another_model_py_before_ours_is_refused(monkeypatch):
+    theirs = types.ModuleType("model")
+    theirs.GPT = theirs.GPTConfig = object  # without blocks, as nanoGPT's: it would ignore the vectors in silence
+    monkeypatch.setitem(sys.modules, "model", theirs)
+    with pytest.raises(ImportError, match=r"model\.py"):
+        runpy.run_path(common.__file__)
 
 
 def test_damaged_checkpoints_and_those_that_carry_code_are_refused(tmp_path, monkeypatch):
