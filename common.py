@@ -18,7 +18,7 @@ if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which wou
 # and one id that ends a text; 50304 is GPT-2's 50257 rounded up to a multiple of 64
 TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
 
-# A weight's name in another library's checkpoint, whose that is, and what makes a file that tools.convert reads
+# How a weight's name ends in another library's checkpoint: the library, and what exports a file that we convert
 FOREIGN = {
     "layers.0.attention.wq.weight": "llama2.c or Meta: llama2.c's export.py --version -1 makes a folder",
     "transformer.h.0.attn.qkv.weight": "LitGPT: litgpt convert_from_litgpt makes a file, with config.json beside it,",
@@ -76,13 +76,13 @@ def checkpoint_weights(weights):
     return renamed
 
 
-def build_model(args, names):
+def build_model(args, weights):
     """Return the GPT or the Llama that a checkpoint's model_args describe, without memory for its weights."""
     if "n_kv_head" not in args:
-        return empty_model(GPT, GPTConfig(**args), names)
+        return empty_model(GPT, GPTConfig(**args), weights)
     from llama import Llama, LlamaConfig  # here, so that everything else works without llama.py
 
-    return empty_model(Llama, LlamaConfig(**args), names)
+    return empty_model(Llama, LlamaConfig(**args), weights)
 
 
 def copy_weights(weights, model, dtype):
@@ -98,10 +98,13 @@ def copy_weights(weights, model, dtype):
     return copies
 
 
-def empty_model(model_class, config, names):
-    """Return model_class(config) without memory for its weights. ValueError for more layers than names of tensors."""
-    if config.n_layer > len(names):  # checked before anything is made for each layer
-        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(names)} tensors")
+def empty_model(model_class, config, tensors):
+    """Return model_class(config) without memory for its weights. ValueError for more layers than the file has tensors.
+
+    tensors: their names, or a dict of them.
+    """
+    if config.n_layer > len(tensors):  # checked before anything is made for each layer
+        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors")
     with torch.device("meta"):
         return model_class(config)
 
@@ -162,7 +165,7 @@ def pick_device(name="auto", dtype="auto", model=None):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's: one GPU per process
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device  # torch.device(name) accepts devices that are not here
     except (RuntimeError, AssertionError, ImportError) as e:
         why = str(e).splitlines()[0].partition(". ")[0]  # one sentence: torch may list all devices it knows
         raise ValueError(f"device {name!r} is not available: {why}") from None
@@ -208,11 +211,11 @@ def exit_status(name, run, argv, stopped="stopped"):
         print(f"{name}: {stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has closed it, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail again
         return 141  # 128 + SIGPIPE, as the shell reports it
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not is_out_of_memory(e):
             raise
-        message = " ".join(str(e).split())
-    print(f"{name}: {message[:350] or 'out of memory'}", file=sys.stderr)  # a MemoryError has no words
-    return 2
+        message = " ".join(str(e).split()) or "out of memory"  # a MemoryError has no words
+        print(f"{name}: {message[:350]}", file=sys.stderr)
+        return 2

@@ -19,9 +19,9 @@ def load_file(path):
         warnings.simplefilter("ignore")  # about an old pickle format: what is wrong is said below, in one line
         try:
             is_zip = zipfile.is_zipfile(f)
-            damaged = zipfile.ZipFile(f).testzip() if is_zip else None  # the first member with a wrong checksum
+            bad_member = zipfile.ZipFile(f).testzip() if is_zip else None  # the first with a wrong checksum
             loaded = None
-            if damaged is None:
+            if bad_member is None:
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except Exception as e:  # a damaged file makes torch and zipfile raise nearly anything
             if isinstance(e, MemoryError) or is_out_of_memory(e):  # a damaged header may ask for any size
@@ -31,8 +31,8 @@ def load_file(path):
                 way = "save it again with tensors and plain values only"
                 raise ValueError(f"{path} carries code ({code[1]}): {way}") from None
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: {damaged[:80]} fails its checksum")
+    if bad_member is not None:
+        raise ValueError(f"{path} is damaged: {bad_member[:80]} fails its checksum")
     return loaded
 
 
@@ -86,7 +86,7 @@ def replace_file(path, text=False):
 
 
 def check_output(path, inputs=()):
-    """Raise ValueError if path, or path.tmp, cannot be written to or is one of inputs, the files that are read."""
+    """Raise ValueError if path or path.tmp is no regular file, or is one of inputs, which would be overwritten."""
     path = os.fspath(path)
     if not os.path.basename(path):
         raise ValueError(f"the output {path!r} is empty or names a folder")
@@ -107,7 +107,7 @@ def read_shapes(file):
     shapes = {}
     for name in file.files:
         with file.zip.open(f"{name}.npy") as member:
-            np.lib.format.read_magic(member)
+            np.lib.format.read_magic(member)  # the version, which np.savez writes as 1.0
             shape, _, dtype = np.lib.format.read_array_header_1_0(member)
         if name == "about":
             if shape != () or dtype.itemsize > 2**16:

@@ -75,7 +75,7 @@ class IA3(nn.Module):
         """
         if self.is_stacked() != (task_ids is not None):
             raise ValueError("stacked vectors need task_ids, one per row; vectors of one task take none")
-        on_gpu = getattr(task_ids, "is_cuda", False)
+        on_gpu = getattr(task_ids, "is_cuda", False)  # False also for a list, which the check refuses
         if task_ids is not None and not on_gpu:
             self.check_task_ids(task_ids)
         layers = []
@@ -168,8 +168,8 @@ def layers_of(model, task_ids, n_rows):
 def read_npz(path, most):
     """Return what a file of vectors holds: about, a dict, and {name: float32 array}.
 
-    most: how many values the arrays may have together; their headers tell it before one is unpacked. Raises OSError if
-    there is no such file and ValueError for a larger one or a damaged one.
+    most: a file whose headers announce more values than this is refused before one is unpacked. Raises OSError if there
+    is no such file and ValueError for a larger one or a damaged one.
     """
     if os.path.isdir(path) or os.fspath(path).endswith(".safetensors"):
         raise ValueError(f"{path} is not an .npz of vectors: python -m tools.convert from-peft makes one of PEFT's")
@@ -218,10 +218,10 @@ def attach(model, vectors=None, sites=None):
         raise ValueError("attach takes vectors or sites: vectors have their own sites")
     if not isinstance(vectors, IA3):
         raise ValueError(f"attach takes an IA3, not {type(vectors).__name__}: IA3.load(path, model) reads a file")
-    theirs = vectors.fingerprint
-    ours = fingerprint(model)
     if (vectors.config.n_layer, vectors.config.widths) != (model.config.n_layer, model.config.widths):
         raise ValueError("these vectors are for another base: another number of layers, or other widths")
+    theirs = vectors.fingerprint
+    ours = fingerprint(model)
     if theirs not in (None, ours):
         raise ValueError(f"these vectors are for another base of this shape ({theirs[:8]}, not {ours[:8]})")
     vectors.fingerprint = ours

@@ -225,7 +225,7 @@ class Llama(nn.Module):
             x = x[has_target]  # (n, n_embd)
             targets = targets[has_target]  # (n,)
         logits = self.lm_head(x)  # (B, T, vocab_size), or (n, vocab_size)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss of a bfloat16 base is float32
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 becomes float32; float64 stays
         return logits, F.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
     def hidden(self, idx, task_ids=None, cache=None):
@@ -237,7 +237,7 @@ class Llama(nn.Module):
         start = 0  # tokens read before
         caches = [None] * self.config.n_layer
         if cache is not None:
-            start = cache.n_read(self, task_ids)
+            start = cache.n_read(self, task_ids)  # refuses a cache that was made for something else
             caches = cache.layers
         end = start + idx.size(1)
         if not start < end <= self.config.block_size:

@@ -32,8 +32,8 @@ def merge(model):
     """Return a plain model of model's class with model.ia3 folded in. model stays as it was: there is no unmerge.
 
     Products are taken in float64, then rounded to the weights' dtype. Raises ValueError if model has no vectors,
-    stacked ones, or another base's. Vectors without a fingerprint fit any base. Raises it also, with the name, if a
-    weight, a vector or a product is NaN or infinite.
+    stacked ones or another base's (vectors without a fingerprint fit any), and, with its name, for a weight, vector or
+    product that is not finite.
     """
     model = unwrap(model)
     if model.ia3 is None or model.ia3.is_stacked():
@@ -147,7 +147,7 @@ def verify(model, merged, idx, lengths=None):
     truths = [model64(row)[0] for row in rows]  # (1, n, vocab_size) each
     fold(model64)
 
-    # of each token, over the vocabulary
+    # one number per token: the largest, or the mean square, over its vocab_size logits
     differences = []
     float64_differences = []
     unmerged_errors = []
@@ -196,9 +196,10 @@ def run(argv):
     prompt = val.prompt(64)
     unmerged_text = generate(model, prompt, 200, temperature=0)
     merged_text = generate(merged, prompt, 200, temperature=0)
-    common.save(merged, args.out)  # also where it is inexact, to be looked into
+    common.save(merged, args.out)  # even if inexact, so that it can be inspected
     print(f"{args.base} + {args.ia3} → {args.out}\n{report}")
-    print(f"200 tokens of greedy text     {'identical' if torch.equal(unmerged_text, merged_text) else 'different'}")
+    same = "identical" if torch.equal(unmerged_text, merged_text) else "different"
+    print(f"200 tokens of greedy text     {same}")
     if not report.is_exact():
         print("this is more than rounding: do not use what was written (docs/exactness.md)")
         return 1

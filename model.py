@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            k, v, seen = cache.append(k, v)  # sample.LayerCache: of all tokens so far, scaled when they were added
+            k, v, seen = cache.append(k, v)  # sample.LayerCache: those of all tokens so far, all scaled
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
@@ -138,7 +138,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
 
-        # GPT-2's start: N(0, 0.02); what writes into the residual stream is smaller, for its 2·n_layer additions
+        # GPT-2's initialization: N(0, 0.02), and 0.02 / √(2·n_layer) for maps that write into the residual stream
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -172,7 +172,7 @@ class GPT(nn.Module):
             x = x[has_target]  # (n, n_embd)
             targets = targets[has_target]  # (n,)
         logits = self.lm_head(x)  # (B, T, vocab_size), or (n, vocab_size)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss of a bfloat16 base is float32
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bfloat16 becomes float32; float64 stays
         return logits, F.cross_entropy(wide.flatten(0, -2), targets.flatten())
 
     def hidden(self, idx, task_ids=None, cache=None):
@@ -184,7 +184,7 @@ class GPT(nn.Module):
         start = 0  # tokens read before
         caches = [None] * self.config.n_layer
         if cache is not None:
-            start = cache.n_read(self, task_ids)
+            start = cache.n_read(self, task_ids)  # refuses a cache that was made for something else
             caches = cache.layers
         end = start + idx.size(1)
         if not start < end <= self.config.block_size:

@@ -36,8 +36,14 @@ class RunFolder:
         return os.path.exists(f"{self.out}/last.pt")
 
     def save(self, step, history, losses):
-        state = {"step": step, "history": history, "losses": losses, "settings": self.settings}
-        state |= {"trained": self.trained, "optimizer": self.optimizer.state_dict()}
+        state = {
+            "step": step,
+            "history": history,
+            "losses": losses,
+            "settings": self.settings,
+            "trained": self.trained,
+            "optimizer": self.optimizer.state_dict(),
+        }
         with disk.replace_file(f"{self.out}/last.pt") as f:
             torch.save(state, f)
         self.write_metrics(history)
@@ -81,10 +87,11 @@ class RunFolder:
                 raise ValueError(what)
 
     def load_optimizer(self, states, step):
-        """Put back AdamW's state of every trained tensor, once it is checked. Rates and betas are not the file's."""
+        """Put back AdamW's state of every trained tensor, once it is checked. The file's rates are ignored."""
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        n_states = len(params) if step > 0 else 0  # AdamW has none before its first step
+        # AdamW numbers its tensors 0, 1, ... in the order of params, and has no states before its first step
+        n_states = len(params) if step > 0 else 0
         if states.keys() != set(range(n_states)):
             raise ValueError(f"its optimizer has {len(states)} states after {step} steps, for {len(params)} tensors")
         for i, state in states.items():
@@ -103,9 +110,9 @@ def write_run_json(path, script, arguments, model, data_hash, figures):
     arguments, figures: dicts of plain values. data_hash: of the training data, or None. Raises OSError if it cannot be
     written.
     """
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git here
         commit = None
     device = model.lm_head.weight.device

@@ -39,9 +39,9 @@ class Cache:
 
     def n_read(self, model, task_ids):
         """The number of tokens read so far. Raises ValueError for another model, other vectors or other task_ids."""
-        for made_for, given in zip(self.made_for, (model, model.ia3, task_ids), strict=True):
-            if made_for is not given:
-                raise ValueError("this cache was made for another model, other vectors or other task_ids")
+        given = (model, model.ia3, task_ids)
+        if any(a is not b for a, b in zip(self.made_for, given, strict=True)):
+            raise ValueError("this cache was made for another model, other vectors or other task_ids")
         return self.layers[0].length
 
 
@@ -117,7 +117,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
         else:  # every step moves the window, so all positions change and all of it is read again
             hidden = model.hidden(idx[:, -block_size:], task_ids)  # (B, block_size, n_embd)
         logits = model.lm_head(hidden[:, -1]).float()  # (B, vocab_size), of the last position only
-        if logits.device.type == "cpu" and not logits.isfinite().all():  # on a GPU to look would be to wait
+        if logits.device.type == "cpu" and not logits.isfinite().all():  # on a GPU this check would stall every token
             raise FloatingPointError("the logits are not finite: weights or vectors are far too large")
         if top_k is not None:
             kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]  # (B, 1)
@@ -237,7 +237,10 @@ def run(argv):
         model.ia3 = stack(tasks)
         task_ids = torch.arange(len(tasks))  # one row per task
     texts = complete(model, prompts, args.tokens, args.temperature, args.top_k, args.seed, task_ids)
-    print(texts[0] if len(texts) == 1 else side_by_side([task_name(path) for path in args.ia3], texts))
+    if len(texts) == 1:
+        print(texts[0])
+    else:
+        print(side_by_side([task_name(path) for path in args.ia3], texts))
     return 0
 
 

@@ -126,11 +126,9 @@ def train(model, data, config, loss_fn=None, should_stop=None):
 
     # AdamW. Weight decay pulls towards 0, and a vector starts at 1: only matrices of weights are decayed
     trained = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
-    decayed = {name for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")}
-    groups = [
-        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
-    ]
+    decayed = [p for name, p in trained.items() if p.dim() >= 2 and not name.startswith("ia3.")]
+    others = [p for name, p in trained.items() if p.dim() < 2 or name.startswith("ia3.")]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
 
     # a new run, or where an earlier one stopped
@@ -140,10 +138,10 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     folder = None
     if config.out is not None:
         folder = RunFolder(config, model, data, trained, optimizer)
-    if folder is not None and folder.holds_a_run():
-        step, history, losses = folder.load()
-        if rank == 0:
-            folder.write_metrics(history)  # a kill may have come before the last row was written
+        if folder.holds_a_run():
+            step, history, losses = folder.load()
+            if rank == 0:
+                folder.write_metrics(history)  # a kill may have come before the last row was written
 
     parts = get_batch(data["train"], step, config, device)
     step_at_start_of_interval = step
@@ -152,15 +150,16 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        evaluated = len(history) > 0 and history[-1]["step"] == step  # so in a run that was resumed right after it
+        evaluated = len(history) > 0 and history[-1]["step"] == step  # it was saved right after that, and resumed here
         if due and not evaluated:
             seconds = max(time.time() - started, 1e-9)
-            row = {"step": step, "train_loss": sum(losses) / len(losses) if losses else math.nan}
-            row["val_loss"] = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
+            train_loss = sum(losses) / len(losses) if losses else math.nan
+            val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"val loss {val_loss} at step {step}: try a smaller --lr")
+            row = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
             row["lr"] = learning_rate(step, config)  # of the next step
             row["tokens_per_second"] = n_tokens / seconds
-            if not math.isfinite(row["val_loss"]):
-                raise FloatingPointError(f"val loss {row['val_loss']} at step {step}: try a smaller --lr")
             history.append(row)
             losses = []
             if rank == 0:
@@ -293,8 +292,8 @@ def progress(row, steps, steps_per_second):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # the defaults are TrainConfig's, but for those that depend on the model, the machine or the data
-    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"lr": None, "dtype": "auto", "out": None}
+    # TrainConfig's defaults, set before the flags so that %(default)s shows them; lr and dtype depend on the model
+    defaults = {f.name: f.default for f in fields(TrainConfig)} | {"lr": None, "dtype": "auto"}
     parser.set_defaults(**defaults)
 
     add = parser.add_argument_group("what learns what").add_argument
@@ -402,6 +401,7 @@ def prepare_folder(args):
     if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
         raise ValueError(f"--out {args.out!r} does not name a folder of its own")
     names = ("last.pt", "metrics.csv", "ia3.npz", "ckpt.pt", "run.json")
+    # RunFolder refuses last.pt, too; this comes before the base is loaded, and covers what report() writes
     there = [name for name in names if os.path.exists(f"{args.out}/{name}")]
     can_resume = "last.pt" in there
     if there and not (args.resume and can_resume):

@@ -125,7 +125,9 @@ def evenly_spaced(split, n):
 
 def to_device(batch, device):
     """The batch's tensors on device; to CUDA from pinned memory, so that the copy overlaps with computing."""
-    return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in batch]
+    if device.type == "cuda":
+        batch = [t.pin_memory() for t in batch]
+    return [t.to(device, non_blocking=True) for t in batch]
 
 
 def find(name_or_path, splits=("train", "val")):
@@ -177,14 +179,14 @@ def read_stream(path, tokenizer, vocab_size, block_size):
 
 
 def tokens_of(raw, tokenizer):
-    """A text's bytes as an array of tokens. Raises UnicodeDecodeError where they are no UTF-8 and have to be."""
+    """A text's bytes as an array of tokens. Raises UnicodeDecodeError if they must be UTF-8 and are not."""
     if tokenizer.about == "bytes":
         return np.frombuffer(raw, dtype=np.uint8)  # a byte's id is its value
     return np.array(tokenizer.encode_ordinary(raw.decode("utf-8")), dtype=np.int32)
 
 
 def read_text(path, tokenizer):
-    """Return the file's tokens as an array. Raises ValueError where it is no UTF-8 and has to be."""
+    """Return the file's tokens as an array. Raises ValueError if it must be UTF-8 (not for bytes) and is not."""
     try:
         return tokens_of(path.read_bytes(), tokenizer)
     except UnicodeDecodeError as e:
@@ -246,7 +248,7 @@ def read_jsonl(path, tokenizer, block_size):
         if len(completion) < (1 if prompt else 2):  # the very first token of a text has no prediction
             raise ValueError(f"{where}: a completion needs a token, and behind an empty prompt two")
         completion += tokenizer.eos[:1]  # so that what is trained learns to stop
-        if len(prompt) + len(completion) - 1 > block_size:
+        if len(prompt) + len(completion) - 1 > block_size:  # the last token is a target only
             raise ValueError(f"{where}: {len(prompt) + len(completion)} tokens do not fit block_size {block_size}")
         examples.append((prompt, completion))
     if not examples:

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 # how many ids a tokenizer has; bytes: a byte's id is its value, and 256 is <|endoftext|>
 N_IDS = {"bytes": 257, "gpt2": 50257}
-BPE = ("pattern", "ranks", "special_tokens")  # what a byte-level BPE of a checkpoint's own consists of
+BPE_KEYS = ("pattern", "ranks", "special_tokens")  # what a byte-level BPE of a checkpoint's own consists of
 
-# How a text is cut into pieces, which are then merged each by itself: GPT-2's way, words with the space before them;
-# SmolLM2's, digits singly, spaces before a digit apart from it, and the rest as in GPT-2; and Llama 3's
+# Regular expressions that cut a text into pieces; merges never cross a piece. GPT2: a word with the space before it.
+# SMOLLM2: as GPT2, but every digit is a piece of its own, without the space. LLAMA3: Llama 3's
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM2 = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -76,7 +76,7 @@ class Tokenizer:
             ranks = {bytes([i]): i for i in range(256)}
             special = {"<|endoftext|>": 256}
         else:
-            pattern, ranks, special = [self.about[name] for name in BPE]
+            pattern, ranks, special = [self.about[name] for name in BPE_KEYS]
         return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @cached_property
@@ -147,9 +147,9 @@ def merge_bytes(piece, ranks):
 
 def check_bpe(about, vocab_size):
     """Raise ValueError unless about is a byte-level BPE as Tokenizer has it, every id its own and below vocab_size."""
-    if about.keys() - {"plain_tokens"} != set(BPE):
-        raise ValueError(f"a tokenizer of its own has {', '.join(BPE)}, not {', '.join(map(str, about))}")
-    pattern, ranks, special = [about[name] for name in BPE]
+    if about.keys() - {"plain_tokens"} != set(BPE_KEYS):
+        raise ValueError(f"a tokenizer of its own has {', '.join(BPE_KEYS)}, not {', '.join(map(str, about))}")
+    pattern, ranks, special = [about[name] for name in BPE_KEYS]
     if pattern not in PATTERNS:
         raise ValueError("a tokenizer's pattern must be GPT-2's, SmolLM2's or Llama 3's, letter by letter")
     for name, tokens, kind in (("ranks", ranks, bytes), ("special_tokens", special, str)):
