@@ -141,8 +141,11 @@ def rows_of(times, peaks, shared):
 def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
     rows = lab.read_rows(folder / "results.csv", Row)
+    by_name = {row.contestant: row for row in rows}
+    if THEIRS not in by_name:
+        raise ValueError(f"{folder}/results.csv lacks {THEIRS}: remove it to measure again")
+    theirs = by_name[THEIRS]
     first = rows[0]
-    theirs = next(row for row in rows if row.contestant == THEIRS)
     about = f"{first.hardware}, {THREADS} thread, {first.versions}, {first.date}; one row, {READ} tokens read"
     about += f" and {WRITTEN} written; medians (quartiles) of {first.rounds} rounds. Other programs took turns with"
     about += f" these: {first.load:.1f} processes were running, on the average of the last minutes."
