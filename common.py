@@ -17,6 +17,7 @@ if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which wou
 # Guess the tokenizer of a checkpoint that does not name one (nanoGPT's) from its vocabulary size: 257 is the 256 bytes
 # and one id that ends a text; 50304 is GPT-2's 50257 rounded up to a multiple of 64
 TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
+CONTROL = ("bos", "eos", "chat_template")  # what else of a tokenizer a checkpoint keeps
 
 # How a weight's name ends in another library's checkpoint: the library, and what exports a file that we convert
 FOREIGN = {
@@ -128,7 +129,7 @@ def build_tokenizer(checkpoint, vocab_size):
     about = checkpoint.get("tokenizer", TOKENIZERS.get(vocab_size))
     if about is None:
         return None
-    control = {name: checkpoint.get(name) for name in ("bos", "eos", "chat_template")}
+    control = {name: checkpoint.get(name) for name in CONTROL}
     return Tokenizer(about, vocab_size, **control)
 
 
@@ -139,8 +140,8 @@ def save(model, path):
     checkpoint = {"model": weights, "model_args": asdict(model.config), "tokenizer": None}
     tokenizer = model.tokenizer
     if tokenizer is not None:
-        checkpoint |= {"tokenizer": tokenizer.about, "bos": tokenizer.bos, "eos": tokenizer.eos}
-        checkpoint["chat_template"] = tokenizer.chat_template
+        checkpoint["tokenizer"] = tokenizer.about
+        checkpoint |= {name: getattr(tokenizer, name) for name in CONTROL}
     with replace_file(path) as f:
         torch.save(checkpoint, f)
 

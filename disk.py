@@ -73,8 +73,8 @@ def replace_file(path, text=False):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     partial = f"{path}.tmp"
     try:
-        how = {"mode": "w", "encoding": "utf-8", "newline": ""} if text else {"mode": "wb"}
-        with open(partial, **how) as f:
+        options = {"mode": "w", "encoding": "utf-8", "newline": ""} if text else {"mode": "wb"}
+        with open(partial, **options) as f:
             yield f
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # on a full disk torch.save raises the latter, and neither names the file

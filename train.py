@@ -323,7 +323,7 @@ def parse(argv):
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of a frozen base, or of autocast (the device's best)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of a frozen base or autocast (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: on a GPU)")
 
     add = parser.add_argument_group("a new GPT, --base scratch").add_argument

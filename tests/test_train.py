@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import signal
+import subprocess
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import common
 import data as datasets
 import merge
 import sample
-from conftest import load_vectors, make_gpt, make_llama, read_metrics, same, write_run
+from conftest import ROOT, load_vectors, make_gpt, make_llama, read_metrics, same, write_run
 from data.tokenizer import Tokenizer
 from ia3 import IA3, attach, fingerprint
 from llama import Llama, LlamaConfig
@@ -806,6 +807,8 @@ def test_a_run_says_what_it_was(tiny_run):
     assert saved["how"] == {"lr": 0.1, "steps": 4, "seed": 7, "data_hash": about["data_hash"]}
     assert about["figures"]["n_values"] == 192 and about["figures"]["val_loss"] > 0
     assert about["versions"]["torch"] == torch.__version__
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert about["commit"] == (head or None)
 
 
 # Settings
