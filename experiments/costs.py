@@ -26,7 +26,7 @@ MIXED_TOKENS = 8
 
 @dataclass
 class Cost:
-    """A line of costs.csv. Times are medians of ratios, with quartiles; None: not measured."""
+    """A line of costs.csv. Times are medians of ratios, low and high their quartiles; None: not measured."""
 
     method: str
     values: int = 0
@@ -63,51 +63,55 @@ def measure(build, batch, config, methods, repeats):
     build(method, seed) returns a GPT with the method attached; batch: a training step's; config: a TrainConfig.
     """
     device = batch[0].device
-    costs = {}
-    steps = {}
-    passes = {}  # forward passes of one window, no gradient
+    about = {"device": clocks.device_name(device), "torch": torch.__version__, "date": f"{date.today()}"}
+    costs = {name: {"method": name, **about} for name in ["base", *methods]}  # of each the fields of its Cost
+
+    steps = {}  # training steps
+    passes = {}  # forward passes of one window
 
     def forward(model, idx, task_ids=None):
         with torch.no_grad(), autocast(model, config):
             model(idx, task_ids=task_ids)
 
-    for name in ["base", *methods]:
+    for name, cost in costs.items():
         before = clocks.allocated(device)
         model = build(name, 0)
-        costs[name] = Cost(name, device=clocks.device_name(device), torch=torch.__version__, date=f"{date.today()}")
         if name != "base":
-            vars(costs[name]).update(clocks.count_step(model, batch, lm_loss, config))
+            cost.update(clocks.count_step(model, batch, lm_loss, config))
             steps[name] = clocks.training_step(model, batch, lm_loss, config)
-            costs[name].peak_bytes = clocks.peak_bytes(steps[name], device, before)
-        passes[name, "unmerged"] = partial(forward, model, batch[0][:1])
+            cost["peak_bytes"] = clocks.peak_bytes(steps[name], device, before)
+        passes["unmerged", name] = partial(forward, model, batch[0][:1])
         if METHODS[name].merge:
-            passes[name, "merged"] = partial(forward, METHODS[name].merge(model).eval(), batch[0][:1])
+            passes["merged", name] = partial(forward, METHODS[name].merge(model).eval(), batch[0][:1])
+    mixed = mixed_batches(build, batch[0], forward)
 
-    # short rows, each of a task of its own
-    short = batch[0][:MIXED_ROWS, :MIXED_TOKENS]
-    task_ids = torch.arange(MIXED_ROWS, device=device)
+    times = clocks.interleave(steps, repeats, device)
+    for name in steps:
+        costs[name].update(clocks.ratio("step", times[name], times["full"]))
+    times = clocks.interleave(passes, 8 * repeats, device, warmup=5)
+    base = times["unmerged", "base"]
+    for what, name in passes:
+        costs[name].update(clocks.ratio(what, times[what, name], base))
+        if what == "merged":
+            costs[name]["equal_low"], costs[name]["equal_high"] = clocks.equivalence(times[what, name], base)
+    times = clocks.interleave(mixed, 8 * repeats, device, warmup=5)
+    for name in mixed:
+        costs[name].update(clocks.ratio("mixed", times[name], times["base"]))
+    return [Cost(**cost) for cost in costs.values()]
+
+
+def mixed_batches(build, idx, forward):
+    """Forward passes of one batch of short rows, each of a task of its own: {method: call}, and the base's."""
+    short = idx[:MIXED_ROWS, :MIXED_TOKENS]
+    task_ids = torch.arange(MIXED_ROWS, device=idx.device)
     loras = [build("lora4", seed) for seed in range(MIXED_ROWS)]
     stacked = build("ia3", 0)
     stacked.ia3 = stack([stacked.ia3] * MIXED_ROWS)
-    mixed = {
+    return {
         "base": partial(forward, build("base", 0), short),
         "lora4": partial(forward, rivals.mix_lora(loras, task_ids).eval(), short),
         "ia3": partial(forward, stacked, short, task_ids),
     }
-
-    step_times = clocks.interleave(steps, repeats, device)
-    times = clocks.interleave(passes, 8 * repeats, device, warmup=5)
-    mixed_times = clocks.interleave(mixed, 8 * repeats, device, warmup=5)
-    for name in steps:
-        vars(costs[name]).update(clocks.ratio("step", step_times[name], step_times["full"]))
-    for name, what in passes:
-        vars(costs[name]).update(clocks.ratio(what, times[name, what], times["base", "unmerged"]))
-        if what == "merged":
-            ends = clocks.equivalence(times[name, "merged"], times["base", "unmerged"])
-            costs[name].equal_low, costs[name].equal_high = ends
-    for name in mixed:
-        vars(costs[name]).update(clocks.ratio("mixed", mixed_times[name], mixed_times["base"]))
-    return list(costs.values())
 
 
 def table(costs):

@@ -7,15 +7,15 @@
     python -m experiments.fewshot --stage costs
     python -m experiments.fewshot --stage report
 
-This page is the protocol. It was committed before any test split was read.
+This page is the protocol, committed before any test split was read. What was added or done otherwise later stands in
+results/fewshot/notes.md.
 
 **Tasks.** Reported: movies, tweets, news (is a sentence negative or positive?), source (which of four sets is it
 from?), movies-ab (answers A and B) and movies-flipped (answers exchanged). Products is the development task: choices
-are made on its val, its test is never read, and it has no reported row, except as a source of labels in transfer.
-(Noted later: and in source, one of whose four sets it is: 200 sentences of its test are in source's.) The model may
-have read the movie sentences, and such questions, before: only source, A/B and flipped are free of that. Before this
-protocol, a pilot tried rates on movie sentences, which are in train here, and scored 200 product sentences and 200
-tweets zero-shot. Nothing was chosen by them.
+are made on its val, its test is never read, and it has no reported row, except as a source of labels in transfer. The
+model may have read the movie sentences, and such questions, before: only source, A/B and flipped are free of that.
+Before this protocol, a pilot tried rates on movie sentences, which are in train here, and scored 200 product sentences
+and 200 tweets zero-shot. Nothing was chosen by them.
 
 **Scoring.** One rule for every row: a choice's log-likelihood after the prompt, divided by its number of tokens; the
 best choice is the answer. A prompt, and what stands before it, is read once through the cache. There are three
@@ -41,21 +41,10 @@ whether it is calibrated (five draws), used at every K; (IA)³'s rate of RATES (
 **Primary comparison, one difference per task**: (IA)³ at K = 32, 100 steps, 3e-3, less in-context learning at K = 32,
 first order, as chosen; paired on draw and item. All else is descriptive.
 
-**Runs on test**, in this order; table.md says which are made. (1) The primary comparison: five draws of (IA)³ and of
-in-context learning at K = 32; beside it zero-shot, plain and chat, and two floors at every K: one bias per label added
-to the zero-shot scores, and logistic regression (L2 penalty 1, standardized) on the last hidden state of the prompt.
-(2) Movies and news, K = 32, 100 steps, three draws: full fine-tuning, LoRA r = 4 on q and v, LoRA r = 1 on all linear
-maps, a soft prompt of 16; BitFit has nothing to train in this model. (3) Both at K = 4, 16, 64, five draws: movies,
-tweets and news. (4) (IA)³ at the rate that products chose, K = 32, five draws, where it is another than 3e-3. (5)
-Movies, K = 32, three draws: L_LM, L_LN, L_LM + L_UL, L_LM + L_LN. (6) Transfer, movies, tweets and news, three draws:
-vectors trained 100 steps on 192 labels of the other three sets, then on 0 or 32 of the target; beside it 32 in-context
-examples from those sets. (Noted later: they are pooled, so the largest, movies, is most of them.) This is not the
-paper's 3.4: same labels, other text. (7) 1000 steps, K = 32, three draws, movies only. (Noted later, when all else was
-known: and movies-ab.) (8) As (3), source. (9) In-context learning at K = 32 in two other orders, three draws.
-
-**Departures.** Four runs with 4 labels came before (2), and (4) before the rest of (3). Full fine-tuning was run again:
-the first time it was trained on logits rounded to bfloat16. Calibration by the questions themselves (Zhou et al. 2023,
-arXiv:2309.17249) and the paper's own summary, medians over templates and draws, were added when all was known.
+**Runs on test**: what runs_to_report lists, in its order; table.md says which are made. In (1) there are two floors at
+every K beside zero-shot: one bias per label added to the zero-shot scores, and logistic regression (L2 penalty 1,
+standardized) on the last hidden state of the prompt. BitFit is not among the rivals of (2): it has nothing to train in
+this model. (6) is not the paper's 3.4: same labels, other text.
 
 **Intervals.** The middle 95 % of 2000 bootstrap resamples of draws and items, crossed (the median over templates is
 taken in each), and beside it Student's t over the draws' differences. No interval over tasks: these are not a sample of
@@ -78,25 +67,8 @@ import torch
 
 import common
 import data as datasets
-from experiments import clocks, fewshot_tables, lab, ranking
-from experiments.shots import (
-    BATCH_SIZE,
-    LOSSES,
-    N_TEMPLATES,
-    RIVALS,
-    Result,
-    Run,
-    Settings,
-    accuracy_of,
-    ask,
-    choice_log_likelihoods,
-    context,
-    draw,
-    measure,
-    pairs_to_learn,
-    read_task,
-    right,
-)
+from experiments import clocks, fewshot_tables, lab, ranking, shots
+from experiments.shots import LOSSES, RIVALS, Result, Run, Settings, accuracy_of, draw, measure, read_task, right
 from ia3 import attach, fingerprint
 
 FORMS = ("plain", "chat")
@@ -106,68 +78,90 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 # --- which runs ---
 
 
+def in_context(split, task, form, k, seeds, method="icl", order=0):
+    """The runs, one per draw, of a method that learns nothing: the k examples stand before the question."""
+    return [Run(split, task, method, form, k, order=order, seed=seed) for seed in seeds]
+
+
+def learned(split, task, method, k, rate, steps, seeds):
+    """The runs, one per draw, of a method that learns from k examples."""
+    return [Run(split, task, method, "plain", k, rate, steps, seed=seed) for seed in seeds]
+
+
 def runs_of_formats(settings):
     """On products' val: how in-context learning is asked, with zero-shot beside it."""
-    runs = [Run("val", "products", "zero", form) for form in FORMS]
-    for seed in settings.seeds:
-        runs += [Run("val", "products", "icl", form, settings.k, seed=seed) for form in FORMS]
+    runs = []
+    for form in FORMS:
+        runs.append(Run("val", "products", "zero", form))
+        runs += in_context("val", "products", form, settings.k, settings.seeds)
     return runs
 
 
 def runs_of_rates(settings):
     """On products' val: how fast each method learns."""
-    tried = [("ia3", rate, seed) for rate in RATES for seed in settings.seeds[:3]]
-    for name, (_, rates) in RIVALS.items():
-        tried += [(name, rate, seed) for rate in rates for seed in settings.seeds[:2]]
     runs = []
-    for method, rate, seed in tried:
-        runs.append(Run("val", "products", method, "plain", settings.k, rate, settings.steps, seed=seed))
+    for rate in RATES:
+        runs += learned("val", "products", "ia3", settings.k, rate, settings.steps, settings.seeds[:3])
+    for method, (_, rates) in RIVALS.items():
+        for rate in rates:
+            runs += learned("val", "products", method, settings.k, rate, settings.steps, settings.seeds[:2])
+    return runs
+
+
+def runs_at_other_ks(settings, chosen, task):
+    """On test: (IA)³ and in-context learning at every K but the primary comparison's."""
+    runs = []
+    for k in settings.ks:
+        if k != settings.k:
+            runs += learned("test", task, "ia3", k, settings.rate, settings.steps, settings.seeds)
+            runs += in_context("test", task, chosen.form, k, settings.seeds)
     return runs
 
 
 def runs_to_report(settings, chosen):
-    """On test, in the protocol's order; without those whose rate is not chosen yet. chosen: a Choice."""
-    seeds, three, k, steps = settings.seeds, settings.seeds[:3], settings.k, settings.steps
+    """On test, in the protocol's order; without those whose rate is not chosen yet. chosen: a Chosen."""
+    k = settings.k
+    rate = settings.rate
+    steps = settings.steps
+    seeds = settings.seeds
+    three = seeds[:3]
     runs = []
-
-    def in_context(task, k, seeds, method="icl", order=0):
-        runs.extend([Run("test", task, method, chosen.form, k, order=order, seed=seed) for seed in seeds])
-
-    def learned(task, method, seeds, k=k, rate=settings.rate, steps=steps):
-        runs.extend([Run("test", task, method, "plain", k, rate, steps, seed=seed) for seed in seeds])
-
-    def other_ks(task):
-        for other in settings.ks:
-            if other != k:
-                learned(task, "ia3", seeds, other)
-                in_context(task, other, seeds)
-
-    for task in settings.tasks:  # (1)
-        learned(task, "ia3", seeds)
-        in_context(task, k, seeds)
-        runs.extend([Run("test", task, "zero", form) for form in FORMS])
-    for method in RIVALS:  # (2)
+    # (1) the primary comparison, and zero-shot
+    for task in settings.tasks:
+        runs += learned("test", task, "ia3", k, rate, steps, seeds)
+        runs += in_context("test", task, chosen.form, k, seeds)
+        runs += [Run("test", task, "zero", form) for form in FORMS]
+    # (2) full fine-tuning, LoRA and prompt tuning, at the rates that products chose
+    for method in RIVALS:
         if method in chosen.rates:
-            learned("movies", method, three, rate=chosen.rates[method])
-            learned("news", method, three, rate=chosen.rates[method])
-    for task in ("movies", "tweets", "news"):  # (3)
-        other_ks(task)
-    if chosen.rates.get("ia3", settings.rate) != settings.rate:  # (4)
+            for task in ("movies", "news"):
+                runs += learned("test", task, method, k, chosen.rates[method], steps, three)
+    # (3) other K
+    for task in ("movies", "tweets", "news"):
+        runs += runs_at_other_ks(settings, chosen, task)
+    # (4) (IA)³ at the rate that products chose
+    best = chosen.rates.get("ia3", rate)
+    if best != rate:
         for task in settings.tasks:
-            learned(task, "ia3", seeds, rate=chosen.rates["ia3"])
-    for method in LOSSES:  # (5)
+            runs += learned("test", task, "ia3", k, best, steps, seeds)
+    # (5) some of the three losses
+    for method in LOSSES:
         if method != "ia3":
-            learned("movies", method, three)
-    for task in ("movies", "tweets", "news"):  # (6)
-        learned(task, "transfer", three, k=0)
-        learned(task, "transfer", three)
-        in_context(task, k, three, "icl-other")
-    for task in ("movies", "movies-ab"):  # (7)
-        learned(task, "ia3", three, steps=10 * steps)
-    other_ks("source")  # (8)
-    for task in settings.tasks:  # (9)
-        in_context(task, k, three, order=1)
-        in_context(task, k, three, order=2)
+            runs += learned("test", "movies", method, k, rate, steps, three)
+    # (6) transfer: trained on the other three sets, then on 0 or 32 of the task; beside it, the other sets in context
+    for task in ("movies", "tweets", "news"):
+        runs += learned("test", task, "transfer", 0, rate, steps, three)
+        runs += learned("test", task, "transfer", k, rate, steps, three)
+        runs += in_context("test", task, chosen.form, k, three, "icl-other")
+    # (7) 1000 steps; movies-ab was added later
+    for task in ("movies", "movies-ab"):
+        runs += learned("test", task, "ia3", k, rate, 10 * steps, three)
+    # (8) as (3)
+    runs += runs_at_other_ks(settings, chosen, "source")
+    # (9) two other orders of the examples in context
+    for task in settings.tasks:
+        for order in (1, 2):
+            runs += in_context("test", task, chosen.form, k, three, order=order)
     return [run for run in runs if run.task in settings.tasks]
 
 
@@ -183,7 +177,7 @@ def read_runs(folder):
 
 
 @dataclass
-class Choice:
+class Chosen:
     """What products chose."""
 
     form: str  # of in-context learning
@@ -196,30 +190,30 @@ def tried_on_products(found, settings):
 
     found: of read_runs. A method with a run missing is left out.
     """
+    runs = [run for run in runs_of_formats(settings) + runs_of_rates(settings) if run.method != "zero"]
+    missing = {run.method for run in runs if run not in found}
     tried = {}
-    missing = set()
-    for run in runs_of_formats(settings) + runs_of_rates(settings):
+    for run in runs:
+        if run.method in missing:
+            continue
         options = tried.setdefault(run.method, {})
-        if run not in found:
-            missing.add(run.method)
-        elif run.method == "icl":
+        if run.method == "icl":
             for by in ("", "free"):
                 options.setdefault((run.form, by), []).append(right(found[run], by))
         else:
             options.setdefault(run.lr, []).append(right(found[run]))
-    del tried["zero"]  # it stands beside them: there is nothing to choose
-    return {method: options for method, options in tried.items() if method not in missing}
+    return tried
 
 
-def choose(found, settings):
-    """Return the Choice that the runs on products make. Raises ValueError before the formats are run."""
-    best = {}
-    for method, options in tried_on_products(found, settings).items():
-        best[method] = max(options, key=lambda option: accuracy_of(options[option]))
-    if "icl" not in best:
+def choose(tried):
+    """Return the Chosen: the most accurate options of tried_on_products. ValueError before the formats are run."""
+    if "icl" not in tried:
         raise ValueError("in-context learning's runs on products are missing: --stage formats makes them")
+    best = {}
+    for method, options in tried.items():
+        best[method] = max(options, key=lambda option: accuracy_of(options[option]))
     form, by = best.pop("icl")
-    return Choice(form, by, best)
+    return Chosen(form, by, best)
 
 
 # --- what a prediction costs ---
@@ -250,25 +244,26 @@ def measure_costs(settings, chosen):
     pool = read_task(settings.data, "products", "train")
     n_parameters = sum(p.numel() for p in model.parameters())
     vectors = attach(model)
-    training_flops = settings.steps * count_a_step(model, draw(pool, settings.k, 0))
+    training_flops = settings.steps * flops_of_a_step(model, draw(pool, settings.k, 0))
     model.requires_grad_(False)
+    # a token's keys and values
+    bytes_a_token = model.lm_head.weight.itemsize * model.config.n_layer * sum(model.config.widths[:2])
     costs = []
     for k in (0, *settings.ks):
         model.ia3 = None if k else vectors
         form = chosen.form if k else "plain"
         examples = draw(pool, k, 0) if k else []
-        found = [cost_in(model, form, pool[:16], examples, template) for template in range(N_TEMPLATES)]
-        tokens, prefix_tokens, flops, prefix_flops, seconds = np.mean(found, 0).tolist()
-        numbers = model.config.n_layer * sum(model.config.widths[:2])  # of a token's keys and values
+        found = [cost_in(model, form, pool[:16], examples, template) for template in range(shots.N_TEMPLATES)]
+        mean = {name: np.mean([cost[name] for cost in found]) for name in found[0]}
         cost = Cost(
             k=k,
-            prefix_tokens=round(prefix_tokens),
-            flops=round(flops),
-            prefix_flops=round(prefix_flops),
-            by_2n=round(2 * n_parameters * tokens),
-            prefix_by_2n=round(2 * n_parameters * prefix_tokens),
-            cache_bytes=round(model.lm_head.weight.itemsize * numbers * prefix_tokens),
-            seconds=seconds,
+            prefix_tokens=round(mean["prefix_tokens"]),
+            flops=round(mean["flops"]),
+            prefix_flops=round(mean["prefix_flops"]),
+            by_2n=round(2 * n_parameters * mean["tokens"]),
+            prefix_by_2n=round(2 * n_parameters * mean["prefix_tokens"]),
+            cache_bytes=round(bytes_a_token * mean["prefix_tokens"]),
+            seconds=float(mean["seconds"]),
             training_flops=training_flops,
             task_bytes=4 * vectors.count(),
         )
@@ -276,32 +271,39 @@ def measure_costs(settings, chosen):
     return costs
 
 
-def count_a_step(model, examples):
+def flops_of_a_step(model, examples):
     """FLOPs of a training step: the mean over the batches of an epoch."""
-    split = pairs_to_learn(model.tokenizer, examples)
-    loss_fn = ranking.make_loss(log_likelihoods_of=choice_log_likelihoods)
-    n_batches = math.ceil(len(split) / BATCH_SIZE)
+    split = shots.pairs_to_learn(model.tokenizer, examples)
+    loss_fn = ranking.make_loss(log_likelihoods_of=shots.choice_log_likelihoods)
 
-    def backward(step):
-        batch = datasets.to_device(split.batch(0, step, BATCH_SIZE), model.lm_head.weight.device)
+    def backward(batch):
         loss_fn(model, *batch).backward()
 
-    return sum(sum(clocks.count_flops(partial(backward, step))) for step in range(n_batches)) // n_batches
+    n_batches = math.ceil(len(split) / shots.BATCH_SIZE)
+    flops = 0
+    for step in range(n_batches):
+        batch = datasets.to_device(split.batch(0, step, shots.BATCH_SIZE), model.lm_head.weight.device)
+        flops += sum(clocks.count_flops(partial(backward, batch)))
+    return flops // n_batches
 
 
 def cost_in(model, form, questions, examples, template):
-    """What a question takes in one template: its tokens, the examples', its FLOPs, the examples', and its seconds."""
-    prefix = context(model.tokenizer, form, examples, template)
-    asked = [ask(model.tokenizer, form, question, template) for question in questions]
-    n_tokens = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked)
-    all_of_it = partial(ranking.scores, model, ranking.Choices(asked), prefix)
-    prefix_alone = partial(ranking.scores, model, ranking.Choices([([0], [[0]], 0)]), prefix)  # and one token
-    flops = sum(clocks.count_flops(all_of_it))
-    prefix_flops = sum(clocks.count_flops(prefix_alone))
-    times = clocks.interleave({"all": all_of_it, "prefix": prefix_alone}, 5, model.lm_head.weight.device)
-    seconds = np.median(times["all"]) - np.median(times["prefix"])
+    """What a question costs in one template, behind the examples in a cache: a dict of Cost's figures before 2N."""
+    prefix = shots.context(model.tokenizer, form, examples, template)
+    asked = shots.SharedPrompts([shots.ask(model.tokenizer, form, question, template) for question in questions])
+    one_token = shots.SharedPrompts([([0], [[0]], 0)])
+    calls = {"all": partial(shots.shared_scores, model, asked, prefix)}
+    calls["prefix"] = partial(shots.shared_scores, model, one_token, prefix)
+    flops = {name: sum(clocks.count_flops(call)) for name, call in calls.items()}
+    times = clocks.interleave(calls, 5, model.lm_head.weight.device)
     n = len(questions)
-    return n_tokens / n, len(prefix), (flops - prefix_flops) / n, prefix_flops if prefix else 0, seconds / n
+    return {
+        "tokens": sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked.examples) / n,
+        "prefix_tokens": len(prefix),
+        "flops": (flops["all"] - flops["prefix"]) / n,
+        "prefix_flops": flops["prefix"] if prefix else 0,
+        "seconds": (np.median(times["all"]) - np.median(times["prefix"])) / n,
+    }
 
 
 # --- the stages ---
@@ -312,8 +314,10 @@ def make(runs, settings, folder, args):
     model = common.load(settings.base).to(settings.device)
     data_hash = {}  # of what a task's runs read
     for task, split in sorted({(run.task, run.split) for run in runs}):
-        parts = [pairs_to_learn(model.tokenizer, read_task(settings.data, task, name)) for name in ("train", split)]
-        data_hash[task] = "".join(part.data_hash()[:16] for part in parts)
+        data_hash[task] = ""
+        for name in ("train", split):
+            pairs = shots.pairs_to_learn(model.tokenizer, read_task(settings.data, task, name))
+            data_hash[task] += pairs.data_hash()[:16]
     lab.open_folder(folder, lab.read_about(folder) | {"data_hash": data_hash})
     done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
     lab.write_run_json(folder, "fewshot.py", vars(args), model, data_hash, done)
@@ -327,13 +331,28 @@ def make(runs, settings, folder, args):
 def report(settings, folder, out):
     """Write table.md and the pictures into out, from the runs in folder. Returns the tables."""
     found, diverged = read_runs(folder)
-    chosen = choose(found, settings)
     tried = tried_on_products(found, settings)
+    chosen = choose(tried)
     wanted = runs_of_rates(settings) + runs_to_report(settings, chosen)
+    n_made = sum(run in found for run in wanted)
+    rows = fewshot_tables.rows_of(found, settings)
+    whole = fewshot_tables.only_whole(rows, wanted)
     costs = lab.read_rows(folder / "costs.csv", Cost)
-    text = fewshot_tables.tables(found, diverged, wanted, tried, chosen, settings, costs)
+    form = chosen.form + fewshot_tables.CALIBRATED[chosen.by]
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in chosen.rates.items())
+    pieces = [
+        f"Chosen on products: in context {form}; rates {rates or 'not yet'}. {n_made} of {len(wanted)} runs are made, "
+        "not counting those that chose the format.",
+        *fewshot_tables.tables(rows, whole, settings, chosen),
+        f"What products chose by, on its val, K = {settings.k}:",
+        fewshot_tables.choices_on_products(tried),
+        f"Training diverged in: {', '.join(str(run) for run in diverged) or 'no run'}.",
+    ]
+    if costs:
+        pieces += fewshot_tables.cost_table(costs)
+    text = "\n\n".join(pieces)
     lab.save_text(text, out / "table.md")
-    fewshot_tables.draw_pictures(found, wanted, chosen, settings, costs, out)
+    fewshot_tables.draw_pictures(whole, settings, chosen, costs, out)
     return text
 
 
@@ -364,7 +383,8 @@ def run(argv):
     if args.stage == "rates":
         make(runs_of_rates(settings), settings, out, args)
         return 0
-    chosen = choose(read_runs(out)[0], settings)
+    found, _ = read_runs(out)
+    chosen = choose(tried_on_products(found, settings))
     if args.stage == "runs":
         make(runs_to_report(settings, chosen), settings, out, args)
     elif args.stage == "costs":

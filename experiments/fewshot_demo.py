@@ -17,7 +17,7 @@ import torch
 import common
 import disk
 from experiments import lab
-from experiments.shots import context, draw, pairs_to_learn, read_task, score_in, train_on
+from experiments.shots import context, draw, pairs_to_learn, read_task, score_template, train_on
 from ia3 import attach
 from merge import merge, verify
 from tools.plot import plt, save_picture
@@ -28,7 +28,7 @@ PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
 
 def share_right(model, rows, shots=()):
     """The share of rows that the model answers rightly, behind the examples shots."""
-    best = score_in(model, rows, PLACE, shots=shots).argmax(-1).tolist()
+    best = score_template(model, rows, PLACE, shots=shots).argmax(-1).tolist()
     return sum(answer == row.label for answer, row in zip(best, rows, strict=True)) / len(rows)
 
 
@@ -47,7 +47,7 @@ def draw_picture(bars, base, path):
     save_picture(figure, path)
 
 
-def run(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=str(lab.ROOT / "data/smollm2.pt"), help="a Llama (default: %(default)s)")
     parser.add_argument("--data", default=str(lab.ROOT / "data/sentiment"), help="folder (default: %(default)s)")
@@ -57,6 +57,11 @@ def run(argv):
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise ValueError(f"steps must be at least 1, not {args.steps}")
+    return args
+
+
+def run(argv):
+    args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("ia3.npz", "merged.pt", "fewshot.png"):
         disk.check_output(args.out / name, inputs=[args.base])
@@ -64,40 +69,39 @@ def run(argv):
     device, dtype = common.pick_device("cpu", model=model)
     model.to(device, getattr(torch, dtype))  # bfloat16, as it was published, where the CPU multiplies it
     val = read_task(args.data, "movies", "val")
-    rows = []
-    for label in (0, 1):
-        rows += [row for row in val if row.label == label][:100]
+    negative = [row for row in val if row.label == 0]
+    positive = [row for row in val if row.label == 1]
+    rows = negative[:100] + positive[:100]
     train_rows = read_task(args.data, "movies", "train")
-    sixteen = draw(train_rows, 16, args.seed)
-
     bars = []
 
     def report(words, takes, share):
         print(f"{words:<28} {100 * share:5.1f} %   {takes}", flush=True)
         bars.append((words, takes, share))
 
+    # the base, asked as it is and behind 16 examples
     print(f"{args.base} in {dtype}: {len(rows)} sentences of movie reviews, negative or positive", flush=True)
     report("zero-shot", "no labels", share_right(model, rows))
+    sixteen = draw(train_rows, 16, args.seed)
     n_tokens = len(context(model.tokenizer, "plain", sixteen, PLACE))
     report("16 examples in context", f"{n_tokens:,} tokens before every question", share_right(model, rows, sixteen))
-    for k in (16, 32):  # the smaller draw begins the larger
+
+    # (IA)³ from the same 16 and from 32, of which these are the first
+    for k, words in ((16, "(IA)³ from the same 16"), (32, "(IA)³ from 32")):
         vectors = attach(model)  # ones again
         start = time.time()
         split = pairs_to_learn(model.tokenizer, draw(train_rows, k, args.seed))
         train_on(model, split, RATE, args.steps, args.seed)
-        model.eval()
         minutes = (time.time() - start) / 60
-        takes = f"{vectors.count():,} numbers, {minutes:.1f} minutes"
-        words = f"(IA)³ from {'the same 16' if k == 16 else k}"
-        report(words, takes, share_right(model, rows))
-
+        report(words, f"{vectors.count():,} numbers, {minutes:.1f} minutes", share_right(model.eval(), rows))
     vectors.save(args.out / "ia3.npz")
+
+    # folded in
     merged = merge(model.float())
     common.save(merged, args.out / "merged.pt")
     report("(IA)³ from 32, merged", "no added cost", share_right(merged, rows))
-    idx = torch.tensor([model.tokenizer.encode_ordinary(rows[0].prompts[PLACE])])
-    found = verify(model, merged, idx)
     draw_picture(bars, args.base, args.out / "fewshot.png")
+    found = verify(model, merged, torch.tensor([model.tokenizer.encode_ordinary(rows[0].prompts[PLACE])]))
     print(found)
     size = (args.out / "ia3.npz").stat().st_size
     print(f"{args.out}: ia3.npz ({size / 1000:,.0f} kB), merged.pt, fewshot.png")

@@ -1,4 +1,8 @@
-"""The tables and pictures of fewshot.py, made from its runs alone."""
+"""The tables and pictures of fewshot.py, made from its runs alone.
+
+A draw is an array (templates, sentences) bool: where the answers of one run are right. The draws of a row in a task are
+a list of such arrays, by seed.
+"""
 
 import math
 from collections import Counter
@@ -10,8 +14,9 @@ from experiments import lab
 from experiments.shots import LOSSES, RIVALS, accuracy_of, right
 from tools.plot import plt, save_picture
 
-FIRST = slice(1)  # the first template, whose answers are single tokens in most tasks
-ALL = slice(None)
+ALL = slice(None)  # templates
+FIRST = slice(1)  # the first template alone, whose answers are single tokens in most tasks
+INTERVALS = ["(95 %, draws and items)", "t, over draws"]
 CALIBRATED = {"": "", "free": ", calibrated", "beta": ", batch-calibrated"}
 # table 1 and section 4.2 of the (IA)³ paper: 11e9 parameters, 41 examples of 98 tokens in context
 PAPER_TRAINING = 2.7e16
@@ -47,14 +52,11 @@ def row_of(run, by=""):
 
 
 def rows_of(found, settings):
-    """Return {Row: {task: [where the answers are right, one per draw]}} of the runs on test.
-
-    found: {Run: its arrays}.
-    """
+    """Return {Row: {task: draws}} of the runs on test. found: {Run: its arrays}."""
     rows = {}
 
-    def add(row, task, answers_right):
-        rows.setdefault(row, {}).setdefault(task, []).append(answers_right)
+    def add(row, task, draw):
+        rows.setdefault(row, {}).setdefault(task, []).append(draw)
 
     for run, arrays in sorted(found.items(), key=lambda item: item[0].seed):
         if run.split != "test":
@@ -99,16 +101,31 @@ def paired(whole, ours, theirs, task):
     return our_draws[:n], their_draws[:n]
 
 
+def primary(settings, chosen, k=None):
+    """The two rows that are compared: (IA)³ at the paper's rate, and in-context learning as products chose it."""
+    k = k or settings.k
+    return Row("ia3", k=k, lr=settings.rate, steps=settings.steps), Row("icl", chosen.form, k, by=chosen.by)
+
+
+def best_rate(settings, chosen):
+    """The rate that products chose for (IA)³; the paper's before they have."""
+    return chosen.rates.get("ia3", settings.rate)
+
+
 # --- cells ---
 
 
+def percent(draws):
+    """The mean accuracy of the draws."""
+    return f"{100 * accuracy_of(draws):.1f}"
+
+
 def difference(ours, theirs, templates=ALL):
-    """The cells of a comparison of equal draws: both accuracies, the difference, and its interval over draws."""
+    """Two cells: the accuracy of ours less theirs, the same draws, with its INTERVALS."""
     ours = [draw[templates] for draw in ours]
     theirs = [draw[templates] for draw in theirs]
     value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours, theirs)]
-    accuracies = [f"{100 * accuracy_of(draws):.1f}" for draws in (ours, theirs)]
-    return [*accuracies, lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
+    return [lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
 
 
 def range_of_draws(draws):
@@ -133,41 +150,35 @@ def quartiles(draws):
 # --- tables ---
 
 
-def primary(settings, chosen, k=None):
-    """The two rows that are compared: (IA)³ at the paper's rate, and in-context learning as products chose it."""
-    k = k or settings.k
-    return Row("ia3", k=k, lr=settings.rate, steps=settings.steps), Row("icl", chosen.form, k, by=chosen.by)
-
-
 def comparison(whole, settings, chosen, templates=ALL):
     """The primary comparison, one line per task."""
     lines = []
     for task in settings.tasks:
         ours, theirs = paired(whole, *primary(settings, chosen), task)
+        line = [task, "not all draws are run", "", "", ""]
         if ours:
-            lines.append([task, *difference(ours, theirs, templates)])
-        else:
-            lines.append([task, "not all draws are run", "", "", ""])
-    head = ["task", "(IA)³", "in-context", "difference (95 %, draws and items)", "t, over draws"]
-    return lab.markdown(head, lines)
+            accuracies = [percent([draw[templates] for draw in draws]) for draws in (ours, theirs)]
+            line = [task, *accuracies, *difference(ours, theirs, templates)]
+        lines.append(line)
+    return lab.markdown(["task", "(IA)³", "in-context", f"difference {INTERVALS[0]}", INTERVALS[1]], lines)
 
 
 def other_counts(whole, settings, chosen):
     """The primary difference beside what it would be if it were counted otherwise, one line per task."""
     ours, in_context = primary(settings, chosen)
+    by_batch = in_context._replace(by="beta")
     lines = []
     for task in settings.tasks:
         our_draws, their_draws = paired(whole, ours, in_context, task)
-        batch_ours, batch_theirs = paired(whole, ours, in_context._replace(by="beta"), task)
-        if not our_draws or not batch_ours:
+        if not our_draws:
             continue
-        *_, as_compared, _ = difference(our_draws, their_draws)
-        *_, first, _ = difference(our_draws, their_draws, FIRST)
-        *_, by_questions, _ = difference(batch_ours, batch_theirs)
+        as_compared, _ = difference(our_draws, their_draws)
+        first, _ = difference(our_draws, their_draws, FIRST)
+        batch_calibrated, _ = difference(*paired(whole, ours, by_batch, task))
         our_median, our_cell = quartiles(our_draws)
         their_median, their_cell = quartiles(their_draws)
         medians = f"{our_median - their_median:+.1f}"
-        lines.append([task, as_compared, first, by_questions, our_cell, their_cell, medians])
+        lines.append([task, as_compared, first, batch_calibrated, our_cell, their_cell, medians])
     head = ["task", "as compared", "first template alone", "in context batch-calibrated"]
     head += ["(IA)³, median over templates and draws (quartiles)", "in context, likewise", "their difference"]
     return lab.markdown(head, lines)
@@ -175,34 +186,35 @@ def other_counts(whole, settings, chosen):
 
 def beside_rivals(whole, settings, chosen):
     """(IA)³, at the paper's rate and at the one that products chose, less every rival."""
+    rates = [settings.rate]
+    if best_rate(settings, chosen) != settings.rate:
+        rates.append(best_rate(settings, chosen))
     lines = []
-    for rate in dict.fromkeys((settings.rate, chosen.rates.get("ia3", settings.rate))):
+    for rate in rates:
         ours = Row("ia3", k=settings.k, lr=rate, steps=settings.steps)
         for rival in RIVALS:
-            if rival not in chosen.rates:
-                continue
-            row = Row(rival, k=settings.k, lr=chosen.rates[rival], steps=settings.steps)
+            theirs = Row(rival, k=settings.k, lr=chosen.rates.get(rival), steps=settings.steps)
             for task in settings.tasks:
-                our_draws, their_draws = paired(whole, ours, row, task)
+                our_draws, their_draws = paired(whole, ours, theirs, task)
                 if our_draws:
-                    first = difference(our_draws, their_draws, FIRST)[2:]
-                    lines.append([f"{rate:g}", rival, task, *difference(our_draws, their_draws), *first])
-    head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", "difference (95 %, draws and items)", "t, over draws"]
-    return lab.markdown([*head, "first template (95 %, draws and items)", "t, over draws"], lines)
+                    line = [f"{rate:g}", rival, task, percent(our_draws), percent(their_draws)]
+                    line += difference(our_draws, their_draws) + difference(our_draws, their_draws, FIRST)
+                    lines.append(line)
+    head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", f"difference {INTERVALS[0]}", INTERVALS[1]]
+    return lab.markdown([*head, f"first template {INTERVALS[0]}", INTERVALS[1]], lines)
 
 
 def pairs_to_compare(settings, chosen):
     """The pairs of rows whose differences are shown, in the order in which they are shown."""
-    k, rate, steps, form = settings.k, settings.rate, settings.steps, chosen.form
+    k = settings.k
     papers, in_context = primary(settings, chosen)
-    best = papers._replace(lr=chosen.rates.get("ia3", rate))
+    best = papers._replace(lr=best_rate(settings, chosen))
     by_batch = in_context._replace(by="beta")
     probe = Row("probe", k=k)
-    zero = Row("zero", form)
-    calibrated_zero = Row("zero", form, by=chosen.by)
+    zero = Row("zero", chosen.form)
 
     pairs = [(papers, probe), (best, probe), (best, papers), (papers, Row("biases", k=k))]
-    pairs += [(in_context, calibrated_zero), (in_context, zero), (papers, zero), (best, in_context)]
+    pairs += [(in_context, zero._replace(by=chosen.by)), (in_context, zero), (papers, zero), (best, in_context)]
     pairs += [(papers, by_batch), (best, by_batch), (by_batch, zero._replace(by="beta"))]
 
     # other K
@@ -221,12 +233,12 @@ def pairs_to_compare(settings, chosen):
 
     # losses, transfer, more steps
     pairs += [(papers, papers._replace(method=method)) for method in LOSSES if method != "ia3"]
-    transfer = Row("transfer", k=k, lr=rate, steps=steps)
+    transfer = papers._replace(method="transfer")
     pairs.append((transfer._replace(k=0), in_context._replace(method="icl-other")))
     pairs += [(transfer, papers), (transfer, best)]
-    long = papers._replace(steps=10 * steps)
+    long = papers._replace(steps=10 * settings.steps)
     pairs += [(long, other) for other in (papers, best, in_context, by_batch, probe)]
-    return [(ours, theirs) for ours, theirs in dict.fromkeys(pairs) if ours != theirs]
+    return [(ours, theirs) for ours, theirs in dict.fromkeys(pairs) if ours != theirs]  # best may be the paper's
 
 
 def other_differences(whole, settings, chosen):
@@ -236,11 +248,10 @@ def other_differences(whole, settings, chosen):
         for task in settings.tasks:
             our_draws, their_draws = paired(whole, ours, theirs, task)
             if our_draws:
-                cells = difference(our_draws, their_draws)[2:] + difference(our_draws, their_draws, FIRST)[2:]
+                cells = difference(our_draws, their_draws) + difference(our_draws, their_draws, FIRST)
                 lines.append([ours.words(), theirs.words(), task, f"{len(our_draws)}", *cells])
-    interval = "(95 %, draws and items)"
-    head = ["row", "less row", "task", "draws", f"difference {interval}", "t, over draws"]
-    return lab.markdown([*head, f"first template {interval}", "t, over draws"], lines)
+    head = ["row", "less row", "task", "draws", f"difference {INTERVALS[0]}", INTERVALS[1]]
+    return lab.markdown([*head, f"first template {INTERVALS[0]}", INTERVALS[1]], lines)
 
 
 def by_order(whole, settings, chosen):
@@ -286,9 +297,14 @@ def choices_on_products(tried):
                 name = form + CALIBRATED[by]
             else:
                 name = f"at {option:g}"
-            cells.append(f"{100 * accuracy_of(draws):.1f} {name}")
+            cells.append(f"{percent(draws)} {name}")
         lines.append([method, "; ".join(cells)])
     return lab.markdown(["", "accuracy in %, means of the draws"], lines)
+
+
+def paid_back(once, each):
+    """After how many predictions something that costs once and then saves each time is paid back; '' for never."""
+    return f"{math.ceil(once / each):,} predictions" if each > 0 else ""
 
 
 def cost_table(costs):
@@ -300,10 +316,9 @@ def cost_table(costs):
         counts = [cost.flops, anew, cost.by_2n, cost.by_2n + cost.prefix_by_2n]
         line = [f"{cost.k}", f"{cost.prefix_tokens:,}", *[f"{n:.2e}" for n in counts]]
         line += [f"{cost.seconds:.3f}", f"{cost.cache_bytes:,}"]
-        # training costs FLOPs once, as filling the cache does; each prediction then saves some
-        for once, each in ((ours.training_flops - cost.prefix_flops, cost.flops), (ours.training_flops, anew)):
-            saved = each - ours.flops
-            line.append(f"{math.ceil(once / saved):,} predictions" if saved > 0 else "")
+        # training costs FLOPs once, as filling the cache does
+        line.append(paid_back(ours.training_flops - cost.prefix_flops, cost.flops - ours.flops))
+        line.append(paid_back(ours.training_flops, anew - ours.flops))
         lines.append(line)
     head = ["K in context", "tokens", "FLOPs of a prediction, cached", "read anew", "by 2N", "read anew, by 2N"]
     head += ["seconds", "cache, bytes", "(IA)³ cheaper after, cached", "read anew"]
@@ -322,19 +337,9 @@ def cost_table(costs):
     ]
 
 
-def tables(found, diverged, wanted, tried, chosen, settings, costs):
-    """All tables, in Markdown.
-
-    found, diverged: of fewshot.read_runs; wanted: the protocol's Runs; tried: of fewshot.tried_on_products; chosen: a
-    fewshot.Choice; costs: fewshot's Costs, none where they are not measured.
-    """
-    rows = rows_of(found, settings)
-    whole = only_whole(rows, wanted)
-    n_made = sum(run in found for run in wanted)
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in chosen.rates.items())
-    pieces = [
-        f"Chosen on products: in context {chosen.form}{CALIBRATED[chosen.by]}; rates {rates or 'not yet'}. "
-        f"{n_made} of {len(wanted)} runs are made, not counting those that chose the format.",
+def tables(rows, whole, settings, chosen):
+    """The tables of the runs on test, and the lines between them. rows, whole: of rows_of and only_whole."""
+    return [
         comparison(whole, settings, chosen),
         "This was the comparison planned. The tasks come from four sets of sentences: movies, movies-ab and "
         "movies-flipped ask the same sentences, and source asks some of each set.",
@@ -359,87 +364,62 @@ def tables(found, diverged, wanted, tried, chosen, settings, costs):
         all_rows(rows, settings, range_of_draws),
         "The same by template, means of the draws. The answers of two templates are of unequal length:",
         all_rows(rows, settings, templates_of_draws),
-        f"What products chose by, on its val, K = {settings.k}:",
-        choices_on_products(tried),
-        f"Training diverged in: {', '.join(str(run) for run in diverged) or 'no run'}.",
     ]
-    if costs:
-        pieces += cost_table(costs)
-    return "\n\n".join(pieces)
 
 
 # --- pictures ---
 
 
-def draw_panels(settings, draw_panel, path):
-    """A picture with one panel per task, each drawn by draw_panel(ax, task)."""
+def draw_picture(whole, settings, curves, xlabel, path, ticks=()):
+    """A panel per task. curves: {label: [(x, Row, the point's name)]}; ticks: of x, if not powers of ten.
+
+    A point is the mean of all draws, its bar the lowest and the highest; where draws are missing there is none.
+    """
     n_columns = min(len(settings.tasks), 3)
     n_rows = math.ceil(len(settings.tasks) / n_columns)
     size = (3.4 * n_columns + 1.8, 3 * n_rows)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for ax, task in zip(axes.flat, settings.tasks, strict=True):
-        draw_panel(ax, task)
-        ax.set_title(task)
+        for label, points in curves.items():
+            xs, means, below, above = [], [], [], []
+            for x, row, name in points:
+                accuracies = [100 * accuracy_of([draw]) for draw in whole.get(row, {}).get(task, [])]
+                if not accuracies:
+                    continue
+                mean = np.mean(accuracies)
+                xs.append(x)
+                means.append(mean)
+                below.append(mean - min(accuracies))
+                above.append(max(accuracies) - mean)
+                ax.annotate(name, (x, mean), fontsize=7)
+            ax.errorbar(xs, means, [below, above], fmt="o-", ms=4, capsize=2, label=label)
+        for draw in whole.get(Row("zero"), {}).get(task, []):
+            ax.axhline(100 * accuracy_of([draw]), color="gray", ls=":", label="zero-shot, uncalibrated")
+        ax.set(xscale="log", xlabel=xlabel, title=task)
+        if ticks:
+            ax.minorticks_off()
+            ax.set_xticks(ticks, [str(tick) for tick in ticks])
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     save_picture(figure, path)
 
 
-def draw_pictures(found, wanted, chosen, settings, costs, folder):
-    """Accuracy against K and, where costs are measured, against the FLOPs of a prediction.
-
-    A point is the mean of all draws, its bar the lowest and the highest; where draws are missing there is none.
-    """
-    whole = only_whole(rows_of(found, settings), wanted)
-
-    def accuracies(row, task):
-        return [100 * accuracy_of([draw]) for draw in whole.get(row, {}).get(task, [])]
-
-    def curve(ax, points, label):  # points: [(x, accuracies of the draws)]
-        means = [np.mean(draws) for _, draws in points]
-        below = [np.mean(draws) - min(draws) for _, draws in points]
-        above = [max(draws) - np.mean(draws) for _, draws in points]
-        ax.errorbar([x for x, _ in points], means, [below, above], fmt="o-", ms=4, capsize=2, label=label)
-
-    def zero_shot(ax, task):
-        draws = accuracies(Row("zero"), task)
-        if draws:
-            ax.axhline(draws[0], color="gray", ls=":", label="zero-shot, uncalibrated")
-
-    def against_k(ax, task):
-        rows = {k: primary(settings, chosen, k) for k in settings.ks}
-        curves = {
-            "(IA)³": {k: ours for k, (ours, _) in rows.items()},
-            "in context": {k: in_context for k, (_, in_context) in rows.items()},
-            "logistic regression": {k: Row("probe", k=k) for k in settings.ks},
-        }
-        for label, row_at in curves.items():
-            points = [(k, accuracies(row, task)) for k, row in row_at.items()]
-            curve(ax, [(k, draws) for k, draws in points if draws], label)
-        zero_shot(ax, task)
-        ax.set(xscale="log", xlabel="labelled examples")
-        ax.minorticks_off()
-        ax.set_xticks(settings.ks, [str(k) for k in settings.ks])
-
-    def against_flops(ax, task):
-        curves = {"(IA)³": [], "in context, from a cache": [], "in context, read anew": []}
-        for cost in costs[1:]:
-            ours, in_context = primary(settings, chosen, cost.k)
-            curves["(IA)³"].append((cost.k, costs[0].flops, ours))
-            curves["in context, from a cache"].append((cost.k, cost.flops, in_context))
-            curves["in context, read anew"].append((cost.k, cost.flops + cost.prefix_flops, in_context))
-        for label, places in curves.items():
-            points = []
-            for k, flops, row in places:
-                draws = accuracies(row, task)
-                if draws:
-                    points.append((flops, draws))
-                    ax.annotate(f" {k}", (flops, np.mean(draws)), fontsize=7)
-            curve(ax, points, label)
-        zero_shot(ax, task)
-        ax.set(xscale="log", xlabel="FLOPs of a prediction")
-
-    draw_panels(settings, against_k, folder / "accuracy.png")
-    if costs:
-        draw_panels(settings, against_flops, folder / "costs.png")
+def draw_pictures(whole, settings, chosen, costs, folder):
+    """Accuracy against K and, where costs are measured, against the FLOPs of a prediction."""
+    curves = {"(IA)³": [], "in context": [], "logistic regression": []}
+    for k in settings.ks:
+        ours, in_context = primary(settings, chosen, k)
+        curves["(IA)³"].append((k, ours, ""))
+        curves["in context"].append((k, in_context, ""))
+        curves["logistic regression"].append((k, Row("probe", k=k), ""))
+    draw_picture(whole, settings, curves, "labelled examples", folder / "accuracy.png", settings.ks)
+    if not costs:
+        return
+    curves = {"(IA)³": [], "in context, from a cache": [], "in context, read anew": []}
+    for cost in costs[1:]:
+        ours, in_context = primary(settings, chosen, cost.k)
+        curves["(IA)³"].append((costs[0].flops, ours, f" {cost.k}"))
+        curves["in context, from a cache"].append((cost.flops, in_context, f" {cost.k}"))
+        curves["in context, read anew"].append((cost.flops + cost.prefix_flops, in_context, f" {cost.k}"))
+    draw_picture(whole, settings, curves, "FLOPs of a prediction", folder / "costs.png")

@@ -34,6 +34,7 @@ comes out is reported.
 """
 
 import argparse
+import copy
 import itertools
 import math
 import sys
@@ -49,15 +50,19 @@ from torch.nn import functional as F
 
 import common
 from experiments import lab
-from experiments.shots import PromptCache, SharedPrompts, ask, draw, read_task, train_on
+from experiments.shots import SharedPrompts, ask, draw, read_task, train_on
 from ia3 import IA3, attach
 from tools.gguf_llama import Tensor, dequantize, from_gguf, import_gguf, scale_rows
 from tools.plot import plt, save_picture
 
 TASKS = ("movies", "tweets", "source")
+SEEDS = (0, 1, 2)
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 WAYS = ("scales", "rows", "columns")
-K, RATE, STEPS, N_ITEMS = 32, 1e-2, 16, 24
+K = 32  # labelled examples
+RATE = 1e-2
+STEPS = 16
+N_ITEMS = 24  # questions
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -72,7 +77,9 @@ class Job(NamedTuple):
 
 @dataclass
 class Result:
-    """What a run found. Of 'float' the base's columns, without vectors; of a format the ways' and the size."""
+    """What a run found, of the unmerged model and of the base's or each way's. Empty: the base's columns for a format,
+    the others for 'float'.
+    """
 
     unmerged_accuracy: float
     base_accuracy: float | None = None
@@ -119,26 +126,26 @@ def quantized(path, form):
     return {name: quantize(model.get_submodule(name).weight, form) for name in names}
 
 
+@torch.no_grad()
 def fold(blocks, vectors, form, way):
     """The matrices that change, {name: Tensor}. blocks: quantized's; way: of WAYS."""
     changed = {}
     for i, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
-        places = [("self_attn.k_proj", l_k), ("self_attn.v_proj", l_v)]
-        if way != "columns":
-            places.append(("mlp.up_proj", l_ff))
-        for name, l in places:
-            name = f"model.layers.{i}.{name}"
-            l = l.detach().double()
-            if way == "scales":
-                rows = scale_rows(blocks[name], l).reshape(blocks[name].data.shape)
-                changed[name] = Tensor(form, blocks[name].shape, 0, rows)
-            else:
-                product = l.unsqueeze(1) * dequantize(blocks[name]).double()
-                changed[name] = quantize(product.float(), form)
+        layer = f"model.layers.{i}"
+        rows = {f"{layer}.self_attn.k_proj": l_k, f"{layer}.self_attn.v_proj": l_v}
         if way == "columns":
-            name = f"model.layers.{i}.mlp.down_proj"
-            product = dequantize(blocks[name]).double() * l_ff.detach().double()
-            changed[name] = quantize(product.float(), form)
+            down = f"{layer}.mlp.down_proj"
+            product = l_ff.double() * dequantize(blocks[down]).double()
+            changed[down] = quantize(product.float(), form)
+        else:
+            rows[f"{layer}.mlp.up_proj"] = l_ff
+        for name, l in rows.items():
+            if way == "scales":
+                data = scale_rows(blocks[name], l.double()).reshape(blocks[name].data.shape)
+                changed[name] = Tensor(form, blocks[name].shape, 0, data)
+            else:
+                product = l.double().unsqueeze(1) * dequantize(blocks[name]).double()
+                changed[name] = quantize(product.float(), form)
     return changed
 
 
@@ -154,23 +161,16 @@ def put(model, blocks):
 @torch.no_grad()
 def answer_logits(model, examples):
     """The logits that follow each prompt, (examples, vocab_size)."""
-    split = SharedPrompts(examples)
-    order = sorted(range(len(split)), key=lambda i: len(examples[i][0]))  # little padding
-    logits = torch.empty(len(split), model.config.vocab_size)
-    for i in range(0, len(split), 10):
-        ids = order[i : i + 10]
-        prompts, _, padding, _ = split.windows(ids)
-        end = model.hidden(prompts, cache=PromptCache(model, padding))[:, -1]  # (10, n_embd)
-        logits[ids] = model.lm_head(end)
-    return logits
+    return torch.stack([model(torch.tensor([prompt]))[0][0, -1] for prompt, _, _ in examples])
 
 
 def answers(logits, examples):
-    """Which choice is the likeliest in each example, (examples,) long. The choices are single tokens."""
+    """Which choice is the likeliest in each example, an array (examples,). The choices are single tokens."""
     best = []
     for row, (_, choices, _) in zip(logits, examples, strict=True):
-        best.append(row[[choice for (choice,) in choices]].argmax())
-    return torch.stack(best)
+        tokens = [choice[0] for choice in choices]
+        best.append(row[tokens].argmax().item())
+    return np.array(best)
 
 
 def distance(logits, truth):
@@ -198,90 +198,101 @@ def learned(settings, job):
 def measure(settings, job):
     """One run: 'float' learns the vectors and compares them with the base; a format compares the ways to fold them.
 
-    Returns its Result, and where each answer is right: {'unmerged' or a way: (items,) bool}.
+    Returns its Result, and where each answer is right: {'unmerged', 'base' or a way: (items,) bool}.
     """
     torch.manual_seed(job.seed)
-    vectors = learned(settings, job).requires_grad_(False)
-    model = floats(settings["gguf"])
+    vectors = learned(settings, job)
+    model = copy.deepcopy(floats(settings["gguf"]))
     rows = read_task(settings["data"], job.task, "test")[: settings["items"]]
     examples = [ask(model.tokenizer, "plain", row, 0) for row in rows]
-    labels = torch.tensor([label for _, _, label in examples])
+    labels = np.array([row.label for row in rows])
 
     if job.form == "float":
+        base = answer_logits(model, examples)
         model.ia3 = vectors
-        truth = answer_logits(model, examples)
-        model.ia3 = None
-        logits = answer_logits(model, examples)
-        found = {"unmerged": answers(truth, examples), "base": answers(logits, examples)}
-        right = {name: (chosen == labels).numpy() for name, chosen in found.items()}
-        rms, _ = distance(logits, truth)
+        unmerged = answer_logits(model, examples)
+        right = {"unmerged": answers(unmerged, examples) == labels, "base": answers(base, examples) == labels}
+        rms, _ = distance(base, unmerged)
         return Result(float(right["unmerged"].mean()), float(right["base"].mean()), rms), right
 
     blocks = quantized(settings["gguf"], job.form)
-    before = {name: model.get_submodule(name).weight.data for name in blocks}
+    n_bytes = sum(tensor.data.size for tensor in blocks.values())
     put(model, blocks)
     model.ia3 = vectors
-    truth = answer_logits(model, examples)
+    unmerged = answer_logits(model, examples)
     model.ia3 = None
-    expected = answers(truth, examples)
-    right = {"unmerged": (expected == labels).numpy()}
-    n_bytes = sum(tensor.data.size for tensor in blocks.values())
-    result = Result(float(right["unmerged"].mean()), size=n_bytes)
+    expected = answers(unmerged, examples)
+    right = {"unmerged": expected == labels}
+    columns = {"unmerged_accuracy": float(right["unmerged"].mean()), "size": n_bytes}
     for way in WAYS:
         changed = fold(blocks, vectors, job.form, way)
-        put(model, changed)
-        logits = answer_logits(model, examples)
-        put(model, {name: blocks[name] for name in changed})
-        found = answers(logits, examples)
-        right[way] = (found == labels).numpy()
-        rms, kl = distance(logits, truth)
+        put(model, blocks | changed)
+        merged = answer_logits(model, examples)
+        found = answers(merged, examples)
+        right[way] = found == labels
         differ = sum((tensor.data != blocks[name].data).sum() for name, tensor in changed.items())
-        columns = {
-            f"{way}_accuracy": float(right[way].mean()),
-            f"{way}_same": (found == expected).double().mean().item(),
-            f"{way}_rms": rms,
-            f"{way}_kl": kl,
-            f"{way}_bytes": float(differ / n_bytes),
-        }
-        vars(result).update(columns)
-    for name, weight in before.items():
-        model.get_submodule(name).weight.data = weight
-    return result, right
+        columns[f"{way}_accuracy"] = float(right[way].mean())
+        columns[f"{way}_same"] = float((found == expected).mean())
+        columns[f"{way}_rms"], columns[f"{way}_kl"] = distance(merged, unmerged)
+        columns[f"{way}_bytes"] = float(differ / n_bytes)
+    return Result(**columns), right
 
 
 # --- tables and a picture ---
 
 
 def by_draw(results, form, name):
-    """A column's mean over tasks in each draw that has them all, a list. results: {Job: Result}."""
+    """A column's mean over tasks in each draw that has them all, an array. results: {Job: Result}."""
     draws = []
     for seed in sorted({job.seed for job in results}):
         values = [getattr(results[job], name) for job in results if (job.form, job.seed) == (form, seed)]
         if len(values) == len(TASKS):
-            draws.append(float(np.mean(values)))
-    return draws
+            draws.append(np.mean(values))
+    return np.array(draws)
 
 
 def tables(folder):
     """Return Markdown, made of the files in folder alone."""
     results, _ = lab.load_runs(folder, Job, Result)
     for form in ("float", *FORMATS):
-        if not by_draw(results, form, "unmerged_accuracy"):
+        if len(by_draw(results, form, "unmerged_accuracy")) == 0:
             raise ValueError(f"{folder} has no draw of {form} whole: the command without --tables makes the runs")
+    pieces = [about(results), way_table(results), "Accuracy in % by task, means of the draws:", task_table(results)]
+    return "\n\n".join(pieces)
+
+
+def about(results):
+    """The sentence above the tables."""
+    n_draws = len(by_draw(results, FORMATS[-1], "scales_rms"))
+    moved = by_draw(results, "float", "base_rms").mean()
+    base = 100 * by_draw(results, "float", "base_accuracy").mean()
+    unmerged = 100 * by_draw(results, "float", "unmerged_accuracy").mean()
+    sizes = {job.form: f"{job.form} {result.size / 1e6:.0f}" for job, result in results.items() if result.size}
+    return (
+        f"Means of {len(TASKS)} tasks and {n_draws} draws, {N_ITEMS} questions each. In float32 the vectors move the "
+        f"logits by {moved:.2f} rms, and accuracy from {base:.1f} to {unmerged:.1f} %. The layers' matrices take, in "
+        f"MB: {', '.join(sizes[form] for form in FORMATS)}."
+    )
+
+
+def way_table(results):
+    """A line per format and way: means of tasks and draws."""
     lines = []
     for form in FORMATS:
-        unmerged = by_draw(results, form, "unmerged_accuracy")
         for way in WAYS:
-            accuracy = by_draw(results, form, f"{way}_accuracy")
             rms, kl, same, changed = [
-                np.mean(by_draw(results, form, f"{way}_{name}")) for name in ("rms", "kl", "same", "bytes")
+                by_draw(results, form, f"{way}_{name}").mean() for name in ("rms", "kl", "same", "bytes")
             ]
-            less = lab.spread(*lab.student(100 * (np.array(accuracy) - unmerged)), "+.1f")
-            cells = [f"{rms:.3f}", f"{kl:.1e}", f"{100 * same:.1f} %", f"{100 * np.mean(accuracy):.1f}"]
-            lines.append([form, way, *cells, less, f"{100 * changed:.1f} %"])
+            accuracy = by_draw(results, form, f"{way}_accuracy")
+            less = lab.student(100 * (accuracy - by_draw(results, form, "unmerged_accuracy")))
+            cells = [f"{rms:.3f}", f"{kl:.1e}", f"{100 * same:.1f} %", f"{100 * accuracy.mean():.1f}"]
+            lines.append([form, way, *cells, lab.spread(*less, "+.1f"), f"{100 * changed:.1f} %"])
     head = ["format", "way", "rms Δlogit", "KL, nats", "same answer", "accuracy", "less unmerged (t, draws)", "bytes"]
-    pieces = [about(results), lab.markdown(head, lines), "Accuracy in % by task, means of the draws:"]
+    return lab.markdown(head, lines)
 
+
+def task_table(results):
+    """Accuracy by task: a line per format, and way or base."""
     lines = []
     for form in ("float", *FORMATS):
         for way in ("base", "unmerged", *WAYS):
@@ -292,38 +303,51 @@ def tables(folder):
                 cells.append("" if None in values or not values else f"{100 * np.mean(values):.1f}")
             if any(cells):
                 lines.append([form, way, *cells])
-    return "\n\n".join([*pieces, lab.markdown(["format", "way", *TASKS], lines)])
-
-
-def about(results):
-    """The sentence above the tables."""
-    draws = len(by_draw(results, FORMATS[-1], "scales_rms"))
-    base, unmerged = [100 * np.mean(by_draw(results, "float", f"{name}_accuracy")) for name in ("base", "unmerged")]
-    sizes = {job.form: f"{job.form} {result.size / 1e6:.0f}" for job, result in results.items() if result.size}
-    return (
-        f"Means of {len(TASKS)} tasks and {draws} draws, {N_ITEMS} questions each. In float32 the vectors move the "
-        f"logits by {np.mean(by_draw(results, 'float', 'base_rms')):.2f} rms, and accuracy from {base:.1f} to "
-        f"{unmerged:.1f} %. The layers' matrices take, in MB: {', '.join(sizes[form] for form in FORMATS)}."
-    )
+    return lab.markdown(["format", "way", *TASKS], lines)
 
 
 def draw_picture(folder):
     """KL and accuracy by format, a line a way; the unmerged model's accuracy in gray."""
     results, _ = lab.load_runs(folder, Job, Result)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    x = np.arange(len(FORMATS))
     for way, line in zip(WAYS, ("o-", "x--", "s-"), strict=True):
-        left.plot(x, [np.mean(by_draw(results, form, f"{way}_kl")) for form in FORMATS], line, label=way)
-        accuracy = [100 * np.mean(by_draw(results, form, f"{way}_accuracy")) for form in FORMATS]
-        right.plot(x, accuracy, line, label=way)
-    accuracy = [100 * np.mean(by_draw(results, form, "unmerged_accuracy")) for form in FORMATS]
-    right.plot(x, accuracy, color="gray", ls=":", label="unmerged")
+        left.plot(FORMATS, [by_draw(results, form, f"{way}_kl").mean() for form in FORMATS], line, label=way)
+        accuracy = [100 * by_draw(results, form, f"{way}_accuracy").mean() for form in FORMATS]
+        right.plot(FORMATS, accuracy, line, label=way)
+    accuracy = [100 * by_draw(results, form, "unmerged_accuracy").mean() for form in FORMATS]
+    right.plot(FORMATS, accuracy, color="gray", ls=":", label="unmerged")
     left.set(yscale="log", ylabel="KL to the unmerged model (nats)")
     right.set(ylabel="accuracy (%)")
     for ax in (left, right):
-        ax.set_xticks(x, FORMATS)
         ax.legend(fontsize=8)
     save_picture(figure, folder / "quantized.png")
+
+
+# --- the command ---
+
+
+def make_runs(args, out):
+    """Make the runs that out lacks, for as long as --minutes says. Returns whether all are made."""
+    settings = {"gguf": args.gguf, "data": args.data, "folder": str(out), "steps": STEPS, "items": N_ITEMS}
+    tasks = TASKS
+    seeds = SEEDS
+    if args.quick:
+        settings |= {"steps": 2, "items": 4}
+        tasks = TASKS[:1]
+        seeds = SEEDS[:1]
+    files = {"gguf": lab.file_hash(args.gguf)}
+    for task, split in itertools.product(tasks, ("train", "test")):
+        files[f"{task}-{split}"] = lab.file_hash(f"{args.data}/{task}/choices-1/{split}.jsonl")
+    lab.open_folder(out, {"k": K, "lr": RATE, "steps": settings["steps"], "items": settings["items"], "files": files})
+    end = time.time() + 60 * args.minutes
+    for forms in (("float",), FORMATS):  # the vectors first, which the formats share
+        jobs = [Job(task, form, seed) for seed in seeds for form in forms for task in tasks]
+        minutes = (end - time.time()) / 60
+        done = lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers, minutes)
+        if len(done) < len(jobs):
+            print(f"{len(jobs) - len(done)} runs of {', '.join(forms)} are left: the same command continues")
+            return False
+    return True
 
 
 def run(argv):
@@ -338,26 +362,8 @@ def run(argv):
     parser.add_argument("--quick", action="store_true", help="movies, one draw, 2 steps, 4 questions; into OUT/quick")
     args = parser.parse_args(argv)
     out = args.out / "quick" if args.quick else args.out
-    if not args.tables:
-        settings = {"gguf": args.gguf, "data": args.data, "folder": str(out), "steps": STEPS, "items": N_ITEMS}
-        tasks, seeds = TASKS, (0, 1, 2)
-        if args.quick:
-            settings |= {"steps": 2, "items": 4}
-            tasks, seeds = TASKS[:1], (0,)
-        about = {"k": K, "lr": RATE, "steps": settings["steps"], "items": settings["items"]}
-        about["files"] = {"gguf": lab.file_hash(args.gguf)}
-        for task, split in itertools.product(tasks, ("train", "test")):
-            about["files"][f"{task}-{split}"] = lab.file_hash(f"{args.data}/{task}/choices-1/{split}.jsonl")
-        lab.open_folder(out, about)
-        end = time.time() + 60 * args.minutes
-        for forms in (("float",), FORMATS):  # the vectors first, which the formats share
-            jobs = [Job(task, form, seed) for seed in seeds for form in forms for task in tasks]
-            minutes = (end - time.time()) / 60
-            done = lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers, minutes)
-            if len(done) < len(jobs):
-                print(f"{len(jobs) - len(done)} runs of {', '.join(forms)} are left: the same command continues")
-                return 0
-    if args.quick:
+    all_made = args.tables or make_runs(args, out)
+    if args.quick or not all_made:
         return 0
     text = tables(out)
     lab.save_text(text, out / "table.md")

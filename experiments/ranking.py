@@ -17,7 +17,6 @@ interval over seeds is Student's.
 """
 
 import argparse
-import copy
 import csv
 import math
 import sys
@@ -27,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 import common
 import data as datasets
@@ -35,7 +33,6 @@ import disk
 from experiments import lab
 from ia3 import IA3, attach
 from run_folder import write_run_json
-from sample import Cache
 from train import TrainConfig, default_lr, train
 
 LOSSES = ("lm", "ul", "ln")
@@ -189,67 +186,24 @@ def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
     return loss_fn
 
 
-def expand(cache, n):
-    """Return a copy of a Cache with each row n times, so that every text can be continued in n ways.
-
-    The copy is for one task's vectors: it does not multiply task_ids.
-    """
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in copied.layers:
-        layer.k = layer.k.repeat_interleave(n, 0)
-        layer.v = layer.v.repeat_interleave(n, 0)
-    return copied
-
-
 @torch.no_grad()
-def scores(model, split, prefix=()):
-    """β of every choice of every example, (len(split), most choices): rank classification's scores.
+def scores(model, split, log_likelihoods_of=token_log_likelihoods, n_at_once=16):
+    """β of every choice of every example, (len(split), most choices): rank classification's scores (section 3.1).
 
-    prefix: token ids before every example's prompt. They are read once, and each prompt once for all of its choices.
+    -inf where an example has no such choice. log_likelihoods_of: as in make_loss.
     """
-    device = model.lm_head.weight.device
+    by_length = {}  # prompts of one length need no padding
+    for i, (prompt, _, _) in enumerate(split.examples):
+        by_length.setdefault(len(prompt), []).append(i)
     most = max(len(choices) for _, choices, _ in split.examples)
-    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices, _ in split.examples)
-    cache = Cache(model, 1, len(prefix) + longest)
-    if len(prefix) > 0:
-        model.hidden(torch.tensor([list(prefix)], device=device), cache=cache)
-
-    # prompts of one length, with as many choices, need no padding
-    groups = {}
-    for i, (prompt, choices, _) in enumerate(split.examples):
-        groups.setdefault((len(prompt), len(choices)), []).append(i)
-    # at most 16 at once, and fewer behind a long prefix: each has a cache of its own, and so has each choice
-    n_at_once = min(max(16384 // (len(prefix) + longest), 1), 16)
-
-    beta = torch.full((len(split), most), -torch.inf)
-    for (_, n), group in groups.items():
-        for ids in torch.tensor(group).split(n_at_once):
-            found = score_group(model, [split.examples[i] for i in ids.tolist()], cache)
-            beta = beta.to(found.dtype)
-            beta[ids, :n] = found.cpu()
+    beta = torch.full((len(split), most), -torch.inf, dtype=torch.float64)
+    for group in by_length.values():
+        for start in range(0, len(group), n_at_once):
+            ids = group[start : start + n_at_once]
+            *inputs, _ = datasets.to_device(split.windows(ids), model.lm_head.weight.device)
+            found = normalized(*log_likelihoods_of(model, *inputs))  # (len(ids), N)
+            beta[ids, : found.size(1)] = found.cpu().double()
     return beta
-
-
-def score_group(model, examples, cache):
-    """β of examples whose prompts are equally long and have equally many choices: (B, N). cache: the prefix's."""
-    device = model.lm_head.weight.device
-    n = len(examples[0][1])
-    cache = expand(cache, len(examples))
-    prompts = torch.tensor([prompt for prompt, _, _ in examples], device=device)  # (B, T)
-    end = model.hidden(prompts, cache=cache)[:, -1:]  # (B, 1, n_embd), predicts a choice's first token
-    choices = [torch.tensor(choice) for _, choices, _ in examples for choice in choices]
-    y = pad_sequence(choices, batch_first=True, padding_value=-1).to(device)  # (B·N, longest choice)
-    hidden = end.repeat_interleave(n, 0)
-    if y.size(1) > 1:
-        rest = model.hidden(y[:, :-1].clamp(min=0), cache=expand(cache, n))
-        hidden = torch.cat((hidden, rest), 1)  # (B·N, longest choice, n_embd)
-    return normalized(*log_likelihoods(model, hidden, y)).view(-1, n)
-
-
-def accuracy(model, split):
-    """The share of examples whose right choice has the highest β: the paper's rank classification."""
-    return (scores(model.eval(), split).argmax(-1) == split.labels()).double().mean().item()
 
 
 # --- the command ---
@@ -273,8 +227,11 @@ def read(args, names, model):
     return splits
 
 
-def learn(model, splits, args, seed, folder):
-    """Train vectors, from ones or from --ia3. They stay in model, and are saved into folder with how they were made."""
+def learn(model, splits, ranked, args, seed, folder):
+    """Train vectors, from ones or from --ia3, and rank by them; all of it is saved into folder.
+
+    Returns the share of splits[ranked] that is right.
+    """
     attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
     train_split = splits["train"] if args.k is None else draw(splits["train"], args.k, seed)
     config = TrainConfig(
@@ -289,7 +246,11 @@ def learn(model, splits, args, seed, folder):
     train(model, {"train": train_split, "val": splits["val"]}, config, make_loss(args.losses.split(",")))
     how = {"lr": config.lr, "steps": config.steps, "seed": seed, "data_hash": train_split.data_hash()}
     model.ia3.save(folder / "ia3.npz", how)
-    return how
+    share = predict(model, splits[ranked], folder / f"predictions-{ranked}.csv")
+    figures = {"ranked": ranked, "n_items": len(splits[ranked]), "accuracy": share}
+    write_run_json(folder / "run.json", "ranking.py", vars(args) | how, model, how["data_hash"], figures)
+    print(f"seed {seed}: {share:.1%} of {ranked} right", flush=True)
+    return share
 
 
 def predict(model, split, path):
@@ -306,57 +267,60 @@ def predict(model, split, path):
     return (chosen == split.labels()).double().mean().item()
 
 
-def run(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of train.jsonl, val.jsonl, test.jsonl")
-    parser.add_argument("--base", default=lab.BASE, help="a checkpoint (default: data/base.pt)")
-    parser.add_argument("--ia3", metavar="NPZ", help="vectors to start from instead of ones, or to evaluate")
-    parser.add_argument("--evaluate", action="store_true", help="learn nothing: rank by --ia3, or by the base")
-    parser.add_argument("--test", action="store_true", help="rank test.jsonl instead of val.jsonl")
-    parser.add_argument("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")
-    parser.add_argument("--k", type=int, help="learn from so many examples, balanced by label (default: all)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: 0.003, the paper's; 0.1 on a small GPT)")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples per step (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws examples and their order (0)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
-    parser.add_argument("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of train.jsonl, val.jsonl, test.jsonl")
+    add("--base", default=lab.BASE, help="a checkpoint (default: data/base.pt)")
+    add("--ia3", metavar="NPZ", help="vectors to start from instead of ones, or to evaluate")
+    add("--evaluate", action="store_true", help="learn nothing: rank by --ia3, or by the base")
+    add("--test", action="store_true", help="rank test.jsonl instead of val.jsonl")
+    add("--losses", default="lm,ul,ln", help="which are summed (default: %(default)s)")
+    add("--k", type=int, help="learn from so many examples, balanced by label (default: all)")
+    add("--steps", type=int, default=60, help="optimizer steps (default: %(default)s)")
+    add("--lr", type=float, help="peak learning rate (default: 0.003, the paper's; 0.1 on a small GPT)")
+    add("--batch-size", type=int, default=8, help="examples per step (default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], help="each draws examples and their order (0)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: cuda or cpu")
+    add("--out", default="out/ranking", help="folder of the run (default: %(default)s)")
     args = parser.parse_args(argv)
     if not args.out:
         raise ValueError("the name of the output is empty")
     if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > 10:
         raise ValueError("--seeds takes at most ten numbers, each once")
     make_loss(args.losses.split(","))  # refuses other names before anything is read
+    return args
+
+
+def run(argv):
+    args = parse(argv)
     device, _ = common.pick_device(args.device)
+    out = Path(args.out)
     ranked = "test" if args.test else "val"
     table = f"predictions-{ranked}.csv"
-    folders = [Path(args.out)]
-    if len(args.seeds) > 1 and not args.evaluate:
-        folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
-    for folder in folders:
-        for name in [table] if args.evaluate else [table, "ia3.npz", "last.pt"]:
+    folders = {seed: out / f"seed-{seed}" for seed in args.seeds}
+    outputs = [table, "ia3.npz", "last.pt"]
+    if args.evaluate or len(args.seeds) == 1:
+        folders = {args.seeds[0]: out}
+    if args.evaluate:
+        outputs = [table]
+    for folder in folders.values():
+        for name in outputs:
             if (folder / name).exists():
                 raise ValueError(f"{folder} holds a run's {name}: remove it or name another --out")
 
     model = common.load(args.base).to(device)
-    shares = []  # of right answers, one per seed
     if args.evaluate:
-        split = read(args, [ranked], model)[ranked]
+        splits = read(args, [ranked], model)
         if args.ia3 is not None:
             model.ia3 = IA3.load(args.ia3, model)
-        folders[0].mkdir(parents=True, exist_ok=True)
-        shares.append(predict(model, split, folders[0] / table))
+        out.mkdir(parents=True, exist_ok=True)
+        shares = [predict(model, splits[ranked], out / table)]
     else:
         splits = read(args, {"train", "val", ranked}, model)
-        split = splits[ranked]
-        for seed, folder in zip(args.seeds, folders, strict=True):
-            how = learn(model, splits, args, seed, folder)
-            shares.append(predict(model, split, folder / table))
-            figures = {"ranked": ranked, "n_items": len(split), "accuracy": shares[-1]}
-            write_run_json(folder / "run.json", "ranking.py", vars(args) | how, model, how["data_hash"], figures)
-            print(f"seed {seed}: {shares[-1]:.1%} of {ranked} right", flush=True)
+        shares = [learn(model, splits, ranked, args, seed, folder) for seed, folder in folders.items()]
 
-    n = len(split)
+    n = len(splits[ranked])
     share = sum(shares) / len(shares)
     low, high = wilson(share, n)
     print(f"{ranked} accuracy: {share:.1%}, 95 % over {n} items {low:.1%} to {high:.1%}")

@@ -6,7 +6,7 @@ Movies (negative or positive?), the same with the answers exchanged, and source 
 one set of vectors could do the first two. 32 labelled examples each are learned jointly, 8 a step whatever task they
 are of (section 3.3: mixed-task batches). Then, on sentences of val:
 
-- mixed: rows of three tasks in a batch, against each task's vectors for all rows of the same batch, in float32;
+- mixed: rows of several tasks in a batch, against each task's vectors for all rows of the same batch, in float32;
 - merged: the vectors folded in, against the vectors beside the weights, in float32 and in bfloat16.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 import common
 from experiments import lab
-from experiments.shots import SharedPrompts, ask, draw, read_task, scores, train_on
+from experiments.shots import SharedPrompts, ask, draw, read_task, shared_scores, train_on
 from ia3 import IA3, attach, stack, unstack
 from merge import merge
 
@@ -26,63 +26,63 @@ TASKS = ("movies", "movies-flipped", "source")
 RATE = 3e-3
 
 
-class MixedPrompts(SharedPrompts):
-    """Examples of several tasks: windows tells each row's task, too. examples: [(prompt, choices, label, task id)]."""
-
-    def __init__(self, examples):
-        super().__init__([example[:3] for example in examples])
-        self.task_ids = torch.tensor([example[3] for example in examples])
-
-    def windows(self, ids):
-        *inputs, labels = super().windows(ids)
-        return *inputs, self.task_ids[ids], labels
-
-
-def mixed(tokenizer, folder, split, k, templates):
-    """The first k examples of each task, drawn, as MixedPrompts whose tasks take turns."""
+def questions(tokenizer, folder, split, k, templates):
+    """The first k examples of each task, drawn, as SharedPrompts whose tasks take turns."""
     drawn = [draw(read_task(folder, task, split), k, 0) for task in TASKS]
     examples = []
-    for rows in zip(*drawn, strict=True):
-        for t in templates:
-            examples += [(*ask(tokenizer, "plain", row, t), task_id) for task_id, row in enumerate(rows)]
-    return MixedPrompts(examples)
+    for rows in zip(*drawn, strict=True):  # one of each task
+        for template in templates:
+            examples += [ask(tokenizer, "plain", row, template) for row in rows]
+    return SharedPrompts(examples, task_ids=torch.arange(len(examples)) % len(TASKS))
 
 
 def learn(model, folder, k, steps):
-    """Train a set of vectors a task, jointly. Returns the sets."""
+    """Train a set of vectors per task, jointly. Returns the sets."""
     vectors = stack([IA3(model.config) for _ in TASKS])
-    split = mixed(model.tokenizer, folder, "train", k, (0, 1, 2))
     attach(model, vectors)
-    train_on(model, split, RATE, steps)
+    train_on(model, questions(model.tokenizer, folder, "train", k, (0, 1, 2)), RATE, steps)
     return unstack(vectors)
+
+
+def n_same_merged(model, examples):
+    """In how many examples the model answers as before when its vectors are folded in."""
+    split = SharedPrompts(examples)
+    before = shared_scores(model, split).argmax(-1)
+    after = shared_scores(merge(model), split).argmax(-1)
+    return (before == after).sum().item()
 
 
 def serve(args):
     """Learn, serve, fold. Returns the table's rows; the vectors are saved into args.out."""
     narrow = common.load(args.base, torch.bfloat16)
-    split = mixed(narrow.tokenizer, args.data, "val", args.items, (0,))
-    labels = split.labels()
+    mixed = questions(narrow.tokenizer, args.data, "val", args.items, (0,))
+    alone = SharedPrompts(mixed.examples)  # the same batches, without task_ids
+    labels = mixed.labels()
     tasks = learn(narrow, args.data, args.k, args.steps)
+
     wide = common.load(args.base)
-    zero = scores(wide, split).argmax(-1)
+    zero_shot = shared_scores(wide, alone)
     wide.ia3 = stack(tasks)
-    together = scores(wide, split, split.task_ids)
+    together = shared_scores(wide, mixed)
     rows = []
     for task_id, (name, vectors) in enumerate(zip(TASKS, tasks, strict=True)):
-        own = split.task_ids == task_id
-        vectors.save(args.out / f"{name}.npz")
-        wide.ia3 = IA3.load(args.out / f"{name}.npz", wide)
-        alone = scores(wide, split)[own]
-        same = {"mixed": (together[own] == alone).all(-1)}  # bit for bit
-        narrow.ia3 = IA3.load(args.out / f"{name}.npz", narrow)
-        part = SharedPrompts([split.examples[i] for i in own.nonzero().flatten()])
-        for words, model in (("merged", wide), ("merged in bfloat16", narrow)):
-            answers, folded = [scores(m, part).argmax(-1) for m in (model, merge(model))]
-            same[words] = answers == folded
-        row = {"task": name, "sentences": len(alone)}
-        row["zero-shot"] = (zero[own] == labels[own]).double().mean().item()
-        row["its vectors"] = (alone.argmax(-1) == labels[own]).double().mean().item()
-        rows.append(row | {words: found.sum().item() for words, found in same.items()})
+        path = args.out / f"{name}.npz"
+        vectors.save(path)
+        wide.ia3 = IA3.load(path, wide)
+        narrow.ia3 = IA3.load(path, narrow)
+        own = mixed.task_ids == task_id
+        examples = [mixed.examples[i] for i in own.nonzero().flatten()]
+        found = shared_scores(wide, alone)
+        row = {
+            "task": name,
+            "sentences": len(examples),
+            "zero-shot": (zero_shot.argmax(-1) == labels)[own].double().mean().item(),
+            "its vectors": (found.argmax(-1) == labels)[own].double().mean().item(),
+            "mixed": (together == found)[own].all(-1).sum().item(),  # bit for bit
+            "merged": n_same_merged(wide, examples),
+            "merged in bfloat16": n_same_merged(narrow, examples),
+        }
+        rows.append(row)
     return rows
 
 

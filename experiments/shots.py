@@ -3,6 +3,7 @@
 fewshot.py holds the protocol and says what each of these is for.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -174,17 +175,26 @@ def context(tokenizer, form, examples, template):
     return ids
 
 
-# --- batches of prompts of different lengths, each read once for all of its choices, in training too ---
+# --- choices to score and to learn from: each prompt is read once for all of its choices ---
 
 
 class SharedPrompts(ranking.Choices):
-    """Choices for a Llama. Prompts are padded on the left, so that they end together; padding is not attended to.
+    """The same examples in other batches: for a Llama, and with each prompt once.
 
-    Padding shifts a text's positions, which changes nothing with rotary embeddings: only distances count.
+    Prompts are padded on the left, so that they end together, and padding is not attended to. It shifts a text's
+    positions, which changes nothing with rotary embeddings: only distances count. task_ids (len(self),) long: each
+    example's task, for vectors that are stacked.
     """
 
+    def __init__(self, examples, task_ids=None):
+        super().__init__(examples)
+        self.task_ids = task_ids
+
     def windows(self, ids):
-        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, padding (B,), labels (B,), all long."""
+        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, padding (B,), labels (B,), all long.
+
+        With task_ids, theirs, (B,), stand before the labels.
+        """
         rows = [self.examples[i] for i in ids]
         lengths = [len(prompt) for prompt, _, _ in rows]
         padding = [max(lengths) - length for length in lengths]
@@ -196,14 +206,19 @@ class SharedPrompts(ranking.Choices):
             x[row, padding[row] :] = torch.tensor(prompt)
             for i, choice in enumerate(choices):
                 y[row, i, : len(choice)] = torch.tensor(choice)
-        return x, y, torch.tensor(padding), torch.tensor([label for _, _, label in rows])
+        inputs = [x, y, torch.tensor(padding)]
+        if self.task_ids is not None:
+            inputs.append(self.task_ids[ids])
+        return *inputs, torch.tensor([label for _, _, label in rows])
 
 
 class PromptCache:
-    """A cache for Llama.hidden: read the prompts first, then their choices. Unlike sample.Cache it lets gradients
-    through, and each prompt serves all of its choices.
+    """A cache for Llama.hidden in which a text can go on in several ways: a prefix in prompts, a prompt in its choices.
 
-    padding: (B,), how many tokens stand before each prompt that are not its own.
+    Each read has as many rows as the one before, or n times as many: then each row goes on in n rows, which stand
+    together. Unlike sample.Cache it lets gradients through.
+
+    padding: (B,) long, of the first read: how many tokens at the start of each row are not its own.
     """
 
     def __init__(self, model, padding):
@@ -219,39 +234,34 @@ class PromptLayer:
     """One layer's part of a PromptCache."""
 
     def __init__(self, padding):
-        self.padding = padding  # (B,)
-        self.length = 0  # tokens of the prompts, once they are read
+        self.padding = padding
+        self.length = 0  # tokens read so far, the padding among them
 
     def append(self, k, v):
-        """As sample.LayerCache.append: return all k and v, and which of them each new token sees.
-
-        k, v: first the prompts', (B, n_kv_head, P, d_head), then the choices', (B·N, n_kv_head, T, d_head).
-        """
-        T = k.size(2)
-        causal = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
-        if self.length == 0:
-            self.length = T
-            self.k = k
-            self.v = v
-            real = torch.arange(T, device=k.device) >= self.padding.unsqueeze(1)  # (B, P)
-            self.real = real[:, None, None]  # (B, 1, 1, P)
-            itself = torch.eye(T, dtype=torch.bool, device=k.device)  # padding sees itself: a softmax needs something
-            return k, v, causal & self.real | itself
-        n = k.size(0) // self.k.size(0)  # choices per prompt
-        prompt = self.real.repeat_interleave(n, 0).expand(-1, -1, T, -1)  # (B·N, 1, T, P)
-        seen = torch.cat((prompt, causal.expand(len(prompt), 1, T, T)), -1)  # (B·N, 1, T, P + T)
-        k = torch.cat((self.k.repeat_interleave(n, 0), k), 2)
-        v = torch.cat((self.v.repeat_interleave(n, 0), v), 2)
-        return k, v, seen
+        """As sample.LayerCache.append. k, v: the new tokens', (rows, n_kv_head, T, d_head)."""
+        rows, _, T, _ = k.shape
+        if self.length > 0:
+            n = rows // len(self.k)
+            k = torch.cat((self.k.repeat_interleave(n, 0), k), 2)
+            v = torch.cat((self.v.repeat_interleave(n, 0), v), 2)
+        self.k = k
+        self.v = v
+        self.length = k.size(2)
+        padding = self.padding.repeat_interleave(rows // len(self.padding)).view(-1, 1, 1, 1)
+        place = torch.arange(self.length, device=k.device)
+        new = place[-T:].unsqueeze(1)  # (T, 1)
+        seen = (place <= new) & (place >= padding)  # (rows, 1, T, length)
+        return k, v, seen | (place == new)  # padding sees itself: a softmax needs something
 
 
-def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None):
+def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None, prefix=None):
     """ranking.token_log_likelihoods for SharedPrompts' windows: (B, N, L) nats, and where there is a token.
 
-    task_ids (B,) long: each prompt's task, where the model's vectors are stacked.
+    task_ids (B,) long: each prompt's task, where the model's vectors are stacked. prefix: a PromptCache that has read
+    what stands before the prompts, which are then of equal length.
     """
     n = choices.size(1)
-    cache = PromptCache(model, padding)
+    cache = PromptCache(model, padding) if prefix is None else copy.deepcopy(prefix)
     end = model.hidden(prompts, task_ids, cache)[:, -1:]  # (B, 1, n_embd), predicts a choice's first token
     hidden = end.repeat_interleave(n, 0)
     y = choices.flatten(0, 1)  # (B·N, L)
@@ -264,38 +274,31 @@ def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None):
     return log_p.view_as(choices), there.view_as(choices)
 
 
-# --- scores ---
-
-
 @torch.no_grad()
-def scores(model, split, task_ids=None):
-    """ranking.scores for SharedPrompts, without a prefix: (len(split), most choices). task_ids: (len(split),) long."""
-    by_length = sorted(range(len(split)), key=lambda i: len(split.examples[i][0]))  # little padding
-    n = max(len(choices) for _, choices, _ in split.examples)
-    beta = torch.full((len(split), n), -torch.inf)
-    for i in range(0, len(split), 32):
-        ids = by_length[i : i + 32]
-        prompts, choices, padding = datasets.to_device(split.windows(ids)[:3], model.lm_head.weight.device)
-        tasks = None if task_ids is None else task_ids[ids]
-        found = ranking.normalized(*choice_log_likelihoods(model, prompts, choices, padding, tasks))
-        beta = beta.to(found.dtype)
-        beta[ids, : found.size(1)] = found.cpu()
-    return beta
+def shared_scores(model, split, prefix=()):
+    """ranking.scores of SharedPrompts behind the token ids of prefix, a list, which is read once."""
+    cache = None
+    if len(prefix) > 0:
+        device = model.lm_head.weight.device
+        cache = PromptCache(model, torch.zeros(1, dtype=torch.long, device=device))
+        model.hidden(torch.tensor([prefix], device=device), cache=cache)
+    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices, _ in split.examples)
+    # fewer at once behind a long prefix: each choice gets a copy of its keys and values
+    n_at_once = min(max(16384 // (len(prefix) + longest), 1), 16)
+    return ranking.scores(model, split, partial(choice_log_likelihoods, prefix=cache), n_at_once)
 
 
-def score_in(model, sentences, template, form="plain", shots=(), soft=()):
+def score_template(model, sentences, template, form="plain", shots=(), soft=()):
     """β of every choice in one template, (sentences, N). Before each question stand the ids soft and the examples."""
-    split = [ask(model.tokenizer, form, sentence, template) for sentence in sentences]
+    split = SharedPrompts([ask(model.tokenizer, form, sentence, template) for sentence in sentences])
     prefix = [*soft, *context(model.tokenizer, form, shots, template)]
-    if prefix:
-        return ranking.scores(model, ranking.Choices(split), prefix)
-    return scores(model, SharedPrompts(split))
+    return shared_scores(model, split, prefix)
 
 
-def score(model, sentences, form="plain", shots=(), soft=()):
-    """score_in for every template: (templates, sentences, N) float64."""
-    found = [score_in(model, sentences, t, form, shots, soft) for t in range(N_TEMPLATES)]
-    return torch.stack(found).double().numpy()
+def score_templates(model, sentences, form="plain", shots=(), soft=()):
+    """score_template for every template: (templates, sentences, N) float64."""
+    found = [score_template(model, sentences, t, form, shots, soft) for t in range(N_TEMPLATES)]
+    return torch.stack(found).numpy()
 
 
 def calibrated(beta, free):
@@ -344,41 +347,41 @@ def fit(x, labels, offset):
 
 
 def fit_biases(beta, labels, new_beta):
-    """Answers to new questions, (templates, questions), from zero-shot scores and one bias per label.
+    """Answers to new questions, (questions,), from zero-shot scores and one bias per label.
 
-    beta (templates, k, N) and labels (k,): of the examples; new_beta (templates, questions, N).
+    beta (k, N) and labels (k,): of the examples; new_beta (questions, N).
     """
-    answers = []
-    for own, new in zip(beta, new_beta, strict=True):
-        _, b = fit(torch.zeros(len(own), 0, dtype=torch.float64), labels, own)
-        answers.append((new + b).argmax(-1))
-    return torch.stack(answers).numpy()
+    _, b = fit(torch.zeros(len(beta), 0, dtype=torch.float64), labels, beta)
+    return (new_beta + b).argmax(-1)
 
 
 def fit_probe(ends, labels, new_ends, n_labels):
-    """Answers to new questions, (templates, questions), from logistic regression on standardized prompt_ends."""
-    answers = []
-    for own, new in zip(ends, new_ends, strict=True):
-        mean = own.mean(0)
-        deviation = own.std(0) + 1e-6
-        w, b = fit((own - mean) / deviation, labels, torch.zeros(len(own), n_labels, dtype=torch.float64))
-        answers.append(((new - mean) / deviation @ w.T + b).argmax(-1))
-    return torch.stack(answers).numpy()
+    """Answers to new questions, (questions,), from logistic regression on standardized prompt_ends."""
+    mean = ends.mean(0)
+    deviation = ends.std(0) + 1e-6
+    w, b = fit((ends - mean) / deviation, labels, torch.zeros(len(ends), n_labels, dtype=torch.float64))
+    return ((new_ends - mean) / deviation @ w.T + b).argmax(-1)
 
 
-def floors(model, train_sentences, sentences, beta, settings):
+def floors(model, sentences, beta, settings, task):
     """Both floors' answers for every K and draw: {'biases-K-seed' and 'probe-K-seed': (templates, sentences)}."""
     arrays = {}
+    train_sentences = read_task(settings.data, task, "train")
     new_beta = torch.from_numpy(beta)
     new_ends = prompt_ends(model, sentences)
     for seed in settings.seeds:
         drawn = draw(train_sentences, max(settings.ks), seed)
         labels = torch.tensor([sentence.label for sentence in drawn])
-        own_beta = torch.from_numpy(score(model, drawn))
+        own_beta = torch.from_numpy(score_templates(model, drawn))
         own_ends = prompt_ends(model, drawn)
         for k in settings.ks:  # the smaller draws begin the larger ones
-            arrays[f"biases-{k}-{seed}"] = fit_biases(own_beta[:, :k], labels[:k], new_beta)
-            arrays[f"probe-{k}-{seed}"] = fit_probe(own_ends[:, :k], labels[:k], new_ends, beta.shape[-1])
+            biases = []
+            probe = []
+            for t in range(N_TEMPLATES):
+                biases.append(fit_biases(own_beta[t, :k], labels[:k], new_beta[t]))
+                probe.append(fit_probe(own_ends[t, :k], labels[:k], new_ends[t], beta.shape[-1]))
+            arrays[f"biases-{k}-{seed}"] = torch.stack(biases).numpy()
+            arrays[f"probe-{k}-{seed}"] = torch.stack(probe).numpy()
     return arrays
 
 
@@ -416,16 +419,6 @@ def train_on(model, split, lr, steps, seed=0, losses=ranking.LOSSES, dtype="floa
         train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
 
 
-def learn(model, sentences, run, losses=ranking.LOSSES, soft=(), dtype="float32"):
-    """train_on the sentences in all templates. Returns whether that diverged."""
-    split = pairs_to_learn(model.tokenizer, sentences, soft)
-    try:
-        train_on(model, split, run.lr, run.steps, run.seed, losses, dtype)
-    except FloatingPointError:
-        return True
-    return False
-
-
 # --- a run ---
 
 
@@ -438,6 +431,59 @@ def other_sets(settings, task):
     return sentences
 
 
+def examples_in_context(settings, run):
+    """The k examples before every question, in the run's order; none for a run that has none there."""
+    if run.method == "icl":
+        pool = read_task(settings.data, run.task, "train")
+    elif run.method == "icl-other":
+        pool = other_sets(settings, run.task)
+    else:
+        return []
+    drawn = draw(pool, run.k, run.seed)
+    order = np.random.default_rng((run.seed, run.order)).permutation(run.k)
+    return [drawn[i] for i in order]
+
+
+def soft_prompt(model, run):
+    """The ids before every question that stand for a learned prompt; no other method has any."""
+    n_words = model.config.vocab_size
+    return list(range(n_words, n_words + N_PROMPT)) if run.method == "prompt" else []
+
+
+def learned_model(settings, run):
+    """The base after it has learned what the run says, if anything; and whether its training diverged."""
+    dtype = getattr(torch, settings.dtype)
+    full = run.method == "full"
+    # steps of 1e-5 would vanish in bfloat16 weights
+    model = common.load(settings.base, torch.float32 if full else dtype).to(settings.device)
+    if run.steps == 0:
+        return model, False
+
+    if run.method in RIVALS:
+        add, _ = RIVALS[run.method]
+        rivals.attach(model, add)
+        model.to(settings.device)
+    else:
+        attach(model)
+
+    lessons = []  # one after the other
+    if run.method == "transfer":
+        lessons.append(draw(other_sets(settings, run.task), settings.n_source, run.seed))
+    if run.k > 0:
+        lessons.append(draw(read_task(settings.data, run.task, "train"), run.k, run.seed))
+    diverged = False
+    for sentences in lessons:
+        split = pairs_to_learn(model.tokenizer, sentences, soft_prompt(model, run))
+        losses = LOSSES.get(run.method, ranking.LOSSES)
+        try:
+            train_on(model, split, run.lr, run.steps, run.seed, losses, settings.dtype)
+        except FloatingPointError:
+            diverged = True
+    if full:
+        model.to(dtype)
+    return model.eval(), diverged
+
+
 def measure(settings, run):
     """Make one Run: learn from examples or put them into the context, then score a split.
 
@@ -446,46 +492,16 @@ def measure(settings, run):
     """
     started = time.time()
     torch.manual_seed(run.seed)  # initial values, where they are random
-    dtype = getattr(torch, settings.dtype)
-    full = run.method == "full"
-    # steps of 1e-5 would vanish in bfloat16 weights
-    model = common.load(settings.base, torch.float32 if full else dtype).to(settings.device)
-    train_sentences = read_task(settings.data, run.task, "train")
+    model, diverged = learned_model(settings, run)
+    shots = examples_in_context(settings, run)
     sentences = read_task(settings.data, run.task, run.split)[: settings.items]
-
-    diverged = False
-    shots = []  # the examples in context
-    soft = []  # the ids of a soft prompt's learned tokens
-    if run.method in ("icl", "icl-other"):
-        pool = train_sentences if run.method == "icl" else other_sets(settings, run.task)
-        drawn = draw(pool, run.k, run.seed)
-        shots = [drawn[i] for i in np.random.default_rng((run.seed, run.order)).permutation(run.k)]
-    elif run.method == "transfer":
-        attach(model)
-        diverged = learn(model, draw(other_sets(settings, run.task), settings.n_source, run.seed), run)
-        if run.k:
-            diverged |= learn(model, draw(train_sentences, run.k, run.seed), run)
-    elif run.method in LOSSES:
-        attach(model)
-        diverged = learn(model, draw(train_sentences, run.k, run.seed), run, LOSSES[run.method])
-    elif run.method in RIVALS:
-        add, _ = RIVALS[run.method]
-        rivals.attach(model, add)
-        model.to(settings.device)
-        if run.method == "prompt":
-            soft = range(model.config.vocab_size, model.config.vocab_size + N_PROMPT)
-        diverged = learn(model, draw(train_sentences, run.k, run.seed), run, soft=soft, dtype=settings.dtype)
-    model.eval()
-    if full:
-        model.to(dtype)
-
-    beta = score(model, sentences, run.form, shots, soft)
+    beta = score_templates(model, sentences, run.form, shots, soft_prompt(model, run))
     beta = np.where(np.isnan(beta), -np.inf, beta)
     arrays = {"beta": beta, "labels": np.array([sentence.label for sentence in sentences])}
-    if run.method in ("zero", "icl", "icl-other"):
-        arrays["free"] = score(model, content_free(run.task), run.form, shots)
+    if run.steps == 0:
+        arrays["free"] = score_templates(model, content_free(run.task), run.form, shots)
     if run.method == "zero" and run.form == "plain":
-        arrays |= floors(model, train_sentences, sentences, beta, settings)
+        arrays |= floors(model, sentences, beta, settings, run.task)
     return Result(accuracy_of([right(arrays)]), int(diverged), time.time() - started), arrays
 
 

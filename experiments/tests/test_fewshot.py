@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from data import prepare
 from experiments import fewshot, fewshot_demo, fewshot_tables, lab, ranking, serving, shots
 from experiments.fewshot_tables import Row
 from ia3 import IA3
-from sample import Cache
 
 SERVED = dict.fromkeys(("task", "sentences"), str) | dict.fromkeys(("zero-shot", "its vectors"), float)
 SERVED |= dict.fromkeys(("mixed", "merged", "merged in bfloat16"), int)  # serving's columns
@@ -42,47 +40,21 @@ def write_sets(folder, n_train=24):
 
 
 @pytest.fixture
+def flags(tmp_path):
+    """What names a tiny base, made sentences and the folder for what comes out."""
+    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
+    write_sets(tmp_path / "data", n_train=40)
+    return [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out"]
+
+
+@pytest.fixture
 def llama():
     return make_llama(block_size=4096).double()
 
 
-def scores_without_cache(model, examples, prefix):
-    split = ranking.Choices([([*prefix, *prompt], choices, label) for prompt, choices, label in examples])
-    x, y, _ = split.windows(range(len(examples)))
-    return ranking.normalized(*ranking.token_log_likelihoods(model, x, y))
-
-
-@pytest.mark.parametrize("make", [make_gpt, make_llama])
-@pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6, 5]])
-def test_scores_through_the_cache_are_those_without(make, prefix):
-    """float64, so that only the order of sums differs. Lengths are mixed, so batches are cut; two choices and three."""
-    model = make(block_size=64).double()
-    make_ia3(model)
-    dice = np.random.default_rng(0)
-    examples = []
-    for i in range(40):
-        choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
-        examples.append((dice.integers(1, 257, 1 + i % 2).tolist(), choices, 0))
-    found = ranking.scores(model, ranking.Choices(examples), prefix)
-    torch.testing.assert_close(found, scores_without_cache(model, examples, prefix), rtol=1e-11, atol=1e-11)
-
-
-@torch.no_grad()
-def test_what_is_read_into_a_copy_of_a_cache_does_not_reach_the_cache(llama):
-    idx = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    cache = Cache(llama, 2, 8)
-    llama.hidden(idx, cache=cache)
-    copied = ranking.expand(cache, 2)
-    more = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
-    found = llama.hidden(more, cache=copied)
-    whole = llama.hidden(torch.cat((idx.repeat_interleave(2, 0), more), 1))[:, 3:]
-    torch.testing.assert_close(found, whole, rtol=1e-11, atol=1e-11)
-    assert (cache.layers[0].length, copied.layers[0].length) == (3, 5)
-    torch.testing.assert_close(llama.hidden(more[:2], cache=cache), llama.hidden(torch.cat((idx, more[:2]), 1))[:, 3:])
-
-
-def mixed_examples(dice):
+def mixed_examples(seed):
     """40 examples of prompts of 1 to 9 tokens, two choices or three, of 1 to 4 tokens."""
+    dice = np.random.default_rng(seed)
     examples = []
     for i in range(40):
         choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
@@ -90,23 +62,25 @@ def mixed_examples(dice):
     return examples
 
 
-def test_prompts_side_by_side_are_scored_as_if_alone(llama):
-    """float64; padding that was seen, or a position counted from it, would be another score."""
+@pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6, 5]])
+def test_a_prompt_read_once_behind_a_prefix_is_scored_as_if_each_choice_were_read_alone(llama, prefix):
+    """float64, so that only the order of sums differs. Several batches go on from the same prefix."""
     make_ia3(llama)
-    examples = mixed_examples(np.random.default_rng(0))
-    found = shots.scores(llama, shots.SharedPrompts(examples))
-    torch.testing.assert_close(found, scores_without_cache(llama, examples, []), rtol=1e-11, atol=1e-11)
+    examples = mixed_examples(0)
+    found = shots.shared_scores(llama, shots.SharedPrompts(examples), prefix)
+    whole = [([*prefix, *prompt], choices, label) for prompt, choices, label in examples]
+    torch.testing.assert_close(found, ranking.scores(llama, ranking.Choices(whole)), rtol=1e-11, atol=1e-11)
 
 
-def test_a_prompt_read_once_for_its_choices_gives_the_same_loss_and_gradients(llama):
-    """The gradient of a key in the prompt is the sum over the choices that look at it."""
+def test_padded_prompts_read_once_give_the_same_loss_and_gradients(llama):
+    """The gradient of a key in the prompt is the sum over the choices that look at it; none comes from padding."""
     vectors = make_ia3(llama).double()  # float32 gradients would be rounded
-    examples = mixed_examples(np.random.default_rng(1))
     found = []
     ways = ((ranking.Choices, ranking.token_log_likelihoods), (shots.SharedPrompts, shots.choice_log_likelihoods))
     for split, log_likelihoods_of in ways:
         vectors.zero_grad()
-        loss = ranking.make_loss(log_likelihoods_of=log_likelihoods_of)(llama, *split(examples).windows(range(17)))
+        batch = split(mixed_examples(1)).windows(range(17))
+        loss = ranking.make_loss(log_likelihoods_of=log_likelihoods_of)(llama, *batch)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in vectors.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
@@ -165,11 +139,10 @@ def test_where_there_is_no_such_choice_nothing_is_calibrated():
     assert found[0, 0].argmax() in (0, 1) and np.isneginf(found[0, 0, 2]) and not np.isnan(found).any()
 
 
-def test_a_score_that_is_no_number_is_the_lowest(tmp_path, monkeypatch):
-    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
-    settings = shots.Settings(f"{tmp_path}/base.pt", str(write_sets(tmp_path / "data")), dtype="float32", items=1)
+def test_a_score_that_is_no_number_is_the_lowest(tmp_path, flags, monkeypatch):
+    settings = shots.Settings(f"{tmp_path}/base.pt", f"{tmp_path}/data", dtype="float32", items=1)
     scored = np.array([[[np.nan, -np.inf, -2.0]]] * 3)
-    monkeypatch.setattr(shots, "score", lambda *_: scored)
+    monkeypatch.setattr(shots, "score_templates", lambda *_: scored)
     _, arrays = shots.measure(settings, shots.Run("test", "movies", "zero", "chat"))
     assert arrays["beta"].tolist() == [[[-np.inf, -np.inf, -2.0]]] * 3
 
@@ -219,11 +192,6 @@ def test_the_difference_is_of_medians_over_templates_within_each_draw():
     assert [low, high] == pytest.approx(np.quantile(values, (0.025, 0.975)), abs=0.1 * (high - low))
 
 
-def test_a_difference_of_equals_is_nothing():
-    same = np.random.default_rng(0).random((2, 3, 20)) < 0.7
-    assert lab.accuracy_difference(same, same) == (0, 0, 0, 0, 0)
-
-
 @pytest.mark.parametrize("degrees", lab.T_975)
 def test_students_points_leave_a_fortieth_above(degrees):
     """The density, integrated from 0 by the trapezoid rule: 0.475 lie between 0 and the point."""
@@ -235,11 +203,6 @@ def test_students_points_leave_a_fortieth_above(degrees):
 # --- rivals ---
 
 
-def to_learn(rate):
-    """A Run of three steps."""
-    return shots.Run("val", "movies", "ia3", k=4, lr=rate, steps=3)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in shots.RIVALS]
@@ -249,7 +212,7 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
     """A soft prompt is text before the question, so it starts from the base behind some tokens."""
     model = make_llama(block_size=512).to(dtype)
     rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:4]
-    before = shots.score(model, rows)
+    before = shots.score_templates(model, rows)
     soft = range(257, 257 + shots.N_PROMPT) if name == "prompt" else ()
     model.requires_grad_(False)
     trained = shots.RIVALS[name][0](model)
@@ -259,10 +222,10 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
     if name == "prompt":
         prompt, embedding = model.model.embed_tokens.prompt, model.model.embed_tokens.embedding.weight
         ids = [(embedding == row).all(1).nonzero()[0].item() for row in prompt]
-        before = shots.score(make_llama(block_size=512).to(dtype), rows, soft=ids)
-    np.testing.assert_array_equal(shots.score(model, rows, soft=soft), before)
-    shots.learn(model, rows, to_learn(1e-2), soft=soft)
-    assert np.abs(shots.score(model.eval(), rows, soft=soft) - before).max() > 1e-4
+        before = shots.score_templates(make_llama(block_size=512).to(dtype), rows, soft=ids)
+    np.testing.assert_array_equal(shots.score_templates(model, rows, soft=soft), before)
+    shots.train_on(model, shots.pairs_to_learn(model.tokenizer, rows, soft), lr=1e-2, steps=3)
+    assert np.abs(shots.score_templates(model.eval(), rows, soft=soft) - before).max() > 1e-4
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
 
 
@@ -271,7 +234,7 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
 
 def test_the_list_of_runs_has_none_twice_and_products_test_in_none():
     settings = shots.Settings()
-    chosen = fewshot.Choice("chat", "free", {"ia3": 1e-2} | dict.fromkeys(shots.RIVALS, 1e-3))
+    chosen = fewshot.Chosen("chat", "free", {"ia3": 1e-2} | dict.fromkeys(shots.RIVALS, 1e-3))
     to_choose = fewshot.runs_of_formats(settings) + fewshot.runs_of_rates(settings)
     to_report = fewshot.runs_to_report(settings, chosen)
     assert {(run.split, run.task) for run in to_choose} == {("val", "products")}
@@ -282,17 +245,19 @@ def test_the_list_of_runs_has_none_twice_and_products_test_in_none():
         assert shots.Run("test", task, "icl", "chat", 32, seed=seed) in to_report
 
 
-def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch):
+def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, flags, monkeypatch):
     monkeypatch.setattr(lab, "ProcessPoolExecutor", Here)
-    model = make_llama(block_size=4096)
-    common.save(model, tmp_path / "base.pt")
-    data = write_sets(tmp_path / "data")
+    data = tmp_path / "data"
     out = tmp_path / "out"
-    argv = [f"--base={tmp_path}/base.pt", f"--data={data}", f"--out={out}", "--quick", "--dtype=float32"]
 
-    def stage(*flags):
-        status = fewshot.main([*argv, "--stage", *flags])
+    def stage(*more):
+        status = fewshot.main([*flags, "--quick", "--dtype=float32", "--stage", *more])
         return status, *capsys.readouterr()
+
+    def choose():
+        found, _ = fewshot.read_runs(out / "quick")
+        quick = shots.Settings(seeds=(0,), ks=(2, 4, 6), k=4, steps=2)
+        return fewshot.choose(fewshot.tried_on_products(found, quick))
 
     for split in ("test", "val"):  # what no stage before runs may open
         for path in data.glob(f"*/choices-*/{split}.jsonl"):
@@ -300,8 +265,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch)
                 path.rename(f"{path}.hidden")
     assert stage("runs")[0] == 2  # nothing is chosen yet
     assert stage("formats")[0] == 0
-    quick = shots.Settings(seeds=(0,), ks=(2, 4, 6), k=4, steps=2)
-    assert fewshot.choose(fewshot.read_runs(out / "quick")[0], quick).rates == {}
+    assert choose().rates == {}
     status, text, _ = stage("rates", "--minutes", "0")
     assert status == 0 and "runs of" in text
     first, _ = lab.load_runs(out / "quick", shots.Run, shots.Result)
@@ -312,8 +276,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch)
     about = json.loads((out / "quick/run.json").read_text())
     assert about["arguments"]["stage"] == "rates" and about["data_hash"].keys() == {"products"}
     assert about["figures"].items() <= {lab.run_name(job): vars(result) for job, result in results.items()}.items()
-    chosen = fewshot.choose(fewshot.read_runs(out / "quick")[0], quick)
-    assert chosen.rates.keys() == {"ia3", *shots.RIVALS}
+    assert choose().rates.keys() == {"ia3", *shots.RIVALS}
     status, text, _ = stage("report")
     assert status == 0 and "| movies | not all draws are run |" in text
     for path in data.glob("*/choices-*/*.hidden"):
@@ -338,32 +301,26 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, monkeypatch)
     zero = next(job for job in results if (job.method, job.split, job.form) == ("zero", "test", "plain"))
     rows = [json.loads(line) for line in (data / "movies/choices-3/test.jsonl").read_text().splitlines()[:8]]
     examples = [([*row["prompt"].encode()], [[*c.encode()] for c in row["choices"]], 0) for row in rows]
-    found = scores_without_cache(model, examples, [])
-    np.testing.assert_allclose(arrays[zero]["beta"][2], found.detach(), rtol=1e-4)
+    found = ranking.scores(common.load(tmp_path / "base.pt"), ranking.Choices(examples))
+    np.testing.assert_allclose(arrays[zero]["beta"][2], found, rtol=1e-4)
     assert {"biases-4-0", "probe-6-0"} <= arrays[zero].keys()
 
 
-def test_runs_on_other_sentences_are_another_folders(tmp_path, capsys, monkeypatch):
+def test_runs_on_other_sentences_are_another_folders(tmp_path, capsys, flags, monkeypatch):
     monkeypatch.setattr(lab, "make_runs", lambda *_: {})
     monkeypatch.setattr(lab, "write_run_json", lambda *_: None)
-    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
-    write_sets(tmp_path / "data")
-    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--dtype=float32"]
     for _ in range(2):
-        assert fewshot.main([*argv, "--stage=formats"]) == 0
+        assert fewshot.main([*flags, "--dtype=float32", "--stage=formats"]) == 0
     path = tmp_path / "data/products/choices-2/train.jsonl"
     path.write_text(path.read_text().replace("dull", "droll"))
     capsys.readouterr()
-    assert fewshot.main([*argv, "--stage=rates"]) == 2
+    assert fewshot.main([*flags, "--dtype=float32", "--stage=rates"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, capsys):
-    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
-    write_sets(tmp_path / "data", n_train=40)
+def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, capsys, flags):
     out = tmp_path / "out"
-    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={out}", "--steps=3"]
-    assert fewshot_demo.main(argv) == 0
+    assert fewshot_demo.main([*flags, "--steps=3"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if " %   " in line]
     words = ["zero-shot", "16 examples", "(IA)³ from the same 16", "(IA)³ from 32", "(IA)³ from 32, merged"]
     assert len(rows) == 5 and all(row.startswith(start) for row, start in zip(rows, words, strict=True))
@@ -371,49 +328,40 @@ def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, ca
     model.ia3 = IA3.load(out / "ia3.npz", model)
     assert all((p != 1).any() for p in model.ia3.parameters())
     val = shots.read_task(tmp_path / "data", "movies", "val")
-    assert f" {fewshot_demo.share_right(model, val):.1%}".replace("%", " %") in rows[3]
-    for built in (common.load(out / "merged.pt"), model):
-        assert f"{fewshot_demo.share_right(built, val):.1%}".replace("%", " %") in rows[4]
+    for row, built in ((rows[3], model), (rows[4], model), (rows[4], common.load(out / "merged.pt"))):
+        assert f" {fewshot_demo.share_right(built, val):.1%}".replace("%", " %") in row
     assert (out / "fewshot.png").stat().st_size > 1000
 
 
-def test_the_demonstration_tells_mistakes_in_one_line_and_saves_nothing(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "script, wrong, why",
+    [
+        (fewshot_demo, "--steps=0", "steps must be at least 1"),
+        (fewshot_demo, "--base=mute.pt", "names no tokenizer"),
+        (fewshot_demo, "--base=wild.pt", "try a smaller --lr"),  # diverged, and not a result
+        (serving, "--items=0", "items must be at least 1, not 0"),
+        (serving, "--base=gpt.pt --items=7", "multiple of the 2 labels"),  # told before training, which wants a Llama
+        (serving, "--base=gpt.pt --items=8 --k=4", "Llama"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_nothing_is_saved(tmp_path, capsys, flags, monkeypatch, script, wrong, why):
+    monkeypatch.chdir(tmp_path)
+    common.save(make_gpt(block_size=4096), "gpt.pt")
     model = make_llama(block_size=4096)
-    common.save(model, tmp_path / "base.pt")
     with torch.no_grad():
         model.lm_head.weight.fill_(3e38)  # the loss is no number
-    common.save(model, tmp_path / "wild.pt")
+    common.save(model, "wild.pt")
     model.tokenizer = None
-    common.save(model, tmp_path / "mute.pt")
-    write_sets(tmp_path / "data", n_train=40)
-    whys = {"--base=base.pt --steps=0": "steps must be at least 1", "--base=mute.pt": "names no tokenizer"}
-    whys["--base=wild.pt"] = "try a smaller --lr"  # diverged, and not a result
-    monkeypatch.chdir(tmp_path)
-    for flags, why in whys.items():
-        assert fewshot_demo.main([*flags.split(), "--data=data", "--out=out"]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("fewshot_demo.py: ") and err.count("\n") == 1 and why in err, err
-        assert not list((tmp_path / "out").glob("*"))
+    common.save(model, "mute.pt")
+    assert script.main([*flags, *wrong.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{script.__name__.split('.')[-1]}.py: ") and err.count("\n") == 1 and why in err, err
+    assert not list((tmp_path / "out").glob("*"))
 
 
-def test_serving_wants_a_llama_and_sentences(tmp_path, capsys):
-    common.save(make_gpt(block_size=4096), tmp_path / "base.pt")
-    write_sets(tmp_path / "data")
-    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--k=4", "--steps=1"]
-    whys = {"--items=8": "Llama", "--items=0": "items must be at least 1, not 0"}
-    whys |= {"--items=7": "multiple of the 2 labels"}  # told before training, which would want a Llama
-    for flags, why in whys.items():
-        assert serving.main([*argv, flags]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("serving.py: ") and err.count("\n") == 1 and why in err, err
-
-
-def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
-    common.save(make_llama(block_size=4096), tmp_path / "base.pt")
-    write_sets(tmp_path / "data")
+def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys, flags):
     out = tmp_path / "out"
-    argv = [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={out}", "--k=4", "--steps=3", "--items=8"]
-    assert serving.main(argv) == 0
+    assert serving.main([*flags, "--k=4", "--steps=3", "--items=8"]) == 0
     assert capsys.readouterr().out.strip().endswith((out / "table.md").read_text().strip())
     rows = lab.read_csv(out / "results.csv", SERVED)
     assert [(row["task"], row["mixed"], row["merged"]) for row in rows] == [(task, 8, 8) for task in serving.TASKS]
@@ -424,7 +372,7 @@ def test_three_tasks_learned_and_served_in_one_batch(tmp_path, capsys):
     for vectors, row in zip(learned, rows, strict=True):
         model.ia3 = vectors
         drawn = shots.draw(shots.read_task(tmp_path / "data", row["task"], "val"), 8, 0)
-        found = shots.score(model, drawn)[0].argmax(-1)
+        found = shots.score_templates(model, drawn)[0].argmax(-1)
         assert row["its vectors"] == (found == [item.label for item in drawn]).mean()
 
 
@@ -444,7 +392,7 @@ def test_a_rival_is_compared_on_its_own_draws_and_only_when_all_are_run():
     theirs = draws_of(0.4, 0.4, 0.4)  # rivals have the first three draws
 
     def lines_of(rows, rates):
-        chosen = fewshot.Choice("plain", "free", rates)
+        chosen = fewshot.Chosen("plain", "free", rates)
         whole = fewshot_tables.only_whole(rows, fewshot.runs_to_report(settings, chosen))
         return fewshot_tables.beside_rivals(whole, settings, chosen).splitlines()[2:]
 
@@ -464,29 +412,6 @@ def test_a_rival_is_compared_on_its_own_draws_and_only_when_all_are_run():
     assert len(lines) == 2
 
 
-def test_the_orders_of_a_draw_stand_side_by_side_by_hand():
-    settings = shots.Settings(tasks=("movies", "news"))
-    chosen = fewshot.Choice("plain", "free", {})
-    first = Row("icl", k=32, by="free")
-    rows = {
-        first: {"movies": draws_of(0.2, 0.2, 0.5, 0.2, 0.7), "news": draws_of(0.7, 0.7, 0.7, 0.7, 0.7)},
-        first._replace(order=1): {"movies": draws_of(0.5, 0.7, 0.2), "news": draws_of(0.5, 0.5)},  # a draw is missing
-        first._replace(order=2): {"movies": draws_of(0.7, 0.7, 0.5), "news": draws_of(0.5, 0.5)},
-    }
-    whole = fewshot_tables.only_whole(rows, fewshot.runs_to_report(settings, chosen))
-    table, text = fewshot_tables.by_order(whole, settings, chosen)
-    assert table.splitlines()[2:] == ["| movies | 20.0 / 50.0 / 70.0 | 20.0 / 70.0 / 70.0 | 50.0 / 20.0 / 50.0 |"]
-    assert re.findall(r"[0-9.]*[0-9]", text) == ["30.0", "50.0", "50.0"]  # 50, 50 and 30 points
-
-
-def test_the_papers_summary_is_over_templates_and_draws_by_hand():
-    """Five draws of three templates are 15 accuracies, whose median and quartiles are taken."""
-    shares = np.arange(15).reshape(5, 3) / 20  # sorted: quartiles at positions 3.5, 7, 10.5 of 0 to 14
-    draws = [np.arange(20) < 20 * share[:, None] for share in shares]
-    middle, cell = fewshot_tables.quartiles(draws)
-    assert middle == pytest.approx(35) and cell == "35.0 (17.5 to 52.5)"
-
-
 def test_what_training_saves_by_hand():
     ours = fewshot.Cost(0, 0, 100, 0, 0, 0, 0, 0.0, 5000, 2_000_000)
     costs = [ours, ours._replace(k=4, flops=150, prefix_flops=1000)]
@@ -495,17 +420,6 @@ def test_what_training_saves_by_hand():
     assert of_k["| 0"][-2:] == ["", ""]
     # cached: training costs 4000 more than filling the cache, and saves 50; anew it saves 1050 of 5000, 4.8
     assert of_k["| 4"][-2:] == ["80 predictions", "5 predictions"]
-
-
-def test_the_table_of_what_products_chose_among_by_hand():
-    (right,) = draws_of(1)
-    (wrong,) = draws_of(0)
-    tried = {
-        "icl": {("plain", ""): [wrong], ("plain", "free"): [right, wrong]},
-        "ia3": {0.01: [right], 0.03: [right, right, wrong, wrong]},
-    }
-    lines = fewshot_tables.choices_on_products(tried).splitlines()[2:]
-    assert lines == ["| icl | 0.0 plain; 50.0 plain, calibrated |", "| ia3 | 100.0 at 0.01; 50.0 at 0.03 |"]
 
 
 def test_the_committed_table_is_what_the_report_makes_of_the_committed_files(tmp_path):

@@ -1,14 +1,14 @@
 """quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
 
-import copy
 import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
+from test_fewshot import write_sets
 
-from conftest import make_ia3, make_idx, make_llama
+from conftest import make_ia3, make_llama
 from experiments import edge, lab, quantized
 from experiments.edge_contestant import peak_of_process
 from tools.gguf_llama import dequantize
@@ -16,30 +16,17 @@ from tools.gguf_llama import dequantize
 
 @pytest.fixture
 def model():
-    sizes = {"n_embd": 32, "n_hidden": 64, "n_layer": 1, "attention_bias": False, "mlp_bias": False}
+    sizes = {"block_size": 512, "n_embd": 32, "n_hidden": 64, "n_layer": 1, "attention_bias": False, "mlp_bias": False}
     return make_llama(**sizes).requires_grad_(False)
-
-
-def in_blocks(model, form):
-    """The model's matrices in a format, put into the model. Returns them, {name: Tensor}."""
-    names = [f"model.layers.0.{name}" for name in quantized.MATRICES]
-    blocks = {name: quantized.quantize(model.get_submodule(name).weight, form) for name in names}
-    quantized.put(model, blocks)
-    return blocks
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(make_idx(model))[0]
 
 
 @pytest.mark.parametrize("form", quantized.FORMATS)
 def test_rows_fold_exactly_by_powers_of_two_and_columns_do_not(model, form):
-    blocks = in_blocks(model, form)
+    names = [f"model.layers.0.{name}" for name in quantized.MATRICES]
+    blocks = {name: quantized.quantize(model.get_submodule(name).weight, form) for name in names}
     vectors = make_ia3(model, powers_of_two=True)
     for l in vectors.parameters():
         l.data.abs_()  # quantizing again gives other blocks for a negative factor
-    model.ia3 = None
     folded = {way: quantized.fold(blocks, vectors, form, way) for way in quantized.WAYS}
     ends = {"k_proj": vectors.l_k[0], "v_proj": vectors.l_v[0], "up_proj": vectors.l_ff[0]}
     for name, tensor in folded["scales"].items():
@@ -51,38 +38,32 @@ def test_rows_fold_exactly_by_powers_of_two_and_columns_do_not(model, form):
     assert not torch.allclose(dequantize(folded["columns"][down]), exact, rtol=1e-3)
 
 
-def test_distances_to_the_unmerged_model(model):
-    blocks = in_blocks(model, "Q4_1")
-    vectors = make_ia3(model)
-    truth = logits(model).flatten(0, 1)
-    away = {}
-    for way in quantized.WAYS:
-        merged = copy.deepcopy(model)
-        merged.ia3 = None
-        quantized.put(merged, quantized.fold(blocks, vectors, "Q4_1", way))
-        away[way] = quantized.distance(logits(merged).flatten(0, 1), truth)
-    assert quantized.distance(truth, truth) == (0, 0)
-    # a scale is off by 2^-11, a weight that is quantized again by half of a fifteenth of its block's range
-    assert away["scales"][0] < away["columns"][0] / 10
-    assert away["scales"][1] < away["columns"][1]
-
-
-def test_a_format_learns_no_vectors(tmp_path, model, monkeypatch):
+def test_a_format_takes_the_vectors_that_float_learned_and_scales_keep_nearest_to_them(tmp_path, model, monkeypatch):
     monkeypatch.setattr(quantized, "floats", lambda path: model)
-    settings = {"gguf": "", "data": str(tmp_path), "folder": str(tmp_path), "steps": 1, "items": 1}
-    for form, missing in (("Q4_1", "movies-0.npz"), ("float", "train.jsonl")):
-        with pytest.raises(FileNotFoundError, match=missing):
-            quantized.measure(settings, quantized.Job("movies", form, 0))
+    monkeypatch.setattr(quantized, "K", 4)
+    settings = {"gguf": f"{tmp_path}", "folder": f"{tmp_path}", "data": f"{write_sets(tmp_path / 'data')}"}
+    settings |= {"steps": 3, "items": 6}
+    job = quantized.Job("movies", "Q4_1", 0)
+    with pytest.raises(FileNotFoundError, match=r"movies-0\.npz"):
+        quantized.measure(settings, job)
+    base, right = quantized.measure(settings, job._replace(form="float"))
+    assert base.base_rms > 0 and base.base_accuracy == right["base"].mean()
+    found, right = quantized.measure(settings, job)
+    assert found.unmerged_accuracy == right["unmerged"].mean() and found.rows_accuracy == right["rows"].mean()
+    # a scale is off by 2^-11, a weight that is quantized again by half of a fifteenth of its block's range
+    assert found.scales_rms < found.columns_rms / 10 and found.scales_kl < found.columns_kl
+    assert found.scales_same >= found.columns_same and 0 < found.scales_bytes < found.columns_bytes
+    assert model.ia3 is None  # all jobs share the model
 
 
 def test_answers_are_read_at_the_end_of_each_prompt(model):
-    examples = [([1, 2, 3], [[4], [5]], 0), ([6, 7], [[8], [9], [10]], 2), ([11, 12, 13, 14], [[15], [16]], 1)]
-    found = quantized.answer_logits(model, examples)
-    for row, (prompt, choices, _) in zip(found, examples, strict=True):
-        expected = model(torch.tensor([prompt]))[0][0, -1]
-        assert torch.allclose(row, expected, atol=1e-5)  # padding changes the order of sums, not their values
-        best = max(range(len(choices)), key=lambda i: expected[choices[i][0]])
-        assert quantized.answers(row[None], [(prompt, choices, 0)]).item() == best
+    examples = [([1, 2, 3], [[4], [5]], 0), ([6, 7], [[8], [9], [10]], 2)]
+    logits = quantized.answer_logits(model, examples)
+    for row, (prompt, _, _) in zip(logits, examples, strict=True):
+        assert torch.equal(row, model(torch.tensor([prompt]))[0][0, -1])
+    logits[:, [5, 6, 9]] = 100
+    assert quantized.answers(logits, examples).tolist() == [1, 1]
+    assert quantized.distance(logits, logits) == (0, 0)
 
 
 @pytest.mark.parametrize("room, folder", [(quantized, "quantized"), (edge, "edge")])
