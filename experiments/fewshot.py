@@ -274,7 +274,7 @@ def measure_costs(settings, chosen):
 def flops_of_a_step(model, examples):
     """FLOPs of a training step: the mean over the batches of an epoch."""
     split = shots.pairs_to_learn(model.tokenizer, examples)
-    loss_fn = ranking.make_loss(log_likelihoods_of=shots.choice_log_likelihoods)
+    loss_fn = ranking.make_loss(log_likelihoods_of=ranking.choice_log_likelihoods)
 
     def backward(batch):
         loss_fn(model, *batch).backward()
@@ -290,10 +290,10 @@ def flops_of_a_step(model, examples):
 def cost_in(model, form, questions, examples, template):
     """What a question costs in one template, behind the examples in a cache: a dict of Cost's figures before 2N."""
     prefix = shots.context(model.tokenizer, form, examples, template)
-    asked = shots.SharedPrompts([shots.ask(model.tokenizer, form, question, template) for question in questions])
-    one_token = shots.SharedPrompts([([0], [[0]], 0)])
-    calls = {"all": partial(shots.shared_scores, model, asked, prefix)}
-    calls["prefix"] = partial(shots.shared_scores, model, one_token, prefix)
+    asked = ranking.SharedPrompts([shots.ask(model.tokenizer, form, question, template) for question in questions])
+    one_token = ranking.SharedPrompts([([0], [[0]], 0)])
+    calls = {"all": partial(ranking.scores, model, asked, prefix)}
+    calls["prefix"] = partial(ranking.scores, model, one_token, prefix)
     flops = {name: sum(clocks.count_flops(call)) for name, call in calls.items()}
     times = clocks.interleave(calls, 5, model.lm_head.weight.device)
     n = len(questions)

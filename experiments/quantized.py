@@ -50,7 +50,8 @@ from torch.nn import functional as F
 
 import common
 from experiments import lab
-from experiments.shots import SharedPrompts, ask, draw, read_task, train_on
+from experiments.ranking import SharedPrompts
+from experiments.shots import ask, draw, read_task, train_on
 from ia3 import IA3, attach
 from tools.gguf_llama import Tensor, dequantize, from_gguf, import_gguf, scale_rows
 from tools.plot import plt, save_picture

@@ -17,6 +17,7 @@ interval over seeds is Student's.
 """
 
 import argparse
+import copy
 import csv
 import math
 import sys
@@ -31,6 +32,7 @@ import common
 import data as datasets
 import disk
 from experiments import lab
+from experiments.prompt_cache import PromptCache
 from ia3 import IA3, attach
 from run_folder import write_run_json
 from train import TrainConfig, default_lr, train
@@ -64,6 +66,40 @@ class Choices(datasets.Examples):
                 x[row, i, : len(both) - 1] = both[:-1]
                 y[row, i, len(prompt) - 1 : len(both) - 1] = both[len(prompt) :]
         return x, y, torch.tensor([label for _, _, label in rows])
+
+
+class SharedPrompts(Choices):
+    """The same examples in batches that hold each prompt once, not once per choice.
+
+    Prompts are padded on the left, so that they end together, and padding is not attended to. It shifts a text's
+    positions, which changes nothing with rotary embeddings: only distances count. task_ids (len(self),) long: each
+    example's task, for vectors that are stacked.
+    """
+
+    def __init__(self, examples, task_ids=None):
+        super().__init__(examples)
+        self.task_ids = task_ids
+
+    def windows(self, ids):
+        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, padding (B,), labels (B,), all long.
+
+        With task_ids, theirs, (B,), stand before the labels.
+        """
+        rows = [self.examples[i] for i in ids]
+        lengths = [len(prompt) for prompt, _, _ in rows]
+        padding = [max(lengths) - length for length in lengths]
+        n = max(len(choices) for _, choices, _ in rows)
+        longest = max(len(choice) for _, choices, _ in rows for choice in choices)
+        x = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        y = torch.full((len(rows), n, longest), -1)
+        for row, (prompt, choices, _) in enumerate(rows):
+            x[row, padding[row] :] = torch.tensor(prompt)
+            for i, choice in enumerate(choices):
+                y[row, i, : len(choice)] = torch.tensor(choice)
+        inputs = [x, y, torch.tensor(padding)]
+        if self.task_ids is not None:
+            inputs.append(self.task_ids[ids])
+        return *inputs, torch.tensor([label for _, _, label in rows])
 
 
 def load_choices(path, tokenizer, block_size):
@@ -115,10 +151,33 @@ def draw(split, k, seed):
     return Choices([split.examples[i] for i in by_turn[:k]])
 
 
+# --- log-likelihoods ---
+
+
 def token_log_likelihoods(model, x, y):
     """log p(y_t | x, y_<t) in nats, (B, N, T), and where there is a token, (B, N, T) bool; 0 where there is none."""
     hidden = model.hidden(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (B, N, T, n_embd)
     return log_likelihoods(model, hidden, y)
+
+
+def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None, prefix=None):
+    """The same for SharedPrompts' windows: (B, N, L) nats, and where there is a token.
+
+    task_ids (B,) long: each prompt's task, where the model's vectors are stacked. prefix: a PromptCache that has read
+    what stands before the prompts, which are then of equal length.
+    """
+    n = choices.size(1)
+    cache = PromptCache(model, padding) if prefix is None else copy.deepcopy(prefix)
+    end = model.hidden(prompts, task_ids, cache)[:, -1:]  # (B, 1, n_embd), predicts a choice's first token
+    hidden = end.repeat_interleave(n, 0)
+    y = choices.flatten(0, 1)  # (B·N, L)
+    if y.size(1) > 1:
+        if task_ids is not None:
+            task_ids = task_ids.repeat_interleave(n)
+        rest = model.hidden(y[:, :-1].clamp(min=0), task_ids, cache)
+        hidden = torch.cat((hidden, rest), 1)  # (B·N, L, n_embd)
+    log_p, there = log_likelihoods(model, hidden, y)
+    return log_p.view_as(choices), there.view_as(choices)
 
 
 def log_likelihoods(model, hidden, y):
@@ -136,6 +195,9 @@ def normalized(log_p, there):
     """β(x, y) = 1/T Σ_t log p(y_t | x, y_<t) of every choice, (B, N); -inf where an example has no such choice."""
     T = there.sum(-1)
     return (log_p.sum(-1) / T.clamp(min=1)).masked_fill(T == 0, -torch.inf)
+
+
+# --- the paper's losses (section 3.2) ---
 
 
 def loss_lm(log_p, there, labels):
@@ -186,22 +248,37 @@ def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
     return loss_fn
 
 
-@torch.no_grad()
-def scores(model, split, log_likelihoods_of=token_log_likelihoods, n_at_once=16):
-    """β of every choice of every example, (len(split), most choices): rank classification's scores (section 3.1).
+# --- rank classification (section 3.1) ---
 
-    -inf where an example has no such choice. log_likelihoods_of: as in make_loss.
+
+@torch.no_grad()
+def scores(model, split, prefix=()):
+    """β of every choice of every example, (len(split), most choices) float64; -inf where an example has no such choice.
+
+    split: Choices. prefix: token ids before every prompt. It is read once, and each prompt once for all of its choices.
     """
+    if not isinstance(split, SharedPrompts):
+        split = SharedPrompts(split.examples)
+    device = model.lm_head.weight.device
+    cache = None
+    if len(prefix) > 0:
+        cache = PromptCache(model, torch.zeros(1, dtype=torch.long, device=device))
+        model.hidden(torch.tensor([list(prefix)], device=device), cache=cache)
+
     by_length = {}  # prompts of one length need no padding
     for i, (prompt, _, _) in enumerate(split.examples):
         by_length.setdefault(len(prompt), []).append(i)
+    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices, _ in split.examples)
+    # fewer at once behind a long prefix: each choice gets a copy of its keys and values
+    n_at_once = min(max(16384 // (len(prefix) + longest), 1), 16)
+
     most = max(len(choices) for _, choices, _ in split.examples)
     beta = torch.full((len(split), most), -torch.inf, dtype=torch.float64)
     for group in by_length.values():
         for start in range(0, len(group), n_at_once):
             ids = group[start : start + n_at_once]
-            *inputs, _ = datasets.to_device(split.windows(ids), model.lm_head.weight.device)
-            found = normalized(*log_likelihoods_of(model, *inputs))  # (len(ids), N)
+            *inputs, _ = datasets.to_device(split.windows(ids), device)
+            found = normalized(*choice_log_likelihoods(model, *inputs, prefix=cache))  # (len(ids), N)
             beta[ids, : found.size(1)] = found.cpu().double()
     return beta
 

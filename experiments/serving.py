@@ -18,7 +18,8 @@ import torch
 
 import common
 from experiments import lab
-from experiments.shots import SharedPrompts, ask, draw, read_task, shared_scores, train_on
+from experiments.ranking import SharedPrompts, scores
+from experiments.shots import ask, draw, read_task, train_on
 from ia3 import IA3, attach, stack, unstack
 from merge import merge
 
@@ -47,8 +48,8 @@ def learn(model, folder, k, steps):
 def n_same_merged(model, examples):
     """In how many examples the model answers as before when its vectors are folded in."""
     split = SharedPrompts(examples)
-    before = shared_scores(model, split).argmax(-1)
-    after = shared_scores(merge(model), split).argmax(-1)
+    before = scores(model, split).argmax(-1)
+    after = scores(merge(model), split).argmax(-1)
     return (before == after).sum().item()
 
 
@@ -61,9 +62,9 @@ def serve(args):
     tasks = learn(narrow, args.data, args.k, args.steps)
 
     wide = common.load(args.base)
-    zero_shot = shared_scores(wide, alone)
+    zero_shot = scores(wide, alone)
     wide.ia3 = stack(tasks)
-    together = shared_scores(wide, mixed)
+    together = scores(wide, mixed)
     rows = []
     for task_id, (name, vectors) in enumerate(zip(TASKS, tasks, strict=True)):
         path = args.out / f"{name}.npz"
@@ -72,7 +73,7 @@ def serve(args):
         narrow.ia3 = IA3.load(path, narrow)
         own = mixed.task_ids == task_id
         examples = [mixed.examples[i] for i in own.nonzero().flatten()]
-        found = shared_scores(wide, alone)
+        found = scores(wide, alone)
         row = {
             "task": name,
             "sentences": len(examples),

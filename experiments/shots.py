@@ -3,7 +3,6 @@
 fewshot.py holds the protocol and says what each of these is for.
 """
 
-import copy
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,6 @@ import data as datasets
 from data import prepare
 from experiments import lab, ranking, rivals
 from ia3 import attach
-from model import GPT
 from train import TrainConfig, train
 
 SETS = ("movies", "products", "tweets", "news")
@@ -175,124 +173,14 @@ def context(tokenizer, form, examples, template):
     return ids
 
 
-# --- choices to score and to learn from: each prompt is read once for all of its choices ---
-
-
-class SharedPrompts(ranking.Choices):
-    """The same examples in other batches: for a Llama, and with each prompt once.
-
-    Prompts are padded on the left, so that they end together, and padding is not attended to. It shifts a text's
-    positions, which changes nothing with rotary embeddings: only distances count. task_ids (len(self),) long: each
-    example's task, for vectors that are stacked.
-    """
-
-    def __init__(self, examples, task_ids=None):
-        super().__init__(examples)
-        self.task_ids = task_ids
-
-    def windows(self, ids):
-        """The examples ids: prompts (B, P), choices (B, N, L) with -1 behind, padding (B,), labels (B,), all long.
-
-        With task_ids, theirs, (B,), stand before the labels.
-        """
-        rows = [self.examples[i] for i in ids]
-        lengths = [len(prompt) for prompt, _, _ in rows]
-        padding = [max(lengths) - length for length in lengths]
-        n = max(len(choices) for _, choices, _ in rows)
-        longest = max(len(choice) for _, choices, _ in rows for choice in choices)
-        x = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        y = torch.full((len(rows), n, longest), -1)
-        for row, (prompt, choices, _) in enumerate(rows):
-            x[row, padding[row] :] = torch.tensor(prompt)
-            for i, choice in enumerate(choices):
-                y[row, i, : len(choice)] = torch.tensor(choice)
-        inputs = [x, y, torch.tensor(padding)]
-        if self.task_ids is not None:
-            inputs.append(self.task_ids[ids])
-        return *inputs, torch.tensor([label for _, _, label in rows])
-
-
-class PromptCache:
-    """A cache for Llama.hidden in which a text can go on in several ways: a prefix in prompts, a prompt in its choices.
-
-    Each read has as many rows as the one before, or n times as many: then each row goes on in n rows, which stand
-    together. Unlike sample.Cache it lets gradients through.
-
-    padding: (B,) long, of the first read: how many tokens at the start of each row are not its own.
-    """
-
-    def __init__(self, model, padding):
-        if isinstance(model, GPT):
-            raise ValueError("this needs a Llama: padding before a prompt would move a GPT-2's positions")
-        self.layers = [PromptLayer(padding) for _ in range(model.config.n_layer)]
-
-    def n_read(self, _model, _task_ids):
-        return self.layers[0].length
-
-
-class PromptLayer:
-    """One layer's part of a PromptCache."""
-
-    def __init__(self, padding):
-        self.padding = padding
-        self.length = 0  # tokens read so far, the padding among them
-
-    def append(self, k, v):
-        """As sample.LayerCache.append. k, v: the new tokens', (rows, n_kv_head, T, d_head)."""
-        rows, _, T, _ = k.shape
-        if self.length > 0:
-            n = rows // len(self.k)
-            k = torch.cat((self.k.repeat_interleave(n, 0), k), 2)
-            v = torch.cat((self.v.repeat_interleave(n, 0), v), 2)
-        self.k = k
-        self.v = v
-        self.length = k.size(2)
-        padding = self.padding.repeat_interleave(rows // len(self.padding)).view(-1, 1, 1, 1)
-        place = torch.arange(self.length, device=k.device)
-        new = place[-T:].unsqueeze(1)  # (T, 1)
-        seen = (place <= new) & (place >= padding)  # (rows, 1, T, length)
-        return k, v, seen | (place == new)  # padding sees itself: a softmax needs something
-
-
-def choice_log_likelihoods(model, prompts, choices, padding, task_ids=None, prefix=None):
-    """ranking.token_log_likelihoods for SharedPrompts' windows: (B, N, L) nats, and where there is a token.
-
-    task_ids (B,) long: each prompt's task, where the model's vectors are stacked. prefix: a PromptCache that has read
-    what stands before the prompts, which are then of equal length.
-    """
-    n = choices.size(1)
-    cache = PromptCache(model, padding) if prefix is None else copy.deepcopy(prefix)
-    end = model.hidden(prompts, task_ids, cache)[:, -1:]  # (B, 1, n_embd), predicts a choice's first token
-    hidden = end.repeat_interleave(n, 0)
-    y = choices.flatten(0, 1)  # (B·N, L)
-    if y.size(1) > 1:
-        if task_ids is not None:
-            task_ids = task_ids.repeat_interleave(n)
-        rest = model.hidden(y[:, :-1].clamp(min=0), task_ids, cache)
-        hidden = torch.cat((hidden, rest), 1)  # (B·N, L, n_embd)
-    log_p, there = ranking.log_likelihoods(model, hidden, y)
-    return log_p.view_as(choices), there.view_as(choices)
-
-
-@torch.no_grad()
-def shared_scores(model, split, prefix=()):
-    """ranking.scores of SharedPrompts behind the token ids of prefix, a list, which is read once."""
-    cache = None
-    if len(prefix) > 0:
-        device = model.lm_head.weight.device
-        cache = PromptCache(model, torch.zeros(1, dtype=torch.long, device=device))
-        model.hidden(torch.tensor([prefix], device=device), cache=cache)
-    longest = max(len(prompt) + max(map(len, choices)) for prompt, choices, _ in split.examples)
-    # fewer at once behind a long prefix: each choice gets a copy of its keys and values
-    n_at_once = min(max(16384 // (len(prefix) + longest), 1), 16)
-    return ranking.scores(model, split, partial(choice_log_likelihoods, prefix=cache), n_at_once)
+# --- scores ---
 
 
 def score_template(model, sentences, template, form="plain", shots=(), soft=()):
     """β of every choice in one template, (sentences, N). Before each question stand the ids soft and the examples."""
-    split = SharedPrompts([ask(model.tokenizer, form, sentence, template) for sentence in sentences])
+    split = ranking.SharedPrompts([ask(model.tokenizer, form, sentence, template) for sentence in sentences])
     prefix = [*soft, *context(model.tokenizer, form, shots, template)]
-    return shared_scores(model, split, prefix)
+    return ranking.scores(model, split, prefix)
 
 
 def score_templates(model, sentences, form="plain", shots=(), soft=()):
@@ -389,13 +277,13 @@ def floors(model, sentences, beta, settings, task):
 
 
 def pairs_to_learn(tokenizer, sentences, soft=()):
-    """SharedPrompts of the sentences in all templates, each behind the ids soft."""
+    """ranking.SharedPrompts of the sentences in all templates, each behind the ids soft."""
     pairs = []
     for sentence in sentences:
         for template in range(N_TEMPLATES):
             prompt, choices, label = ask(tokenizer, "plain", sentence, template)
             pairs.append(([*soft, *prompt], choices, label))
-    return SharedPrompts(pairs)
+    return ranking.SharedPrompts(pairs)
 
 
 def train_on(model, split, lr, steps, seed=0, losses=ranking.LOSSES, dtype="float32"):
@@ -416,7 +304,7 @@ def train_on(model, split, lr, steps, seed=0, losses=ranking.LOSSES, dtype="floa
     )
     # on a CPU and for texts this short, the backward pass of the fused attention kernel takes longer
     with sdpa_kernel(SDPBackend.MATH):
-        train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, choice_log_likelihoods))
+        train(model, {"train": split, "val": split}, config, ranking.make_loss(losses, ranking.choice_log_likelihoods))
 
 
 # --- a run ---
