@@ -11,6 +11,7 @@ from test_fewshot import write_sets
 from conftest import make_ia3, make_llama
 from experiments import edge, lab, quantized
 from experiments.edge_contestant import peak_of_process
+from ia3 import fingerprint
 from tools.gguf_llama import dequantize
 
 
@@ -43,6 +44,7 @@ def test_a_format_takes_the_vectors_that_float_learned_and_scales_keep_nearest_t
     monkeypatch.setattr(quantized, "K", 4)
     settings = {"gguf": f"{tmp_path}", "folder": f"{tmp_path}", "data": f"{write_sets(tmp_path / 'data')}"}
     settings |= {"steps": 3, "items": 6}
+    before = (None, fingerprint(model))  # all jobs share the model
     job = quantized.Job("movies", "Q4_1", 0)
     with pytest.raises(FileNotFoundError, match=r"movies-0\.npz"):
         quantized.measure(settings, job)
@@ -53,7 +55,7 @@ def test_a_format_takes_the_vectors_that_float_learned_and_scales_keep_nearest_t
     # a scale is off by 2^-11, a weight that is quantized again by half of a fifteenth of its block's range
     assert found.scales_rms < found.columns_rms / 10 and found.scales_kl < found.columns_kl
     assert found.scales_same >= found.columns_same and found.size > 0 and 0 < found.scales_bytes < 1
-    assert model.ia3 is None  # all jobs share the model
+    assert (model.ia3, fingerprint(model)) == before
 
 
 def test_answers_are_read_at_the_end_of_each_prompt(model):
