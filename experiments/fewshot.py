@@ -254,16 +254,16 @@ def measure_costs(settings, chosen):
         form = chosen.form if k else "plain"
         examples = draw(pool, k, 0) if k else []
         found = [cost_in(model, form, pool[:16], examples, template) for template in range(shots.N_TEMPLATES)]
-        mean = {name: np.mean([cost[name] for cost in found]) for name in found[0]}
+        tokens, prefix_tokens, flops, prefix_flops, seconds = np.mean(found, 0).tolist()
         cost = Cost(
             k=k,
-            prefix_tokens=round(mean["prefix_tokens"]),
-            flops=round(mean["flops"]),
-            prefix_flops=round(mean["prefix_flops"]),
-            by_2n=round(2 * n_parameters * mean["tokens"]),
-            prefix_by_2n=round(2 * n_parameters * mean["prefix_tokens"]),
-            cache_bytes=round(bytes_a_token * mean["prefix_tokens"]),
-            seconds=float(mean["seconds"]),
+            prefix_tokens=round(prefix_tokens),
+            flops=round(flops),
+            prefix_flops=round(prefix_flops),
+            by_2n=round(2 * n_parameters * tokens),
+            prefix_by_2n=round(2 * n_parameters * prefix_tokens),
+            cache_bytes=round(bytes_a_token * prefix_tokens),
+            seconds=seconds,
             training_flops=training_flops,
             task_bytes=4 * vectors.count(),
         )
@@ -288,22 +288,22 @@ def flops_of_a_step(model, examples):
 
 
 def cost_in(model, form, questions, examples, template):
-    """What a question costs in one template, behind the examples in a cache: a dict of Cost's figures before 2N."""
+    """What a question costs in one template, behind the examples in a cache.
+
+    Returns its tokens, the examples' tokens, its FLOPs, the examples' FLOPs, and its seconds.
+    """
     prefix = shots.context(model.tokenizer, form, examples, template)
     asked = ranking.SharedPrompts([shots.ask(model.tokenizer, form, question, template) for question in questions])
     one_token = ranking.SharedPrompts([([0], [[0]], 0)])
-    calls = {"all": partial(ranking.scores, model, asked, prefix)}
-    calls["prefix"] = partial(ranking.scores, model, one_token, prefix)
-    flops = {name: sum(clocks.count_flops(call)) for name, call in calls.items()}
-    times = clocks.interleave(calls, 5, model.lm_head.weight.device)
+    score_all = partial(ranking.scores, model, asked, prefix)
+    read_prefix = partial(ranking.scores, model, one_token, prefix)
+    flops = sum(clocks.count_flops(score_all))
+    prefix_flops = sum(clocks.count_flops(read_prefix))
+    times = clocks.interleave({"all": score_all, "prefix": read_prefix}, 5, model.lm_head.weight.device)
+    seconds = np.median(times["all"]) - np.median(times["prefix"])
+    n_tokens = sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked.examples)
     n = len(questions)
-    return {
-        "tokens": sum(len(prompt) + sum(map(len, choices)) for prompt, choices, _ in asked.examples) / n,
-        "prefix_tokens": len(prefix),
-        "flops": (flops["all"] - flops["prefix"]) / n,
-        "prefix_flops": flops["prefix"] if prefix else 0,
-        "seconds": (np.median(times["all"]) - np.median(times["prefix"])) / n,
-    }
+    return n_tokens / n, len(prefix), (flops - prefix_flops) / n, prefix_flops if prefix else 0, seconds / n
 
 
 # --- the stages ---

@@ -14,9 +14,8 @@ from experiments import lab
 from experiments.shots import LOSSES, RIVALS, accuracy_of, right
 from tools.plot import plt, save_picture
 
-ALL = slice(None)  # templates
-FIRST = slice(1)  # the first template alone, whose answers are single tokens in most tasks
-INTERVALS = ["(95 %, draws and items)", "t, over draws"]
+DIFFERENCE = ["difference (95 %, draws and items)", "t, over draws"]  # the heads of difference's cells
+ON_FIRST = ["first template (95 %, draws and items)", "t, over draws"]
 CALIBRATED = {"": "", "free": ", calibrated", "beta": ", batch-calibrated"}
 # table 1 and section 4.2 of the (IA)³ paper: 11e9 parameters, 41 examples of 98 tokens in context
 PAPER_TRAINING = 2.7e16
@@ -120,12 +119,15 @@ def percent(draws):
     return f"{100 * accuracy_of(draws):.1f}"
 
 
-def difference(ours, theirs, templates=ALL):
-    """Two cells: the accuracy of ours less theirs, the same draws, with its INTERVALS."""
-    ours = [draw[templates] for draw in ours]
-    theirs = [draw[templates] for draw in theirs]
+def difference(ours, theirs):
+    """Two cells: the accuracy of ours less theirs, of the same draws, with each of its intervals."""
     value, low, high, t_low, t_high = [100 * x for x in lab.accuracy_difference(ours, theirs)]
     return [lab.spread(value, low, high, "+.1f"), f"{t_low:+.1f} to {t_high:+.1f}"]
+
+
+def on_first(draws):
+    """The draws on the first template alone, whose answers are single tokens in most tasks."""
+    return [draw[:1] for draw in draws]
 
 
 def range_of_draws(draws):
@@ -150,17 +152,18 @@ def quartiles(draws):
 # --- tables ---
 
 
-def comparison(whole, settings, chosen, templates=ALL):
-    """The primary comparison, one line per task."""
+def comparison(whole, settings, chosen, first=False):
+    """The primary comparison, one line per task; first: on the first template alone."""
     lines = []
     for task in settings.tasks:
         ours, theirs = paired(whole, *primary(settings, chosen), task)
-        line = [task, "not all draws are run", "", "", ""]
+        if first:
+            ours, theirs = on_first(ours), on_first(theirs)
         if ours:
-            accuracies = [percent([draw[templates] for draw in draws]) for draws in (ours, theirs)]
-            line = [task, *accuracies, *difference(ours, theirs, templates)]
-        lines.append(line)
-    return lab.markdown(["task", "(IA)³", "in-context", f"difference {INTERVALS[0]}", INTERVALS[1]], lines)
+            lines.append([task, percent(ours), percent(theirs), *difference(ours, theirs)])
+        else:
+            lines.append([task, "not all draws are run", "", "", ""])
+    return lab.markdown(["task", "(IA)³", "in-context", *DIFFERENCE], lines)
 
 
 def other_counts(whole, settings, chosen):
@@ -173,7 +176,7 @@ def other_counts(whole, settings, chosen):
         if not our_draws:
             continue
         as_compared, _ = difference(our_draws, their_draws)
-        first, _ = difference(our_draws, their_draws, FIRST)
+        first, _ = difference(on_first(our_draws), on_first(their_draws))
         batch_calibrated, _ = difference(*paired(whole, ours, by_batch, task))
         our_median, our_cell = quartiles(our_draws)
         their_median, their_cell = quartiles(their_draws)
@@ -198,10 +201,10 @@ def beside_rivals(whole, settings, chosen):
                 our_draws, their_draws = paired(whole, ours, theirs, task)
                 if our_draws:
                     line = [f"{rate:g}", rival, task, percent(our_draws), percent(their_draws)]
-                    line += difference(our_draws, their_draws) + difference(our_draws, their_draws, FIRST)
+                    line += difference(our_draws, their_draws)
+                    line += difference(on_first(our_draws), on_first(their_draws))
                     lines.append(line)
-    head = ["(IA)³ at", "rival", "task", "(IA)³", "rival", f"difference {INTERVALS[0]}", INTERVALS[1]]
-    return lab.markdown([*head, f"first template {INTERVALS[0]}", INTERVALS[1]], lines)
+    return lab.markdown(["(IA)³ at", "rival", "task", "(IA)³", "rival", *DIFFERENCE, *ON_FIRST], lines)
 
 
 def pairs_to_compare(settings, chosen):
@@ -248,10 +251,11 @@ def other_differences(whole, settings, chosen):
         for task in settings.tasks:
             our_draws, their_draws = paired(whole, ours, theirs, task)
             if our_draws:
-                cells = difference(our_draws, their_draws) + difference(our_draws, their_draws, FIRST)
-                lines.append([ours.words(), theirs.words(), task, f"{len(our_draws)}", *cells])
-    head = ["row", "less row", "task", "draws", f"difference {INTERVALS[0]}", INTERVALS[1]]
-    return lab.markdown([*head, f"first template {INTERVALS[0]}", INTERVALS[1]], lines)
+                line = [ours.words(), theirs.words(), task, f"{len(our_draws)}"]
+                line += difference(our_draws, their_draws)
+                line += difference(on_first(our_draws), on_first(their_draws))
+                lines.append(line)
+    return lab.markdown(["row", "less row", "task", "draws", *DIFFERENCE, *ON_FIRST], lines)
 
 
 def by_order(whole, settings, chosen):
@@ -344,7 +348,7 @@ def tables(rows, whole, settings, chosen):
         "This was the comparison planned. The tasks come from four sets of sentences: movies, movies-ab and "
         "movies-flipped ask the same sentences, and source asks some of each set.",
         "The same on the first template alone, whose answers are single tokens; descriptive:",
-        comparison(whole, settings, chosen, FIRST),
+        comparison(whole, settings, chosen, first=True),
         "The same difference, counted otherwise; descriptive. Batch-calibrated: in-context learning's probabilities "
         "are divided, without labels, by their mean over the questions themselves. This was tried afterwards; it needs "
         "many questions at once, and here these are balanced. The last three columns are the paper's summary. Unlike "

@@ -11,7 +11,7 @@ import torch
 from here import Here
 
 import common
-from conftest import make_gpt, make_ia3, make_llama
+from conftest import make_gpt, make_llama
 from data import prepare
 from experiments import fewshot, fewshot_demo, fewshot_tables, lab, ranking, serving, shots
 from experiments.fewshot_tables import Row
@@ -47,52 +47,6 @@ def flags(tmp_path):
     return [f"--base={tmp_path}/base.pt", f"--data={tmp_path}/data", f"--out={tmp_path}/out"]
 
 
-@pytest.fixture
-def llama():
-    return make_llama(block_size=4096).double()
-
-
-def mixed_examples(seed):
-    """40 examples of prompts of 1 to 9 tokens, two choices or three, of 1 to 4 tokens."""
-    dice = np.random.default_rng(seed)
-    examples = []
-    for i in range(40):
-        choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
-        examples.append((dice.integers(1, 257, 1 + i % 9).tolist(), choices, i % 2))
-    return examples
-
-
-def scores_without_cache(model, examples, prefix):
-    split = ranking.Choices([([*prefix, *prompt], choices, label) for prompt, choices, label in examples])
-    x, y, _ = split.windows(range(len(examples)))
-    return ranking.normalized(*ranking.token_log_likelihoods(model, x, y))
-
-
-@pytest.mark.parametrize("make", [make_gpt, make_llama])
-@pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6, 5]])
-def test_a_prompt_read_once_behind_a_prefix_is_scored_as_if_each_choice_were_read_alone(make, prefix):
-    """float64, so that only the order of sums differs. Several batches go on from the same prefix."""
-    model = make(block_size=64).double()
-    make_ia3(model)
-    examples = mixed_examples(0)
-    found = ranking.scores(model, ranking.Choices(examples), prefix)
-    torch.testing.assert_close(found, scores_without_cache(model, examples, prefix), rtol=1e-11, atol=1e-11)
-
-
-def test_padded_prompts_read_once_give_the_same_loss_and_gradients(llama):
-    """The gradient of a key in the prompt is the sum over the choices that look at it; none comes from padding."""
-    vectors = make_ia3(llama).double()  # float32 gradients would be rounded
-    found = []
-    ways = ((ranking.Choices, ranking.token_log_likelihoods), (ranking.SharedPrompts, ranking.choice_log_likelihoods))
-    for split, log_likelihoods_of in ways:
-        vectors.zero_grad()
-        batch = split(mixed_examples(1)).windows(range(17))
-        loss = ranking.make_loss(log_likelihoods_of=log_likelihoods_of)(llama, *batch)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in vectors.parameters())])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
-
-
 # --- examples ---
 
 
@@ -109,14 +63,15 @@ def test_a_draw_has_as_many_of_each_label_and_begins_the_larger_ones(tmp_path):
             shots.draw(rows, k, 0)
 
 
-def test_a_context_is_the_examples_as_they_are_asked_with_their_answers(llama, tmp_path):
+def test_a_context_is_the_examples_as_they_are_asked_with_their_answers(tmp_path):
+    tokenizer = make_llama().tokenizer
     rows = shots.read_task(write_sets(tmp_path), "movies", "train")[:2]
-    ids = shots.context(llama.tokenizer, "plain", rows, 1)
+    ids = shots.context(tokenizer, "plain", rows, 1)
     good, bad = rows if rows[0].label else rows[::-1]
     text = {id(good): " Good", id(bad): " It does not sound good at all"}
-    assert llama.tokenizer.decode(ids) == "".join(f"{row.prompts[1]}{text[id(row)]}\n\n" for row in rows)
-    ids = shots.context(llama.tokenizer, "chat", rows[:1], 0)
-    ids += shots.ask(llama.tokenizer, "chat", rows[1], 0)[0]
+    assert tokenizer.decode(ids) == "".join(f"{row.prompts[1]}{text[id(row)]}\n\n" for row in rows)
+    ids = shots.context(tokenizer, "chat", rows[:1], 0)
+    ids += shots.ask(tokenizer, "chat", rows[1], 0)[0]
     answer = ["negative", "positive"][rows[0].label]
     turns = [shots.SYSTEM, f"user\n{rows[0].prompts[0]}", f"assistant\n{answer}", f"user\n{rows[1].prompts[0]}"]
     assert bytes(ids).decode() == "".join(f"\1{turn}\2\n" for turn in turns) + "\1assistant\n"
@@ -308,8 +263,8 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, flags, monke
     zero = next(job for job in results if (job.method, job.split, job.form) == ("zero", "test", "plain"))
     rows = [json.loads(line) for line in (data / "movies/choices-3/test.jsonl").read_text().splitlines()[:8]]
     examples = [([*row["prompt"].encode()], [[*c.encode()] for c in row["choices"]], 0) for row in rows]
-    found = scores_without_cache(common.load(tmp_path / "base.pt"), examples, [])
-    np.testing.assert_allclose(arrays[zero]["beta"][2], found.detach(), rtol=1e-4)
+    found = ranking.scores(common.load(tmp_path / "base.pt"), ranking.Choices(examples))
+    np.testing.assert_allclose(arrays[zero]["beta"][2], found, rtol=1e-4)
     assert {"biases-4-0", "probe-6-0"} <= arrays[zero].keys()
 
 

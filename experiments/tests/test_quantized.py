@@ -1,6 +1,5 @@
 """quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
 
-import itertools
 import subprocess
 import sys
 
@@ -116,10 +115,7 @@ def test_tables_of_runs_that_are_not_all_there_are_refused_in_one_line(tmp_path,
 def test_minutes_are_for_both_stages_and_formats_wait_for_the_vectors(tmp_path, capsys, monkeypatch):
     """The clock stands; after half an hour of vectors, half an hour is left for the formats."""
     (tmp_path / "base.gguf").touch()
-    for task, split in itertools.product(quantized.TASKS, ("train", "test")):
-        path = tmp_path / f"{task}/choices-1/{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    write_sets(tmp_path)
     now = [0.0]
     granted = []
     n_left = [1, 0]

@@ -5,12 +5,13 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import common
 import train
-from conftest import make_gpt
+from conftest import make_gpt, make_ia3, make_llama
 from data.tokenizer import Tokenizer
 from experiments import ranking
 
@@ -71,13 +72,42 @@ def test_no_choice_is_ever_sure_enough_to_make_a_loss_or_a_gradient_infinite():
     assert log_p.grad.isfinite().all() and (log_p.grad[0, 0] == 0).all()
 
 
-def test_ranking_is_by_length_normalized_likelihood(split):
-    model = make_gpt().double()
-    beta = ranking.scores(model, split)
-    assert split.labels().tolist() == [1, 0] and beta.shape == (2, 3) and beta[1, 2] == -math.inf
-    for row, found in zip(ROWS, beta.tolist(), strict=True):
-        log_p = [log_p_by_hand(model, row["prompt"], choice) for choice in row["choices"]]
-        assert found[: len(log_p)] == pytest.approx([sum(lp) / len(lp) for lp in log_p], rel=1e-11)
+def mixed_examples(seed):
+    """40 examples of prompts of 1 to 9 tokens, two choices or three, of 1 to 4 tokens."""
+    dice = np.random.default_rng(seed)
+    examples = []
+    for i in range(40):
+        choices = [dice.integers(1, 257, n).tolist() for n in ((1, 4) if i % 3 else (3, 1, 2))]
+        examples.append((dice.integers(1, 257, 1 + i % 9).tolist(), choices, i % 2))
+    return examples
+
+
+@pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6, 5]])
+def test_a_prompt_read_once_behind_a_prefix_is_scored_as_if_each_choice_were_read_alone(make_model, prefix):
+    """float64, so that only the order of sums differs. Several batches go on from the same prefix."""
+    model = make_model(block_size=64).double()
+    make_ia3(model)
+    examples = mixed_examples(0)
+    found = ranking.scores(model, ranking.Choices(examples), prefix)
+    whole = ranking.Choices([([*prefix, *prompt], choices, label) for prompt, choices, label in examples])
+    x, y, _ = whole.windows(range(len(examples)))
+    expected = ranking.normalized(*ranking.token_log_likelihoods(model, x, y))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_padded_prompts_read_once_give_the_same_loss_and_gradients():
+    """The gradient of a key in the prompt is the sum over the choices that look at it; none comes from padding."""
+    llama = make_llama(block_size=64).double()
+    vectors = make_ia3(llama).double()  # float32 gradients would be rounded
+    found = []
+    ways = ((ranking.Choices, ranking.token_log_likelihoods), (ranking.SharedPrompts, ranking.choice_log_likelihoods))
+    for split, log_likelihoods_of in ways:
+        vectors.zero_grad()
+        batch = split(mixed_examples(1)).windows(range(17))
+        loss = ranking.make_loss(log_likelihoods_of=log_likelihoods_of)(llama, *batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in vectors.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
 LEARNABLE = [
