@@ -78,13 +78,15 @@ class Job(NamedTuple):
 
 @dataclass
 class Result:
-    """What a run found, of the unmerged model and of the base's or each way's. Empty: the base's columns for a format,
-    the others for 'float'.
+    """What a run found. Against the unmerged model: same, the share of questions with the same answer; rms, of Δlogit;
+    kl, in nats. bytes: the share of the layers' bytes that differ from the base's.
     """
 
     unmerged_accuracy: float
+    # of 'float': the base
     base_accuracy: float | None = None
     base_rms: float | None = None
+    # of a format: the ways
     scales_accuracy: float | None = None
     scales_same: float | None = None
     scales_rms: float | None = None
@@ -129,7 +131,9 @@ def quantized(path, form):
 
 @torch.no_grad()
 def fold(blocks, vectors, form, way):
-    """The matrices that change, {name: Tensor}. blocks: quantized's; way: of WAYS."""
+    """The matrices that change, {name: Tensor}. blocks: quantized's; way: of WAYS, whose 'columns' folds l_k and l_v as
+    'rows' does.
+    """
     changed = {}
     for i, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
         layer = f"model.layers.{i}"

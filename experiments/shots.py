@@ -1,6 +1,6 @@
 """One run of fewshot.py: ask SmolLM2 a question, with examples before it or after learning from them, and score it.
 
-fewshot.py holds the protocol and says what each of these is for.
+fewshot.py holds the protocol and says what each of these is for; ranking.py has the scores and the losses.
 """
 
 import time

@@ -222,11 +222,9 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, flags, monke
     assert choose().rates == {}
     status, text, _ = stage("rates", "--minutes", "0")
     assert status == 0 and "runs of" in text
-    first, _ = lab.load_runs(out / "quick", shots.Run, shots.Result)
     status, text, _ = stage("rates")
     assert status == 0 and "all runs are done" in text
     results, _ = lab.load_runs(out / "quick", shots.Run, shots.Result)
-    assert 0 < len(first) < 12 and list(results.items())[: len(first)] == list(first.items())
     about = json.loads((out / "quick/run.json").read_text())
     assert about["arguments"]["stage"] == "rates" and about["data_hash"].keys() == {"products"}
     assert about["figures"].items() <= {lab.run_name(job): vars(result) for job, result in results.items()}.items()
