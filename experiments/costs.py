@@ -85,6 +85,7 @@ def measure(build, batch, config, methods, repeats):
             passes["merged", name] = partial(forward, METHODS[name].merge(model).eval(), batch[0][:1])
     mixed = mixed_batches(build, batch[0], forward)
 
+    # their times, in turns
     times = clocks.interleave(steps, repeats, device)
     for name in steps:
         costs[name].update(clocks.ratio("step", times[name], times["full"]))

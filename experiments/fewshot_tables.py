@@ -57,14 +57,15 @@ def rows_of(found, settings):
     def add(row, task, draw):
         rows.setdefault(row, {}).setdefault(task, []).append(draw)
 
-    for run, arrays in sorted(found.items(), key=lambda item: item[0].seed):
+    for run in sorted(found, key=lambda run: run.seed):
+        arrays = found[run]
         if run.split != "test":
             continue
         add(row_of(run), run.task, right(arrays))
         if "free" in arrays:
             add(row_of(run, "free"), run.task, right(arrays, "free"))
             add(row_of(run, "beta"), run.task, right(arrays, "beta"))
-        if run.method == "zero" and run.form == "plain":
+        if run.method == "zero" and run.form == "plain":  # the floors' answers are kept beside it
             for k in settings.ks:
                 for floor in ("biases", "probe"):
                     for seed in settings.seeds:
@@ -81,10 +82,16 @@ def only_whole(rows, wanted):
     n_draws = Counter((row_of(run), run.task) for run in wanted if run.split == "test")
     whole = {}
     for row, of_task in rows.items():
+        made = row._replace(by="")  # calibration needs no runs of its own
         for task, draws in of_task.items():
-            if len(draws) >= n_draws[row._replace(by=""), task]:
+            if len(draws) >= n_draws[made, task]:
                 whole.setdefault(row, {})[task] = draws
     return whole
+
+
+def draws_of(whole, row, task):
+    """The draws of a cell; none where there is no such cell."""
+    return whole.get(row, {}).get(task, [])
 
 
 def paired(whole, ours, theirs, task):
@@ -92,8 +99,8 @@ def paired(whole, ours, theirs, task):
 
     Zero-shot has a single draw: it is compared with each.
     """
-    our_draws = whole.get(ours, {}).get(task, [])
-    their_draws = whole.get(theirs, {}).get(task, [])
+    our_draws = draws_of(whole, ours, task)
+    their_draws = draws_of(whole, theirs, task)
     if len(their_draws) == 1:
         their_draws = their_draws * len(our_draws)
     n = min(len(our_draws), len(their_draws))
@@ -210,12 +217,13 @@ def beside_rivals(whole, settings, chosen):
 def pairs_to_compare(settings, chosen):
     """The pairs of rows whose differences are shown, in the order in which they are shown."""
     k = settings.k
-    papers, in_context = primary(settings, chosen)
-    best = papers._replace(lr=best_rate(settings, chosen))
+    papers, in_context = primary(settings, chosen)  # (IA)³ at the paper's rate
+    best = papers._replace(lr=best_rate(settings, chosen))  # (IA)³ at the rate that products chose
     by_batch = in_context._replace(by="beta")
     probe = Row("probe", k=k)
     zero = Row("zero", chosen.form)
 
+    # the floors, zero-shot, the other rate, the other calibration
     pairs = [(papers, probe), (best, probe), (best, papers), (papers, Row("biases", k=k))]
     pairs += [(in_context, zero._replace(by=chosen.by)), (in_context, zero), (papers, zero), (best, in_context)]
     pairs += [(papers, by_batch), (best, by_batch), (by_batch, zero._replace(by="beta"))]
@@ -264,7 +272,7 @@ def by_order(whole, settings, chosen):
     lines = []
     ranges = []
     for task in settings.tasks:
-        orders = [whole.get(in_context._replace(order=order), {}).get(task, []) for order in (0, 1, 2)]
+        orders = [draws_of(whole, in_context._replace(order=order), task) for order in (0, 1, 2)]
         cells = []
         for draws in zip(*orders, strict=False):  # the first order has more draws than the others
             accuracies = [100 * accuracy_of([draw]) for draw in draws]
@@ -374,31 +382,29 @@ def tables(rows, whole, settings, chosen):
 # --- pictures ---
 
 
-def draw_picture(whole, settings, curves, xlabel, path, ticks=()):
-    """A panel per task. curves: {label: [(x, Row, the point's name)]}; ticks: of x, if not powers of ten.
+def draw_panel(ax, whole, task, curves):
+    """The curves of a task, and zero-shot's line. Where a row is not whole there is no point."""
+    for label, points in curves.items():
+        found = []  # x, the mean of the draws, the lowest, the highest
+        for x, row, name in points:
+            accuracies = [100 * accuracy_of([draw]) for draw in draws_of(whole, row, task)]
+            if accuracies:
+                found.append((x, np.mean(accuracies), min(accuracies), max(accuracies)))
+                ax.annotate(name, (x, np.mean(accuracies)), fontsize=7)
+        xs, means, low, high = np.array(found).reshape(-1, 4).T
+        ax.errorbar(xs, means, [means - low, high - means], fmt="o-", ms=4, capsize=2, label=label)
+    for draw in draws_of(whole, Row("zero"), task):
+        ax.axhline(100 * accuracy_of([draw]), color="gray", ls=":", label="zero-shot, uncalibrated")
 
-    A point is the mean of all draws, its bar the lowest and the highest; where draws are missing there is none.
-    """
+
+def draw_picture(whole, settings, curves, xlabel, path, ticks=()):
+    """A panel per task. curves: {label: [(x, Row, the point's name)]}; ticks: of x, if not powers of ten."""
     n_columns = min(len(settings.tasks), 3)
     n_rows = math.ceil(len(settings.tasks) / n_columns)
     size = (3.4 * n_columns + 1.8, 3 * n_rows)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for ax, task in zip(axes.flat, settings.tasks, strict=True):
-        for label, points in curves.items():
-            xs, means, below, above = [], [], [], []
-            for x, row, name in points:
-                accuracies = [100 * accuracy_of([draw]) for draw in whole.get(row, {}).get(task, [])]
-                if not accuracies:
-                    continue
-                mean = np.mean(accuracies)
-                xs.append(x)
-                means.append(mean)
-                below.append(mean - min(accuracies))
-                above.append(max(accuracies) - mean)
-                ax.annotate(name, (x, mean), fontsize=7)
-            ax.errorbar(xs, means, [below, above], fmt="o-", ms=4, capsize=2, label=label)
-        for draw in whole.get(Row("zero"), {}).get(task, []):
-            ax.axhline(100 * accuracy_of([draw]), color="gray", ls=":", label="zero-shot, uncalibrated")
+        draw_panel(ax, whole, task, curves)
         ax.set(xscale="log", xlabel=xlabel, title=task)
         if ticks:
             ax.minorticks_off()
