@@ -157,7 +157,7 @@ def all_jobs(axes, reference, n_seeds, cross):
 class Record:
     """A point's runs, over the seeds that all points of its axis have."""
 
-    point: Job
+    point: Job  # of the base: None
     values: int
     loss: float  # the mean over works and seeds
     n_seeds: int
@@ -183,12 +183,14 @@ def read_points(folder):
     Raises ValueError where the runs are not this command's.
     """
     results, arrays = lab.load_runs(folder, Job, Result)
-    jobs = list(results)
-    losses = lab.stack_works([lab.arrays_of(job, arrays, folder) for job in jobs]) if jobs else []
+    losses = {}
+    if results:
+        stacked = lab.stack_works([lab.arrays_of(job, arrays, folder) for job in results])
+        losses = dict(zip(results, stacked, strict=True))
     points = {}
     values = {}
     base = None
-    for job, of_works in zip(jobs, losses, strict=True):
+    for job, of_works in losses.items():
         if job.sites == "none":
             base = of_works
             continue
@@ -229,13 +231,16 @@ def summarize(folder):
 
 
 def record_of(point, values, ours, theirs):
-    """The Record of a point, or of the base (None), beside the reference's runs. ours, theirs: (seeds, works)."""
+    """The Record of a point beside the reference's runs. ours, theirs: (seeds, works)."""
     difference = by_work = None
     if np.isfinite(ours).all() and np.isfinite(theirs).all():
         difference = lab.student((ours - theirs).mean(1))
         by_work = (ours - theirs).mean(0)
     n_diverged = int((~np.isfinite(ours).all(1)).sum())
     return Record(point, values, ours.mean(), len(ours), n_diverged, difference, by_work)
+
+
+# --- tables and pictures ---
 
 
 def cell(axis, point):
@@ -272,16 +277,15 @@ def tables(folder):
     """The Markdown tables, one an axis, of the runs in folder, a Path, from its files alone."""
     about = lab.read_about(folder)
     reference = Job(**about["reference"])
+    works = ", ".join(about["works"])
     pieces = []
     for axes, records in summarize(folder).items():
         head = [*[AXES[axis] for axis in axes], "values trained", "nats a byte", "difference", "95 %, over seeds"]
         pieces.append(lab.markdown([*head, "difference, by work"], [cells(axes, record) for record in records]))
-        n = records[0].n_seeds
-        seeds = "1 seed" if n == 1 else f"{n} seeds"
-        fixed = [f"{AXES[axis]} {cell(axis, reference)}" for axis in AXES if axis not in axes]
-        told = [f"{about['data']}/val ({', '.join(about['works'])}), {seeds}", *fixed]
-        told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step")
-        pieces.append(f"{'; '.join(told)}.")
+        told = [f"{about['data']}/val ({works}), {lab.count_seeds(records[0].n_seeds)}"]
+        told += [f"{AXES[axis]} {cell(axis, reference)}" for axis in AXES if axis not in axes]
+        told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step.")
+        pieces.append("; ".join(told))
     return "\n\n".join(pieces)
 
 
@@ -290,30 +294,30 @@ def draw(axes, records, path):
     base, *records = records
     *others, last = axes
     numeric = last in ("lr", "steps")
-    lines = {}
-    for record in records:
-        label = ", ".join(cell(axis, record.point) for axis in others)
-        lines.setdefault(label, []).append(record)
-
-    def at(record):
-        # labels stand close together
-        return getattr(record.point, last) if numeric else cell(last, record.point).replace("-", "\n")
-
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
     panel.axhline(base.loss, color="k", ls="--", lw=1, label="the base")
-    for i, (label, line) in enumerate(lines.items()):
-        losses = [math.nan if record.n_diverged else record.loss for record in line]
-        half = np.zeros((2, len(line)))  # of the interval
-        for n, record in enumerate(line):
-            if record.difference is not None and record.n_seeds > 1:
-                half[:, n] = record.difference[0] - record.difference[1]  # Student's interval is symmetric
-        style = "o-" if numeric or others else "o"
-        panel.errorbar([at(r) for r in line], losses, half, fmt=style, color=f"C{i}", ms=4, capsize=3, label=label)
+    lines = {}
+    diverged = []
+    ticks = {}  # {place on the axis: its name}
     for record in records:
+        label = ", ".join(cell(axis, record.point) for axis in others)
+        name = cell(last, record.point)
+        x = getattr(record.point, last) if numeric else name.replace("-", "\n")  # names stand close together
+        loss = record.loss
         if record.n_diverged:
-            panel.plot(at(record), 0.5, "kx", transform=panel.get_xaxis_transform())
+            loss = math.nan
+            diverged.append(x)
+        half = 0.0  # of the interval, which is symmetric
+        if record.difference is not None and record.n_seeds > 1:
+            half = record.difference[0] - record.difference[1]
+        lines.setdefault(label, []).append((x, loss, half))
+        ticks[x] = name
+    for label, line in lines.items():
+        xs, losses, halves = zip(*line, strict=True)
+        panel.errorbar(xs, losses, halves, fmt="o-" if numeric or others else "o", ms=4, capsize=3, label=label)
+    for x in diverged:
+        panel.plot(x, 0.5, "kx", transform=panel.get_xaxis_transform())
     if numeric:
-        ticks = {at(record): cell(last, record.point) for record in records}
         panel.set_xscale("log")
         panel.minorticks_off()
         panel.set_xticks(list(ticks), list(ticks.values()))
@@ -350,38 +354,54 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def run(argv):
-    args = parse(argv)
-    if args.workers < 1:
-        raise ValueError(f"workers must be at least 1, not {args.workers}")
-    if args.seeds is not None and not 1 <= args.seeds <= 10:
-        raise ValueError(f"seeds must be from 1 to 10, as far as the table of Student's t goes, not {args.seeds}")
-    device, dtype = common.pick_device(args.device)
-    model = common.load(args.base)
-    n_layer = model.config.n_layer
-    data = lab.load_data(args.data, model, ("train", "val"))
-    works = lab.read_works(args.data, "val", model)
-
-    # the axes, their values, and the reference
+def choose_axes(args, n_layer):
+    """Return {axis: its values}: those named on the command line, or UNNAMED."""
     named = [axis for axis in AXES if getattr(args, axis) is not None]
     if args.cross and len(named) < 2:
         raise ValueError("--cross needs two or more named axes")
     halves = HALVES if n_layer > 1 else HALVES[:1]
     defaults = {"sites": SUBSETS, "depth": [*halves, *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
-    axes = {axis: getattr(args, axis) or defaults[axis] for axis in named or UNNAMED}
-    if args.ref_steps is None:
-        args.ref_steps = 30 if args.quick else 100
-    reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, args.ref_steps)
+    return {axis: getattr(args, axis) or defaults[axis] for axis in named or UNNAMED}
+
+
+def choose_jobs(args, axes, reference, n_layer):
+    """The runs that the command line asks for. Raises ValueError for a mistake in any, before the first is made."""
     if all(set(values) == {getattr(reference, axis)} for axis, values in axes.items()):
         raise ValueError("nothing to compare: the named axes have only the reference's own values")
-
-    # the runs; a mistake is reported before the first, not after an hour
-    seeds = args.seeds or (1 if args.quick or args.cross else SEEDS)
-    jobs = all_jobs(axes, reference, seeds, args.cross)
+    jobs = all_jobs(axes, reference, args.seeds, args.cross)
     for job in jobs:
         TrainConfig(lr=job.lr, steps=job.steps)
         layers(job.depth, n_layer)
+    return jobs
+
+
+def print_plan(left, workers, model, split, works, config):
+    """Print how long the jobs left take, by a step and a forward pass timed here, on the model's device."""
+    steps = sum(job.steps for job in left if job.sites != "none")
+    attach(model)
+    a_step, a_window = clocks.pace(model, split, config)
+    seconds = steps * a_step + len(left) * sum(map(len, works.values())) * a_window
+    minutes = seconds / workers / 60
+    print(f"{len(left)} runs are left, {steps:,} steps: about {minutes:.0f} minutes, {workers} at once", flush=True)
+
+
+def run(argv):
+    args = parse(argv)
+    if args.seeds is None:
+        args.seeds = 1 if args.quick or args.cross else SEEDS
+    lab.check_counts(args.workers, args.seeds)
+    if args.ref_steps is None:
+        args.ref_steps = 30 if args.quick else 100
+    out = args.out / "quick" if args.quick else args.out
+    device, dtype = common.pick_device(args.device)
+    workers = 1 if device.type == "cuda" else args.workers
+    model = common.load(args.base)
+    data = lab.load_data(args.data, model, ("train", "val"))
+    works = lab.read_works(args.data, "val", model)
+    axes = choose_axes(args, model.config.n_layer)
+    reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, args.ref_steps)
+    jobs = choose_jobs(args, axes, reference, model.config.n_layer)
     about = {
         "fingerprint": fingerprint(model),
         "data": Path(args.data).absolute().name,
@@ -392,31 +412,19 @@ def run(argv):
         "crossed": args.cross,
         "reference": {axis: getattr(reference, axis) for axis in AXES},
     }
-
-    # how long those take that are left
-    out = args.out / "quick" if args.quick else args.out
     there, _ = lab.load_runs(out, Job, Result)
     left = [job for job in jobs if job not in there]
-    steps = sum(job.steps for job in left if job.sites != "none")
-    attach(model)
-    model.to(device)
-    a_step, a_window = clocks.pace(
-        model, data["train"], TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype)
-    )
-    seconds = steps * a_step + len(left) * sum(map(len, works.values())) * a_window
-    workers = 1 if device.type == "cuda" else args.workers
-    minutes = seconds / workers / 60
-    print(f"{len(left)} runs are left, {steps:,} steps: about {minutes:.0f} minutes, {workers} at once", flush=True)
+    config = TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype)
+    print_plan(left, workers, model.to(device), data["train"], works, config)
     if args.plan:
         return 0
 
-    # make them; then the tables and the pictures
     lab.open_folder(out, about)
     settings = {"base": args.base, "data": args.data, "device": args.device}
     done = lab.make_runs(jobs, partial(measure, settings), Result, out, workers)
     text = tables(out)
     lab.save_text(text, out / "table.md")
-    arguments = vars(args) | axes | {"seeds": seeds, "device": device, "dtype": dtype}
+    arguments = vars(args) | axes | {"device": device, "dtype": dtype}
     lab.write_run_json(out, "ablate.py", arguments, model, about["data_hash"], done)
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():

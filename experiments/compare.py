@@ -51,6 +51,7 @@ import numpy as np
 import torch
 
 import common
+import data as datasets
 from experiments import clocks, compare_tables, costs, lab, rivals
 from experiments.compare_tables import RATE_SEEDS, Job, Result, mean_losses
 from experiments.rivals import METHODS
@@ -119,13 +120,9 @@ def measure(settings, job):
             history = train(model, data, config)
         except FloatingPointError:
             diverged = True
-
     if job.stage == "lr":
-        loss = math.inf
-        if not diverged:
-            nats, targets = lab.window_losses(model, data["val"], config, VAL_WINDOWS)
-            loss = nats.sum() / targets.sum() * lab.tokens_a_byte(data["val"])
-        return Result(values, loss if math.isfinite(loss) else math.inf, None), {}
+        loss = math.inf if diverged else loss_on_val(model, data["val"], config)
+        return Result(values, loss, None), {}
 
     curve = [(row["step"], row["val_loss"] * lab.tokens_a_byte(data["val"])) for row in history]
     arrays = {"curve": np.array(curve).reshape(-1, 2)}
@@ -136,6 +133,13 @@ def measure(settings, job):
         arrays |= {f"{kind}{name}": array for name, array in found.items()}
         means.append(float(lab.stack_works([arrays], kind).mean()))
     return Result(values, *means), arrays
+
+
+def loss_on_val(model, val, config):
+    """Nats a byte, by which a rate is chosen; infinite where it is no number."""
+    nats, targets = lab.window_losses(model, val, config, VAL_WINDOWS)
+    loss = nats.sum() / targets.sum() * lab.tokens_a_byte(val)
+    return loss if math.isfinite(loss) else math.inf
 
 
 # --- choosing a learning rate ---
@@ -207,7 +211,7 @@ def check_rates(jobs, results, folder):
             raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: name a new --out")
 
 
-def plan(settings, datas, given, methods, args, results):
+def print_plan(settings, datas, methods, given, args, results):
     """Print how many runs are left and how long they take, by a step and a forward pass timed here.
 
     given: {method: rate}; the other methods' rates are searched, which takes about 7 of them on the first data and 5
@@ -215,34 +219,35 @@ def plan(settings, datas, given, methods, args, results):
     """
     model = settings.model(methods[0], 0)
     done = {job._replace(lr=0.0) for job in results}
-    n_runs = 0
-    n_steps = 0
-    n_windows = 0
+    left = []  # of each run: steps, and windows read
     for data in datas:
         losses = mean_losses(results, data, args.steps)
         for method in methods:
             tried = losses.get(method, {})
             if method not in given and rates_to_try(tried, middle_of(FIRST_RATE)):
                 expected = 7 if data == datas[0] else 5
-                n = max(expected - len(tried), 1) * len(RATE_SEEDS)
-                n_runs += n
-                n_steps += n * args.steps
-                n_windows += n * (VAL_WINDOWS + 2 * settings.curve)
-
+                n_runs = max(expected - len(tried), 1) * len(RATE_SEEDS)
+                left += [(args.steps, VAL_WINDOWS + 2 * settings.curve)] * n_runs
+        n_windows = windows_of_test(settings, data, model)
         jobs = jobs_on_test(data, dict.fromkeys(methods, 0.0), args.steps, args.seeds)
-        left = [job for job in jobs if job not in done]
-        read = 21 * settings.curve
-        for _, text, windows in settings.tests(data):
-            works = lab.read_works(settings.folders[text], "test", model).values()
-            read += sum(min(len(work), windows or len(work)) for work in works)
-        n_runs += len(left)
-        n_steps += sum(job.steps for job in left)
-        n_windows += len(left) * read
+        left += [(job.steps, n_windows) for job in jobs if job not in done]
+
+    n_steps = sum(steps for steps, _ in left)
+    n_windows = sum(windows for _, windows in left)
     split = lab.load_data(settings.folders[datas[0]], model, ("train", "val"))["train"]
     a_step, a_window = clocks.pace(model, split, settings.config())
     hours = (n_steps * a_step + n_windows * a_window) / args.workers / 3600
-    print(f"{n_runs} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
+    print(f"{len(left)} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
     print(f"about {hours:.1f} hours on {args.workers} cores", flush=True)
+
+
+def windows_of_test(settings, data, model):
+    """How many windows a run on data's test reads: val's for the curve, 21 times, and those of both texts."""
+    n = 21 * settings.curve
+    for _, text, most in settings.tests(data):
+        works = lab.read_works(settings.folders[text], "test", model)
+        n += sum(min(len(work), most or len(work)) for work in works.values())
+    return n
 
 
 # --- the command line ---
@@ -294,73 +299,52 @@ def given_rates(texts, methods):
     return rates
 
 
-def run(argv):
-    args = parse(argv)
-    if args.workers < 1:
-        raise ValueError(f"workers must be at least 1, not {args.workers}")
-    if not 1 <= args.seeds <= 10:
-        raise ValueError(f"seeds must be from 1 to 10, as far as the table of Student's t goes, not {args.seeds}")
+def name_of(folder):
+    """What runs call the data in a folder: by its last part."""
+    return Path(folder).absolute().name
 
-    # the base, the data, and what all runs share
-    base = common.load(args.base)
-    is_llama = not isinstance(base, GPT)
+
+def make_settings(args, is_llama):
+    """The Settings that the command line asks for."""
     device, dtype = common.pick_device(args.device, "bfloat16" if is_llama else "auto")
-    names = args.data[:1] if args.quick else args.data
-    folders = {Path(name).absolute().name: name for name in [*names, args.forget]}
-    if len(folders) < len({*names, args.forget}):
+    given = {*args.data, args.forget}
+    folders = {name_of(folder): folder for folder in [*args.data, args.forget]}
+    if len(folders) < len(given):
         raise ValueError("two of these folders have the same name, and runs go by it: rename one")
-    datas = [Path(name).absolute().name for name in names]
-    settings = Settings(args.base, folders, Path(args.forget).absolute().name, str(device), dtype)
+    settings = Settings(args.base, folders, name_of(args.forget), str(device), dtype)
     if is_llama:
         # half the rows of twice the tokens, as many at once as its logits leave room for
         settings = replace(settings, is_llama=True, batch_size=8, grad_accum=2, curve=8)
         settings = replace(settings, test_windows=64, forget_windows=64)
     if args.quick:
         settings = replace(settings, curve=2, test_windows=8, forget_windows=8)
+    return settings
 
-    # what a step costs is counted and timed for a GPT only
-    if args.counts and is_llama:
-        raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
-    batch = None
-    if not is_llama:
-        train_split = lab.load_data(args.data[0], base, ("train", "val"))["train"]
-        batch = [t.to(device) for t in train_split.batch(0, 0, settings.batch_size)]
-    if args.counts:
-        print(costs.places(settings.model, batch, settings.config()))
-        return 0
 
-    # the methods, their rates where given, and a mistake in the steps before any run
-    methods = choose_methods(args.methods, base, is_llama)
-    given = given_rates(args.lr, methods)
-    if args.quick:
-        given = dict.fromkeys(methods, QUICK_RATE) | given
-        args.seeds = 1
-        args.steps = 5
-    settings.config(steps=args.steps)
-
-    # what the folder must agree with; a missing file is reported now, not after an hour
-    about = {"fingerprint": fingerprint(base), "forget": settings.forget, "dtype": dtype, "quick": args.quick}
+def describe(settings, base, quick):
+    """What the runs of a folder must agree on, for about.json. Reads all data, so that a mistake in them shows now."""
+    about = {"fingerprint": fingerprint(base), "forget": settings.forget, "dtype": settings.dtype, "quick": quick}
     about |= {"batch_size": settings.batch_size, "data_hash": {}, "works": {}}
-    for name, folder in folders.items():
+    for name, folder in settings.folders.items():
         splits = lab.load_data(folder, base, ("train", "val", "test"))
         about["data_hash"][name] = "".join(split.data_hash()[:16] for split in splits.values())
         about["works"][name] = list(lab.read_works(folder, "test", base))
-    out = args.out / "quick" if args.quick else args.out
-    results, _ = lab.load_runs(out, Job, Result)
-    for data in datas:
-        check_rates(jobs_on_test(data, given, args.steps, args.seeds), results, out)
-    plan(settings, datas, given, methods, args, results)
-    if args.plan:
-        return 0
-    lab.open_folder(out, about)
+    return about
 
-    # data by data: search the rates that are not given, then run the tests
+
+def search_and_test(settings, datas, methods, given, args, out):
+    """Data by data: search the rates that are not given, then run the tests.
+
+    Returns {data: {method: its rate}} and {job: result} of the tests.
+    """
+
     def measure_jobs(jobs):
         return lab.make_runs(jobs, partial(measure, settings), Result, out, args.workers)
 
     middles = {method: middle_of(FIRST_RATE) for method in methods if method not in given}
-    rates = {}  # {data: {method: its rate}}
+    rates = {}
     done = {}
+    there, _ = lab.load_runs(out, Job, Result)
     for data in datas:
         found = given
         if middles:
@@ -368,18 +352,58 @@ def run(argv):
             middles = {method: middle_of(found[method]) for method in middles}
         rates[data] = {method: found[method] for method in methods}
         jobs = jobs_on_test(data, rates[data], args.steps, args.seeds)
-        check_rates(jobs, results, out)
+        check_rates(jobs, there, out)
         done |= measure_jobs(jobs)
+    return rates, done
 
-    # the costs, the tables
+
+def run(argv):
+    args = parse(argv)
+    lab.check_counts(args.workers, args.seeds)
+    base = common.load(args.base)
+    is_llama = not isinstance(base, GPT)
+    out = args.out
+    if args.quick:
+        out = args.out / "quick"
+        args.data = args.data[:1]
+        args.seeds = 1
+        args.steps = 5
+    settings = make_settings(args, is_llama)
+    settings.config(steps=args.steps)  # a mistake shows before any run
+
+    # what a step costs is counted and timed for a GPT only
+    if args.counts and is_llama:
+        raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
+    if not is_llama:
+        split = lab.load_data(args.data[0], base, ("train", "val"))["train"]
+        batch = datasets.to_device(split.batch(0, 0, settings.batch_size), torch.device(settings.device))
+    if args.counts:
+        print(costs.places(settings.model, batch, settings.config()))
+        return 0
+
+    methods = choose_methods(args.methods, base, is_llama)
+    given = given_rates(args.lr, methods)
+    if args.quick:
+        given = dict.fromkeys(methods, QUICK_RATE) | given
+    datas = [name_of(folder) for folder in args.data]
+    about = describe(settings, base, args.quick)
+    results, _ = lab.load_runs(out, Job, Result)
+    for data in datas:
+        check_rates(jobs_on_test(data, given, args.steps, args.seeds), results, out)
+    print_plan(settings, datas, methods, given, args, results)
+    if args.plan:
+        return 0
+
+    lab.open_folder(out, about)
+    rates, done = search_and_test(settings, datas, methods, given, args, out)
     if not is_llama and args.methods is None and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         repeats = 2 if args.quick else REPEATS
         measured = costs.measure(settings.model, batch, settings.config(), methods, repeats)
         lab.write_csv(out / "costs.csv", [vars(cost) for cost in measured])
     text = compare_tables.write(out)
-    arguments = vars(args) | {"methods": methods, "lr": rates, "device": device, "dtype": dtype}
-    lab.write_run_json(out, "compare.py", arguments, base.to(device), about["data_hash"], done)
+    arguments = vars(args) | {"methods": methods, "lr": rates, "device": settings.device, "dtype": settings.dtype}
+    lab.write_run_json(out, "compare.py", arguments, base.to(settings.device), about["data_hash"], done)
     print(text)
     return 0
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 import data as datasets
 import run_folder
 from disk import read_shapes, replace_file
-from train import evaluate
+from train import autocast
 
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "data/base.pt")
@@ -60,25 +60,30 @@ STOPPED = "stopped; the same command continues"
 def open_folder(folder, about):
     """Make folder for the runs that about, a dict for JSON, describes; or check that those in it are such runs.
 
-    A dict within about, such as the hashes of several data, may gain names; one that is missing has none yet. Raises
-    ValueError where others' runs are.
+    A dict within about, such as the hashes of several data, may gain names. Raises ValueError where others' runs are.
     """
     path = folder / "about.json"
-    found = read_about(folder) if path.exists() else about
-    merged = {}
-    for name in found | about:
-        theirs = found.get(name, {})
-        ours = about.get(name, {})
-        fits = theirs == ours
-        merged[name] = ours
-        if isinstance(theirs, dict) and isinstance(ours, dict):
-            fits = all(theirs[key] == ours[key] for key in theirs.keys() & ours.keys())
-            merged[name] = theirs | ours
-        if not fits:
-            raise ValueError(f"{folder} holds runs with {name} {theirs}, not {ours}: name a new --out")
-    if merged != found or not path.exists():
+    found = None
+    merged = about
+    if path.exists():
+        found = read_about(folder)
+        merged = {}
+        for name in found | about:
+            theirs = found.get(name, {})
+            ours = about.get(name, {})
+            if contradict(theirs, ours):
+                raise ValueError(f"{folder} holds runs with {name} {theirs}, not {ours}: name a new --out")
+            merged[name] = theirs | ours if isinstance(ours, dict) else ours
+    if merged != found:
         with replace_file(path, text=True) as f:
             f.write(json.dumps(merged, indent=1) + "\n")
+
+
+def contradict(theirs, ours):
+    """Whether two values of about.json differ: dicts, in a name that both have."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return any(theirs[key] != ours[key] for key in theirs.keys() & ours.keys())
+    return theirs != ours
 
 
 def read_about(folder):
@@ -101,24 +106,30 @@ def read_csv(path, columns):
     """
     if not os.path.exists(path):
         return []
-    rows = []
     with open(path, newline="", encoding="utf-8") as f:
         reader = csv.DictReader(f)
         try:
             if reader.fieldnames != list(columns):
                 raise ValueError("other columns")
-            for cells in reader:
-                if None in cells:
-                    raise ValueError("too many cells")
-                row = {}
-                for name, kind in columns.items():
-                    kinds = getattr(kind, "__args__", (kind,))  # of float | None: both
-                    row[name] = None if cells[name] == "" and len(kinds) > 1 else kinds[0](cells[name])
-                rows.append(row)
+            return [parse_row(cells, columns) for cells in reader]
         except (csv.Error, TypeError, ValueError) as e:  # TypeError: too few cells
             why = f"line {max(reader.line_num, 1)}: {e}"
             raise ValueError(f"{path} is not what this command wrote ({why}): remove it to measure again") from None
-    return rows
+
+
+def parse_row(cells, columns):
+    """The values of a CSV's row. cells: {name: text}; columns: {name: type}."""
+    if None in cells:
+        raise ValueError("too many cells")
+    row = {}
+    for name, kind in columns.items():
+        kinds = getattr(kind, "__args__", (kind,))  # of float | None: both
+        may_be_empty = len(kinds) > 1
+        if may_be_empty and cells[name] == "":
+            row[name] = None
+        else:
+            row[name] = kinds[0](cells[name])
+    return row
 
 
 def write_csv(path, rows):
@@ -146,24 +157,28 @@ def load_runs(folder, job_type, result_type):
     files that make_runs did not write.
     """
     results = {}
+    n = len(job_type._fields)
     for row in read_csv(folder / "results.csv", job_type.__annotations__ | result_type.__annotations__):
         values = list(row.values())
-        n = len(job_type._fields)
         results[job_type(*values[:n])] = result_type(*values[n:])
-    by_name = {}
-    path = folder / "windows.npz"
+    by_name = read_windows(folder / "windows.npz")
+    return results, {job: by_name[run_name(job)] for job in results if run_name(job) in by_name}
+
+
+def read_windows(path):
+    """Return windows.npz's arrays, {run's name: {array's name: array}}; none where there is no such file."""
+    found = {}
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as file:
                 if sum(math.prod(shape) for shape in read_shapes(file).values()) > 10**8:
                     raise ValueError("too many numbers")  # a small file can unfold to gigabytes
                 for key in file.files:
-                    name, _, array = key.rpartition("/")
-                    by_name.setdefault(name, {})[array] = file[key].astype(np.float64)
+                    run, _, array = key.rpartition("/")
+                    found.setdefault(run, {})[array] = file[key].astype(np.float64)
         except Exception as e:  # a damaged file makes zipfile and numpy raise nearly anything
             raise ValueError(f"{path} is damaged, or not what this command wrote ({type(e).__name__})") from None
-    arrays = {job: by_name[run_name(job)] for job in results if run_name(job) in by_name}
-    return results, arrays
+    return found
 
 
 def arrays_of(job, arrays, folder):
@@ -190,6 +205,14 @@ def stack_works(runs, kind=""):
 
 
 # --- making the runs ---
+
+
+def check_counts(workers, seeds=1):
+    """Raise ValueError for --workers or --seeds out of bounds."""
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, not {workers}")
+    if not 1 <= seeds <= len(T_975) + 1:
+        raise ValueError(f"seeds must be from 1 to 10, as far as the table of Student's t goes, not {seeds}")
 
 
 def start_worker():
@@ -224,9 +247,8 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
             results[job], arrays[job] = future.result()
             write_runs(folder, results, arrays)
             took = (time.time() - start) / 60
-            cells = job._asdict() | vars(results[job])
-            text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in cells.items())
-            print(f"{n}/{len(left)}  {text}  {took / n * (len(left) - n):.0f} min left", flush=True)
+            minutes_left = took / n * (len(left) - n)
+            print(f"{n}/{len(left)}  {in_words(job, results[job])}  {minutes_left:.0f} min left", flush=True)
             if took > minutes:
                 for other in running:
                     other.cancel()
@@ -237,6 +259,14 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
         for process in multiprocessing.active_children():
             process.terminate()
     return {job: results[job] for job in jobs if job in results}
+
+
+def in_words(job, result):
+    """A run in one line, for the terminal: 'steps 100  loss 1.234'."""
+    words = []
+    for name, value in (job._asdict() | vars(result)).items():
+        words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return "  ".join(words)
 
 
 def write_run_json(folder, script, arguments, model, data_hash, results):
@@ -301,22 +331,24 @@ def read_works(name, split, model):
     return works
 
 
+@torch.no_grad()
 def window_losses(model, split, config, n_windows=None):
     """Return the nats of n_windows evenly spaced windows of a split, or of all, and each one's number of targets.
 
-    Two float64 arrays (windows,): nats.sum() / targets.sum() is train.evaluate's loss, since evaluate reads them here.
+    Two float64 arrays (windows,): nats.sum() / targets.sum() is train.evaluate's loss. Leaves eval mode on.
     """
+    model.eval()
+    device = model.lm_head.weight.device
+    ids = datasets.evenly_spaced(split, n_windows or len(split))
     nats = []
     targets = []
-
-    def write_down(model, x, y):
-        logits = model(x)[0]  # (B, T, vocab_size)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
+    for i in range(0, len(ids), config.batch_size):
+        x, y = datasets.to_device(split.windows(ids[i : i + config.batch_size]), device)
+        with autocast(model, config):
+            logits, _ = model(x)  # (B, T, vocab_size)
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
         nats.append(losses.cpu().double().view_as(y).sum(1))
         targets.append((y >= 0).sum(1).cpu())
-        return losses.sum() / (y >= 0).sum()
-
-    evaluate(model, split, config, write_down, n_windows)
     return torch.cat(nats).numpy(), torch.cat(targets).double().numpy()
 
 
@@ -399,6 +431,11 @@ def markdown(head, rows):
 def spread(value, low, high, form=".2f"):
     """A value and its interval or quartiles as a table has them."""
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def count_seeds(n):
+    """How tables name a number of seeds."""
+    return "1 seed" if n == 1 else f"{n} seeds"
 
 
 def file_hash(path):
