@@ -379,7 +379,6 @@ def choose_jobs(args, axes, reference, n_layer):
 def print_plan(left, workers, model, split, works, config):
     """Print how long the jobs left take, by a step and a forward pass timed here, on the model's device."""
     steps = sum(job.steps for job in left if job.sites != "none")
-    attach(model)
     a_step, a_window = clocks.pace(model, split, config)
     seconds = steps * a_step + len(left) * sum(map(len, works.values())) * a_window
     minutes = seconds / workers / 60
@@ -415,6 +414,7 @@ def run(argv):
     there, _ = lab.load_runs(out, Job, Result)
     left = [job for job in jobs if job not in there]
     config = TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype)
+    attach(model)
     print_plan(left, workers, model.to(device), data["train"], works, config)
     if args.plan:
         return 0

@@ -97,20 +97,30 @@ def heads(args):
     for layer in range(model.config.n_layer):
         for head in range(model.config.widths[0] // d_head):
             entries = slice(head * d_head, (head + 1) * d_head)
-            l_k = vectors.l_k[layer, entries]
-            l_v = vectors.l_v[layer, entries]
-            kept = l_k.clone(), l_v.clone()
-            l_k.fill_(1)
-            l_v.fill_(1)
-            rise = measure() - before
-            l_k.copy_(kept[0])
-            l_v.copy_(kept[1])
-            spreads = l_k.mean().item(), l_k.std().item(), l_v.mean().item(), l_v.std().item()
-            standard_error = rise.std(ddof=1) / math.sqrt(len(rise))
-            found.append(Head(layer, head, *spreads, rise.mean(), standard_error))
-            print(f"layer {layer}, head {head}: {rise.mean():+.4f} nats", flush=True)
+            found.append(reset_head(vectors, layer, head, entries, measure, before))
+            print(f"layer {layer}, head {head}: {found[-1].rise:+.4f} nats", flush=True)
     lab.write_csv(args.out / "results.csv", [vars(head) for head in found])
+    where = f"{len(before)} windows or choices of {args.data}, loss {before.mean():.4f}"
+    lab.save_text(table_of_heads(found, where), args.out / "table.md")
+    draw_heads(found, args.out / "heads.png")
 
+
+def reset_head(vectors, layer, head, entries, measure, before):
+    """A Head: measure() with its entries at ones, less before. The vectors are left as they were."""
+    l_k = vectors.l_k[layer, entries]
+    l_v = vectors.l_v[layer, entries]
+    spreads = l_k.mean().item(), l_k.std().item(), l_v.mean().item(), l_v.std().item()
+    kept = l_k.clone(), l_v.clone()
+    l_k.fill_(1)
+    l_v.fill_(1)
+    rise = measure() - before
+    l_k.copy_(kept[0])
+    l_v.copy_(kept[1])
+    return Head(layer, head, *spreads, rise.mean(), rise.std(ddof=1) / math.sqrt(len(rise)))
+
+
+def table_of_heads(found, where):
+    """Markdown of Heads. where: what the loss was measured on, and the loss."""
     lines = []
     for name in ("l_k", "l_v"):
         means = [getattr(head, f"{name}_mean") for head in found]
@@ -120,14 +130,11 @@ def heads(args):
     table = lab.markdown(["", "means of the heads", "spread within a head", "heads of mean below 0.5"], lines)
     rises = sorted(head.rise for head in found)
     n_falling = sum(head.rise + 2 * head.standard_error < 0 for head in found)
-    where = f"{len(before)} windows or choices of {args.data}"
-    text = (
-        f"{len(found)} heads, {where}, loss {before.mean():.4f}. Resetting one head's entries to ones changes it by "
+    return (
+        f"{table}\n\n{len(found)} heads, {where}. Resetting one head's entries to ones changes it by "
         f"{rises[0]:+.4f} to {rises[-1]:+.4f} nats, {np.median(rises):+.4f} in the middle; it falls by more than two "
         f"standard errors for {n_falling}."
     )
-    lab.save_text(f"{table}\n\n{text}", args.out / "table.md")
-    draw_heads(found, args.out / "heads.png")
 
 
 def draw_heads(found, path):
@@ -219,6 +226,12 @@ def capacity(args):
         key = job.method, job.n
         if key not in best or recalled.bits > best[key].bits:
             best[key] = recalled
+    lab.save_text(table_of_capacity(best, ns, steps), args.out / "table.md")
+    draw_capacity(best, ns, args.out / "capacity.png")
+
+
+def table_of_capacity(best, ns, steps):
+    """Markdown. best: {(method, pairs): Recalled}; ns: numbers of pairs."""
     head = ["pairs", "bits"]
     for method in CAPACITY_RATES:
         head += [f"{method}: recalled", "a number", "rank"]
@@ -232,8 +245,10 @@ def capacity(args):
         lines.append(line)
     values = ", ".join(f"{method} {best[method, ns[0]].values:,}" for method in CAPACITY_RATES)
     text = f"Numbers trained: {values}. {steps} steps of up to 256 pairs, one seed, the better of two rates."
-    lab.save_text(f"{lab.markdown(head, lines)}\n\n{text}", args.out / "table.md")
+    return f"{lab.markdown(head, lines)}\n\n{text}"
 
+
+def draw_capacity(best, ns, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for method in CAPACITY_RATES:
         left.plot(ns, [best[method, n].bits / (BITS * n) for n in ns], "o-", label=method)
@@ -241,7 +256,7 @@ def capacity(args):
     left.set(xscale="log", xlabel="random pairs", ylabel="share of their bits recalled")
     right.set(xscale="log", yscale="log", xlabel="random pairs", ylabel="bits recalled a trained number")
     left.legend()
-    save_picture(figure, args.out / "capacity.png")
+    save_picture(figure, path)
 
 
 # --- size ---
@@ -312,50 +327,63 @@ def size(args):
     about["data_hash"] = data["train"].data_hash()[:16] + data["val"].data_hash()[:16]
     lab.open_folder(args.out, about)
 
-    def loss():
-        return evaluate(model, data["val"], TrainConfig(lr=1e-3, batch_size=32), n_windows=args.items)
-
+    # the same vectors, kept in fewer and fewer bytes
     negative = n_negative(vectors)
-    base = loss()
+    config = TrainConfig(lr=1e-3, batch_size=32)
+    kept = {"the base": (0, evaluate(model, data["val"], config, n_windows=args.items))}  # bytes and loss
     model.ia3 = vectors
-    kept = {}  # bytes and loss
     for words, (n_bytes, matrices) in small_versions(vectors).items():
         for name, p in vectors.matrices().items():
             p.data = matrices[name]
-        kept[words] = n_bytes, loss()
-    ours = kept["float32"][1]
-    lines = []
-    for words, (n, nats) in ({"the base": (0, base)} | kept).items():
-        lines.append([words, f"{n:,}", f"{nats:.4f}", f"{(base - nats) / (base - ours):.1%}"])
-    sizes = lab.markdown(["kept", "bytes", "nats a token", "of the gain"], lines)
+        kept[words] = n_bytes, evaluate(model, data["val"], config, n_windows=args.items)
 
+    # vectors that were learned at other rates
     rates = {2: (0.1,), 4: (0.1,)} if args.quick else SIZE_RATES
     jobs = [RateJob(lr, steps, seed=1) for steps, some in rates.items() for lr in some]
     settings = {"base": args.base, "data": args.data, "items": args.items}
     found = lab.make_runs(jobs, partial(learn_once, settings), Learned, args.out, args.workers)
-    lines = []
-    for job, learned in found.items():
-        loss_cell = "diverged" if math.isinf(learned.loss) else f"{learned.loss:.4f}"
-        cells = [f"{job.steps:,}", f"{job.lr:g}", loss_cell]
-        lines.append([*cells, f"{learned.negative:,} of {learned.values:,}"])
+
     text = f"{Path(args.ia3).name} on {args.data}'s val, {args.items} windows. {negative:,} of its {vectors.count():,}"
     text += " scales are negative. Below, runs of 1 seed at other rates:"
-    table = lab.markdown(["steps", "rate", "nats a token", "negative scales"], lines)
-    lab.save_text(f"{sizes}\n\n{text}\n\n{table}", args.out / "table.md")
+    lab.save_text(f"{table_of_sizes(kept)}\n\n{text}\n\n{table_of_rates(found)}", args.out / "table.md")
+    draw_size(kept, found, args.out / "size.png")
 
+
+def table_of_sizes(kept):
+    """Markdown. kept: {how vectors are kept: (bytes, loss)}, the base first, then float32."""
+    base = kept["the base"][1]
+    gain = base - kept["float32"][1]
+    lines = []
+    for words, (n_bytes, loss) in kept.items():
+        lines.append([words, f"{n_bytes:,}", f"{loss:.4f}", f"{(base - loss) / gain:.1%}"])
+    return lab.markdown(["kept", "bytes", "nats a token", "of the gain"], lines)
+
+
+def table_of_rates(found):
+    """Markdown of {RateJob: Learned}."""
+    lines = []
+    for job, learned in found.items():
+        loss = "diverged" if math.isinf(learned.loss) else f"{learned.loss:.4f}"
+        lines.append([f"{job.steps:,}", f"{job.lr:g}", loss, f"{learned.negative:,} of {learned.values:,}"])
+    return lab.markdown(["steps", "rate", "nats a token", "negative scales"], lines)
+
+
+def draw_size(kept, found, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot([n for n, _ in kept.values()], [nats for _, nats in kept.values()], "o")
-    for words, place in kept.items():
-        left.annotate(f" {words}", place, fontsize=7)
-    left.axhline(base, color="gray", ls=":", label="the base")
+    for words, (n_bytes, loss) in kept.items():
+        if words == "the base":
+            left.axhline(loss, color="gray", ls=":", label=words)
+        else:
+            left.plot(n_bytes, loss, "o", color="C0")
+            left.annotate(f" {words}", (n_bytes, loss), fontsize=7)
     left.set(xscale="log", xlabel="bytes of a task", ylabel="nats a token")
-    for steps in rates:
+    for steps in dict.fromkeys(job.steps for job in found):
         losses = {job.lr: learned.loss for job, learned in found.items() if job.steps == steps}
         right.plot(losses.keys(), losses.values(), "o-", label=f"{steps:,} steps")
     right.set(xscale="log", xlabel="learning rate", ylabel="nats a token")
     for ax in (left, right):
         ax.legend()
-    save_picture(figure, args.out / "size.png")
+    save_picture(figure, path)
 
 
 def run(argv):
@@ -371,8 +399,7 @@ def run(argv):
     args = parser.parse_args(argv)
     if args.items < 2:
         raise ValueError(f"--items must be at least 2, not {args.items}")
-    if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {args.workers}")
+    lab.check_counts(args.workers)
     if args.out is None:
         args.out = Path("out/analysis") / args.question
     if args.quick:

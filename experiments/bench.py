@@ -82,7 +82,13 @@ COMPLETION_TOKENS = 56
 COMPLETION_TARGETS = 4  # in each row
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
-FLOORS = ("FLOPs: linear maps", "all FLOPs", "time ÷ all FLOPs")  # columns
+FLOORS = ("FLOPs: linear maps", "all FLOPs", "time ÷ all FLOPs")
+HEADS = {  # the tables' columns
+    "training": ("", "time over full's", *FLOORS, "saved", "ours over it"),
+    "completions": ("", "time over the first's", "peak memory, MB", "over the first's", "ours over it, time"),
+    "inference": ("", "time over the base's", *FLOORS),
+    "mixed": ("", "time over one task's", "milliseconds"),
+}
 
 
 @dataclass
@@ -256,31 +262,36 @@ def mixers(config, device, dtype):
     return {name: Contestant(call, counts) for name, call in calls.items()}
 
 
+def contestants_of(what, config, batch, dtype, compiled):
+    """Return {name: Contestant} of one of CONTESTS, what all are compared with first; and the name of ours."""
+    found = {}
+    if what == "training":
+        for name in peers.TRAINING if isinstance(config, GPTConfig) else peers.TRAINING_LLAMA:
+            found |= trainer(name, config, batch, dtype, compiled)
+        return found, peers.OURS
+    if what == "completions":
+        return completers(config, batch, dtype), peers.OURS
+    if what == "inference":
+        for name in INFERENCE:
+            found |= reader(name, config, batch, dtype, compiled)
+        return found, UNMERGED
+    return mixers(config, batch[0].device, dtype), ONE_TASK
+
+
 def measure(shape, what, rounds, device, dtype, compiled, about):
     """Return the Rows of one of a shape's CONTESTS. about: a Row's last fields, a dict from hardware on."""
-    n_rows, tokens, _ = WORK[device.type][shape]
-    config = peers.SHAPES[shape](tokens)
-    batch = make_batch(config, n_rows, device)
     torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
     print(f"{shape}, {what}: {rounds} rounds", flush=True)
-    contestants = {}
-    if what == "training":
-        ours = peers.OURS
-        for name in peers.TRAINING if isinstance(config, GPTConfig) else peers.TRAINING_LLAMA:
-            contestants |= trainer(name, config, batch, dtype, compiled)
-    elif what == "completions":
-        ours = peers.OURS
+    n_rows, tokens, _ = WORK[device.type][shape]
+    if what == "completions":
         n_rows, tokens = COMPLETION_ROWS, COMPLETION_TOKENS
         config = peers.SHAPES[shape](tokens)
         batch = make_completions(config, device)
-        contestants = completers(config, batch, dtype)
-    elif what == "inference":
-        ours = UNMERGED
-        for name in INFERENCE:
-            contestants |= reader(name, config, batch, dtype, compiled)
     else:
-        ours = ONE_TASK
-        contestants = mixers(config, device, dtype)
+        config = peers.SHAPES[shape](tokens)
+        batch = make_batch(config, n_rows, device)
+    contestants, ours = contestants_of(what, config, batch, dtype, compiled)
+    if what == "mixed":
         n_rows = MIXED_ROWS
         tokens = min(tokens, MIXED_TOKENS)
     times = clocks.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
@@ -320,14 +331,8 @@ def read_rows(folder):
 def table(rows):
     """Markdown of one kind of contest, all shapes."""
     what = rows[0].what
-    gpu = what in ("training", "inference") and rows[0].peak_bytes is not None
-    head = {
-        "training": ["", "time over full's", *FLOORS, "saved", "ours over it"],
-        "completions": ["", "time over the first's", "peak memory, MB", "over the first's", "ours over it, time"],
-        "inference": ["", "time over the base's", *FLOORS],
-        "mixed": ["", "time over one task's", "milliseconds"],
-    }[what]
-    if gpu:
+    head = list(HEADS[what])
+    if what in ("training", "inference") and rows[0].peak_bytes is not None:
         head += ["tokens/s", "peak GiB"]
     lines = []
     for row in rows:
@@ -335,27 +340,30 @@ def table(rows):
             plain = row
             about = f"{row.n_layer} layers × {row.n_embd}, {row.rows} × {row.tokens} tokens"
             lines.append([f"**{row.shape}**: {about}", *[""] * (len(head) - 1)])
-        cells = [row.contestant, lab.spread(row.over_plain, row.over_plain_low, row.over_plain_high)]
-        if what == "mixed":
-            cells.append(f"{1000 * row.seconds:.2f}")
-        elif what == "completions":
-            memory = ["", ""]
-            if row.peak_bytes and plain.peak_bytes:
-                memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / plain.peak_bytes:.2f}"]
-            cells += memory
-            cells.append(lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high))
-        else:
-            linear = row.linear_flops / plain.linear_flops
-            floor = row.flops() / plain.flops()
-            cells += [f"{linear:.3f}", f"{floor:.3f}", f"{row.over_plain / floor:.2f}"]
-        if what == "training":
-            unit = 4 * row.rows * row.tokens * row.n_layer * row.n_embd
-            cells.append(f"{row.saved_bytes / unit:.1f}")
-            cells.append(lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high))
-        if gpu:
-            cells += [f"{row.tokens_per_second:,.0f}", f"{row.peak_bytes / 2**30:.2f}"]
-        lines.append(cells)
+        lines.append(cells(row, plain))
     return lab.markdown(head, lines)
+
+
+def cells(row, plain):
+    """A contestant's line of the table. plain: the Row of what it is compared with."""
+    ours_over = lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high)
+    line = [row.contestant, lab.spread(row.over_plain, row.over_plain_low, row.over_plain_high)]
+    if row.what == "mixed":
+        return [*line, f"{1000 * row.seconds:.2f}"]
+    if row.what == "completions":
+        memory = ["", ""]
+        if row.peak_bytes and plain.peak_bytes:
+            memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / plain.peak_bytes:.2f}"]
+        return [*line, *memory, ours_over]
+    linear = row.linear_flops / plain.linear_flops
+    floor = row.flops() / plain.flops()
+    line += [f"{linear:.3f}", f"{floor:.3f}", f"{row.over_plain / floor:.2f}"]
+    if row.what == "training":
+        unit = 4 * row.rows * row.tokens * row.n_layer * row.n_embd
+        line += [f"{row.saved_bytes / unit:.1f}", ours_over]
+    if row.peak_bytes is not None:  # of a GPU's memory
+        line += [f"{row.tokens_per_second:,.0f}", f"{row.peak_bytes / 2**30:.2f}"]
+    return line
 
 
 def tables(folder):

@@ -167,7 +167,7 @@ def of_works(values, form):
 
 
 def cells_beside(row, is_chosen):
-    """The loss less (IA)³'s, over the works and over the seeds. is_chosen: whether rates were, else nothing is ranked."""
+    """The loss less (IA)³'s, over the works and over the seeds. Nothing is ranked where no rate was chosen."""
     if row.beside is None:
         return "", ""
     over_works = of_works(row.beside, "+.4f")

@@ -34,13 +34,14 @@ from tools.gguf_llama import from_gguf, to_gguf
 
 THEIRS = "transformers, float32"
 BASE = "llama.cpp, Q4_1"
+MERGED = "llama.cpp, Q4_1 merged"
 CONTESTANTS = {  # name: edge_contestant's arguments, a file of a prepared folder among them
     THEIRS: ("transformers", "hf"),
     "nanoIA3, float32": ("nanoIA3", "base.pt", "float32"),
     "llama.cpp, F16": ("llama.cpp", "F16.gguf"),
     "llama.cpp, Q8_0": ("llama.cpp", "Q8_0.gguf"),
     BASE: ("llama.cpp", "Q4_1.gguf"),
-    "llama.cpp, Q4_1 merged": ("llama.cpp", "merged.gguf"),
+    MERGED: ("llama.cpp", "merged.gguf"),
 }
 
 
@@ -138,26 +139,40 @@ def rows_of(times, peaks, shared):
     return rows
 
 
+# --- the table ---
+
+
+def read_rows(folder):
+    """Return {contestant: its Row}. Raises ValueError where the table would lack a row or divide by a time of 0."""
+    path = folder / "results.csv"
+    rows = {row.contestant: row for row in lab.read_rows(path, Row)}
+    for name in (THEIRS, MERGED):
+        if name not in rows:
+            raise ValueError(f"{path} lacks {name}: remove it to measure again")
+    for row in rows.values():
+        times = [row.seconds, row.over_theirs, row.over_theirs_low, row.over_theirs_high]
+        times += [row.over_base, row.over_base_low, row.over_base_high]
+        if not all(time > 0 for time in times):  # NaN is not, either
+            raise ValueError(f"{path} has a time of {row.contestant} that is not above 0: remove it to measure again")
+    return rows
+
+
 def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
-    rows = lab.read_rows(folder / "results.csv", Row)
-    by_name = {row.contestant: row for row in rows}
-    if THEIRS not in by_name:
-        raise ValueError(f"{folder}/results.csv lacks {THEIRS}: remove it to measure again")
-    theirs = by_name[THEIRS]
-    first = rows[0]
-    about = f"{first.hardware}, {THREADS} thread, {first.versions}, {first.date}; one row, {READ} tokens read"
-    about += f" and {WRITTEN} written; medians (quartiles) of {first.rounds} rounds. Other programs took turns with"
-    about += f" these: {first.load:.1f} processes were running, on the average of the last minutes."
+    rows = read_rows(folder)
+    theirs = rows[THEIRS]
+    about = f"{theirs.hardware}, {THREADS} thread, {theirs.versions}, {theirs.date}; one row, {READ} tokens read"
+    about += f" and {WRITTEN} written; medians (quartiles) of {theirs.rounds} rounds. Other programs took turns with"
+    about += f" these: {theirs.load:.1f} processes were running, on the average of the last minutes."
     head = ["contestant", "tokens a second", "speed over transformers'", "peak memory, MB", "of transformers'"]
     lines = []
-    for row in rows:
+    for row in rows.values():
         speed = lab.spread(1 / row.over_theirs, 1 / row.over_theirs_high, 1 / row.over_theirs_low)
         memory = ["", ""]
         if row.peak_bytes and theirs.peak_bytes:
             memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / theirs.peak_bytes:.2f}"]
         lines.append([row.contestant, f"{WRITTEN / row.seconds:.1f}", speed, *memory])
-    merged = rows[-1]
+    merged = rows[MERGED]
     ratio = lab.spread(1 / merged.over_base, 1 / merged.over_base_high, 1 / merged.over_base_low)
     return f"{about}\n\n{lab.markdown(head, lines)}\n\nMerged over the base file, tokens a second: {ratio}."
 

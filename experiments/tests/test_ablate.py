@@ -273,9 +273,3 @@ def test_mistakes_are_told_in_one_line(flags, message, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err.startswith("ablate.py: ") and err.count("\n") == 1 and message in err and not out
     assert not list(tmp_path.rglob("*.csv"))
-
-
-@pytest.mark.parametrize("name", ["ablation", "ablation-rates"])
-def test_the_committed_table_is_made_of_the_committed_files(name):
-    text = (lab.RESULTS / name / "table.md").read_text(encoding="utf-8")
-    assert text == ablate.tables(lab.RESULTS / name) + "\n"

@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import make_gpt, make_ia3, make_idx
 from data import Stream
-from experiments import bench, clocks, costs, exactness, generation, lab, peers
+from experiments import bench, clocks, costs, edge, exactness, generation, lab, peers
 from ia3 import attach
 from llama import LlamaConfig
 from model import GPTConfig
@@ -338,12 +338,6 @@ def test_without_peft_or_transformers(tiny, name, tmp_path, capsys, monkeypatch)
     assert name in err and "requirements-dev.txt" in err and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["bench", "bench-epyc", "bench-h200", "bench-h200-compiled"])
-def test_the_committed_table_is_made_of_the_committed_files(name):
-    text = (lab.RESULTS / name / "table.md").read_text(encoding="utf-8")
-    assert text == bench.tables(lab.RESULTS / name) + "\n"
-
-
 # --- the small tables ---
 
 
@@ -383,6 +377,18 @@ def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
     assert again[:5] == rows[:5] and [row.contestant for row in again[5:]] == names and again[5:9] != rows[5:9]
 
 
-def test_the_committed_table_of_generation_is_made_of_the_committed_files():
-    text = (lab.RESULTS / "generation/table.md").read_text(encoding="utf-8")
-    assert text == generation.tables(lab.RESULTS / "generation") + "\n"
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({edge.THEIRS: {"contestant": "x"}}, f"lacks {edge.THEIRS}"),
+        ({edge.MERGED: {"contestant": "x"}}, f"lacks {edge.MERGED}"),
+        ({edge.BASE: {"over_theirs_low": 0.0}}, f"a time of {edge.BASE} that is not above 0"),
+        ({edge.MERGED: {"over_base": float("nan")}}, f"a time of {edge.MERGED} that is not above 0"),
+    ],
+)
+def test_an_edge_table_that_cannot_be_made_is_refused_in_one_line(changes, message, tmp_path, capsys):
+    rows = lab.read_rows(lab.RESULTS / "edge/results.csv", edge.Row)
+    lab.write_csv(tmp_path / "results.csv", [vars(row) | changes.get(row.contestant, {}) for row in rows])
+    assert edge.main(["--tables", f"--out={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err and str(tmp_path) in err

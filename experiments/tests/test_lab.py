@@ -14,7 +14,7 @@ from here import Here
 import common
 from conftest import make_gpt
 from data import Stream
-from experiments import clocks, lab
+from experiments import ablate, bench, clocks, compare_tables, generation, lab
 from train import TrainConfig, evaluate
 
 # --- losses and intervals ---
@@ -91,6 +91,27 @@ def test_what_is_bundled_has_its_works():
         found = [lab.read_works(name, split, model) for split in ("val", "test")]
         assert tuple(map(len, found)) == counts[name]
         assert name == "sonnets" or name not in {*found[0], *found[1]}  # nothing stands before the first title
+
+
+# --- tables ---
+
+MAKERS = {
+    "ablation": ablate,
+    "ablation-rates": ablate,
+    "bench": bench,
+    "bench-epyc": bench,
+    "bench-h200": bench,
+    "bench-h200-compiled": bench,
+    "compare": compare_tables,
+    "compare-smollm2": compare_tables,
+    "generation": generation,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_committed_table_is_made_of_the_committed_files(name):
+    text = (lab.RESULTS / name / "table.md").read_text(encoding="utf-8")
+    assert text == MAKERS[name].tables(lab.RESULTS / name) + "\n"
 
 
 # --- runs ---
