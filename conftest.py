@@ -18,6 +18,7 @@ from data.tokenizer import SMOLLM2, Tokenizer
 from ia3 import attach
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
+from sample import generate
 
 # shapes are tiny here: threads would only wait for each other, ten times as long as they work where others run, too
 torch.set_num_threads(1)
@@ -97,10 +98,6 @@ def make_model(request):
     return request.param
 
 
-def blocks(model):
-    return model.transformer.h if isinstance(model, GPT) else model.model.layers
-
-
 def make_bpe():
     """A byte-level BPE as Tokenizer has it: the bytes from 1 on, seven merged tokens, and two special ones."""
     ranks = {bytes([i]): i + 1 for i in range(256)}
@@ -158,7 +155,22 @@ def read_metrics(folder):
         return list(csv.DictReader(f))
 
 
+def end_texts_early(patch):
+    """Let the texts that train.py and merge.py write end after 5 tokens: they take longer than all else in a test."""
+
+    def few(model, idx, max_new_tokens, *settings, **others):
+        return generate(model, idx, min(max_new_tokens, 5), *settings, **others)
+
+    patch.setattr("sample.generate", few)
+    patch.setattr("merge.generate", few)
+
+
 @pytest.fixture
-def tiny_run(tmp_path):
+def short_texts(monkeypatch):
+    end_texts_early(monkeypatch)
+
+
+@pytest.fixture
+def tiny_run(tmp_path, short_texts):
     """write_run of a random tiny GPT."""
     return write_run(tmp_path, make_gpt())

@@ -22,7 +22,7 @@ import torch
 import common
 import disk
 import ia3
-from conftest import blocks, make_gpt, make_ia3, make_llama
+from conftest import make_gpt, make_ia3, make_llama
 from ia3 import IA3, SITES, attach, fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +187,7 @@ def test_the_fingerprint_knows_the_weights_and_neither_dtype_nor_vectors_nor_blo
     shorter = make_model()
     shorter.config.block_size = 8  # of the config alone: GPT-2's table of positions is a weight
     assert fingerprint(shorter) == first
-    for p in [*blocks(model)[1].parameters(), model.lm_head.weight]:
+    for p in [*model.blocks[1].parameters(), model.lm_head.weight]:
         before = p.detach().clone()
         p.data.view(-1)[3] *= 1.01  # one weight, by more than bfloat16's 2^-8
         assert fingerprint(model) != first

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import LLAMA3, blocks, make_ia3, make_idx, make_llama
+from conftest import LLAMA3, make_ia3, make_idx, make_llama
 from ia3 import fingerprint
 from llama import Llama, LlamaConfig, rotary_table, rotate
 from merge import fold_rows, merge
@@ -29,7 +29,7 @@ def test_what_the_config_says_is_what_is_computed():
 
 @pytest.mark.parametrize("bias, sublayer", [("attention_bias", "self_attn"), ("mlp_bias", "mlp")])
 def test_a_kind_of_bias_is_that_of_its_sublayer(bias, sublayer):
-    for block in blocks(make_llama(**{"attention_bias": False, "mlp_bias": False} | {bias: True})):
+    for block in make_llama(**{"attention_bias": False, "mlp_bias": False} | {bias: True}).blocks:
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 assert (module.bias is not None) == name.startswith(sublayer), name

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import data as datasets
 import ia3
-from conftest import LLAMA3, blocks, make_gpt, make_ia3, make_idx, make_llama
+from conftest import LLAMA3, make_gpt, make_ia3, make_idx, make_llama
 from data.tokenizer import Tokenizer
 from merge import Report, main, merge, verify
 from model import GPT
@@ -217,7 +217,7 @@ def test_verify_sees_a_wrong_merge(make_model):
     good = verify(model, merge(model), idx)
     assert good.is_exact() and good.argmax_agreement == 1
     wrong = merge(model)
-    for p in blocks(wrong)[0].mlp.parameters():
+    for p in wrong.blocks[0].mlp.parameters():
         p.data[0] *= 1.001
     assert not verify(model, wrong, idx).is_exact()
     assert "distance" in str(good)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import blocks, make_gpt, make_ia3, make_idx, make_llama
+from conftest import make_gpt, make_ia3, make_idx, make_llama
 from ia3 import IA3, SITES, attach
 from llama import LlamaConfig
 from model import GPT, GPTConfig
@@ -107,7 +107,7 @@ def test_the_product_is_taken_in_float32_and_rounded_once(make_model, device):
     model = make_model().to(device, torch.bfloat16)
     idx = make_idx(model).to(device)
     given = {}
-    mlp = blocks(model)[0].mlp
+    mlp = model.blocks[0].mlp
     down = mlp.c_proj if isinstance(model, GPT) else mlp.down_proj
     down.register_forward_pre_hook(lambda module, inputs: given.update(h=inputs[0]))
 
@@ -151,7 +151,7 @@ def test_gradients_are_the_closed_form(make_model):
         tensor.requires_grad_().retain_grad()
         kept.append(tensor)
 
-    for block in blocks(model):
+    for block in model.blocks:
         if isinstance(model, GPT):
             linears, down = [block.attn.c_attn], block.mlp.c_proj
         else:

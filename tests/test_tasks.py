@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from conftest import blocks, make_ia3, make_idx
+from conftest import make_ia3, make_idx
 from ia3 import IA3, attach, fingerprint, stack, unstack
 from sample import generate
 
@@ -93,7 +93,7 @@ def test_joint_training_gives_each_task_the_gradients_that_it_gets_alone(make_mo
     idx, targets, ids = make_idx(model, 6), make_idx(model, 6, seed=1), torch.tensor([1, 0, 2, 2, 0, 1])
     joint = attach(model, stack(tasks)).double()
     model(idx, targets, ids)[1].backward()
-    assert all(p.grad is None for p in [*blocks(model).parameters(), model.lm_head.weight])
+    assert all(p.grad is None for p in [*model.blocks.parameters(), model.lm_head.weight])
     for i, task in enumerate(tasks):
         model.ia3 = task.double()
         model(idx[ids == i], targets[ids == i])[1].backward()
