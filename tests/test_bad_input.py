@@ -4,6 +4,7 @@ argparse's own errors have its usage before that line. Damaged files are in test
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +16,27 @@ import common
 import merge
 import sample
 import train
-from conftest import make_gpt, make_ia3
+from conftest import make_gpt, make_ia3, write_run
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def folder(tiny_run, monkeypatch):
-    """The tiny run's folder as working directory, with ia3.npz for its base and vectors for others."""
-    folder, _ = tiny_run
-    monkeypatch.chdir(folder)
-    make_ia3(make_gpt()).save("ia3.npz")
-    make_ia3(make_gpt(seed=1)).save("other_base.npz")
-    make_ia3(make_gpt(n_layer=3)).save("other_shape.npz")
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder with a base, a text, vectors for the base, and vectors for others."""
+    folder, _ = write_run(tmp_path_factory.mktemp("good"), make_gpt())
+    make_ia3(make_gpt()).save(folder / "ia3.npz")
+    make_ia3(make_gpt(seed=1)).save(folder / "other_base.npz")
+    make_ia3(make_gpt(n_layer=3)).save(folder / "other_shape.npz")
     return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path, monkeypatch):
+    """A copy of it as working directory."""
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def snapshot(folder):
@@ -80,20 +88,16 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
         ("--grad-accum 0", "--grad-accum must be"),
         (f"--grad-accum {10**12}", "--grad-accum must be"),
         ("--lr 0", "lr must be from 1e-12 to 1000, not"),
-        ("--lr=-1e-3", "lr must be from 1e-12 to 1000, not"),
         ("--lr nan", "lr must be from 1e-12 to 1000, not"),
         ("--lr 1e39", "lr must be from 1e-12 to 1000, not 1e+39"),
         ("--warmup 2", "warmup must be from 0 to 1, not 2"),
-        ("--warmup nan", "warmup must be from 0 to 1, not nan"),
         ("--weight-decay -1", "--weight-decay"),
         ("--weight-decay 1e39", "--weight-decay must be from 0 to 1000"),
         ("--grad-clip 0", "--grad-clip must be from 1e-12 to inf, not"),
-        ("--grad-clip nan", "--grad-clip must be from 1e-12 to inf, not"),
         ("--seed -1", "seed must be"),
         (f"--seed {2**64}", f"seed must be from 0 to {2**63 - 1}, not"),
         ("--eval-interval 0", "--eval-interval must be"),
         ("--eval-windows 0", "--eval-windows must be"),
-        ("--block-size 0", "--block-size must be from 1 to 16"),
         ("--block-size 17", "--block-size must be from 1 to 16"),
         ("--schedule sine", "invalid choice"),
         ("--method lora", "invalid choice"),
@@ -108,7 +112,6 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
         ("--base scratch --block-size -1", "--block-size must be"),
         ("--base scratch --n-layer 0", "--n-layer must be from 1"),
         ("--no-such-flag", "unrecognized arguments"),
-        ("--overwrite", "unrecognized arguments"),
         ("--out text/val.txt", "text/val.txt"),
         ("--out /proc/run", "/proc/run"),
         ("--out .", "folder of its own"),

@@ -63,7 +63,7 @@ def test_merged_is_no_further_from_the_truth_than_unmerged(make_model, device, d
     """
     ratios = []
     for make, shape in SHAPES:
-        for seed in range(6) if make is make_model else []:
+        for seed in range(3) if make is make_model else []:
             model = make(seed, **shape).to(device, dtype)
             make_ia3(model, seed)
             report = verify(model, merge(model), make_idx(model, rows=16, seed=seed).to(device))
@@ -96,13 +96,17 @@ def test_the_merged_tensors_are_l_times_w_and_l_times_b_and_nothing_else_changed
     for i in range(model.config.n_layer):
         by_rows, by_columns = folded(model, i)
         for site, linear, start in by_rows:
-            for r, scale in enumerate(vectors[site][i].double() if site in vectors else []):
-                for name in (f"{linear}.weight", f"{linear}.bias"):
-                    if name in expected:
-                        expected[name][start + r] = (scale * before[name][start + r].double()).to(dtype)
-        for c, scale in enumerate(vectors["l_ff"][i].double() if by_columns and "l_ff" in vectors else []):
-            name = f"{by_columns}.weight"
-            expected[name][:, c] = (scale * before[name][:, c].double()).to(dtype)
+            if site not in vectors:
+                continue
+            l = vectors[site][i].double()
+            rows = slice(start, start + len(l))
+            weight = f"{linear}.weight"
+            expected[weight][rows] = (l.diag() @ before[weight][rows].double()).to(dtype)
+            if f"{linear}.bias" in expected:
+                expected[f"{linear}.bias"][rows] = (l * before[f"{linear}.bias"][rows].double()).to(dtype)
+        if by_columns and "l_ff" in vectors:
+            weight = f"{by_columns}.weight"
+            expected[weight] = (before[weight].double() @ vectors["l_ff"][i].double().diag()).to(dtype)
     assert merged.state_dict().keys() == expected.keys()
     for name, t in merged.state_dict().items():
         assert t.dtype == dtype and torch.equal(t, expected[name]), name
@@ -171,15 +175,6 @@ def test_what_is_not_finite_is_refused_by_name(name, value):
     make_ia3(model)
     model.state_dict()[name].view(-1)[5] = value
     with pytest.raises(ValueError, match=name):
-        merge(model)
-
-
-def test_a_product_that_overflows_is_refused_by_name():
-    model = make_gpt()
-    model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = 1e38
-    make_ia3(model)
-    model.ia3.l_ff.data[1, 0] = 100
-    with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_proj\.weight"):
         merge(model)
 
 
@@ -297,21 +292,23 @@ def write_files(tmp_path, model):
     make_ia3(model).save(tmp_path / "ia3.npz")
     (tmp_path / "text").mkdir()
     (tmp_path / "text/val.txt").write_text("And God saw the light, that it was good. " * 30)
-    flags = f"--base {tmp_path}/base.pt --ia3 {tmp_path}/ia3.npz --out {tmp_path}/m.pt --data {tmp_path}/text"
+    flags = f"--base {tmp_path}/base.pt --ia3 {tmp_path}/ia3.npz --out {tmp_path}/new/m.pt --data {tmp_path}/text"
     return tmp_path, flags.split()
 
 
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, short_texts):
     return write_files(tmp_path, make_gpt(block_size=32))
 
 
-def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_ia3_code(make_model, tmp_path, capsys):
+def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_ia3_code(
+    make_model, tmp_path, short_texts, capsys
+):
     folder, flags = write_files(tmp_path, make_model(block_size=32))
     assert main(flags) == 0
     out = capsys.readouterr().out
     assert "max |Δlogit|" in out and "greedy text     identical" in out
-    saved = torch.load(folder / "m.pt", weights_only=True)
+    saved = torch.load(folder / "new/m.pt", weights_only=True)
     plain = make_model(block_size=32)  # model.py's or llama.py's class, strictly
     plain.load_state_dict(saved["model"], strict=True)
     model = common.load(folder / "base.pt")
@@ -357,12 +354,6 @@ def test_the_command_line_reads_windows_from_all_over_val(tmp_path, monkeypatch,
     assert len(val) == 49 and torch.equal(seen[0], val.windows([0, 16, 32, 48])[0])
 
 
-def test_the_command_line_makes_the_folder_it_writes_to(files):
-    folder, flags = files
-    assert main([*flags, "--out", f"{folder}/no/such/merged.pt"]) == 0
-    assert (folder / "no/such/merged.pt").exists()
-
-
 def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch, capsys):
     def careless(model):
         merged = merge(model)
@@ -371,7 +362,7 @@ def test_the_command_line_fails_when_the_merge_is_not_exact(files, monkeypatch, 
 
     monkeypatch.setattr("merge.merge", careless)
     assert main(files[1]) == 1 and "do not use what was written" in capsys.readouterr().out
-    assert (files[0] / "m.pt").exists()  # the report says what it is, and the exit status
+    assert (files[0] / "new/m.pt").exists()  # the report says what it is, and the exit status
 
 
 def test_vectors_that_overflow_are_refused_before_anything_is_written(files, capsys):
@@ -384,4 +375,4 @@ def test_vectors_that_overflow_are_refused_before_anything_is_written(files, cap
     vectors.save(folder / "ia3.npz")
     assert main(flags) == 2
     assert capsys.readouterr().err == "merge.py: transformer.h.1.attn.c_attn.weight holds NaN or infinity\n"
-    assert not (folder / "m.pt").exists()
+    assert not (folder / "new/m.pt").exists()

@@ -151,31 +151,18 @@ def test_a_cache_holds_scaled_keys_and_values():
 
 
 @torch.no_grad()
-def test_a_cache_takes_no_more_tokens_than_it_was_made_for(make_model):
+def test_a_cache_takes_no_other_rows_no_more_tokens_and_no_other_model_and_stays_as_it_was(make_model):
     model = make_model()
-    cache = fill(Cache(model, 3, 5), model, make_idx(model)[:, :4])
+    idx = make_idx(model)
+    cache = fill(Cache(model, 3, 5), model, idx[:, :4])
     with pytest.raises(ValueError, match="made for 5 tokens, not for 6"):
-        model(make_idx(model)[:, 4:6], cache=cache)
-    model(make_idx(model)[:, 4:5], cache=cache)
-
-
-@torch.no_grad()
-def test_a_cache_takes_no_other_number_of_rows_and_stays_as_it_was(make_model):
-    model = make_model()
-    idx = make_idx(model)
-    cache = fill(Cache(model, 3, 16), model, idx[:, :4])
-    with pytest.raises(ValueError, match="this cache was made for 3 rows, not for 1"):
+        model(idx[:, 4:6], cache=cache)
+    with pytest.raises(ValueError, match="made for 3 rows, not for 1"):
         model(idx[:1, 4:5], cache=cache)
+    with pytest.raises(ValueError, match="another model"):  # such as the merged one
+        make_model()(idx[:, 4:5], cache=cache)
     assert [layer.length for layer in cache.layers] == [4] * model.config.n_layer
-
-
-@torch.no_grad()
-def test_a_cache_is_refused_for_another_model_such_as_the_merged_one(make_model):
-    model = make_model()
-    idx = make_idx(model)
-    cache = fill(Cache(model, 3, 16), model, idx[:, :4])
-    with pytest.raises(ValueError, match="another model"):
-        make_model()(idx[:, 4:], cache=cache)
+    model(idx[:, 4:5], cache=cache)
 
 
 @torch.no_grad()
@@ -371,5 +358,7 @@ def test_a_compiled_model_is_the_model_inside_it(make_model, tmp_path):
     assert torch.equal(IA3.load(tmp_path / "ia3.npz", compiled).l_v, vectors.l_v)
     merged = merge(compiled)
     assert type(merged) is type(model) and torch.equal(merged(make_idx(model))[0], model(make_idx(model))[0])
+    idx = make_idx(model)[:, :2]
+    assert torch.equal(generate(compiled, idx, 5, temperature=0), generate(model, idx, 5, temperature=0))
     common.save(compiled, tmp_path / "base.pt")
     assert fingerprint(common.load(tmp_path / "base.pt")) == expected

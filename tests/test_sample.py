@@ -9,15 +9,16 @@ import common
 import sample
 from conftest import make_gpt, make_ia3, make_idx, make_llama, write_run
 from data.tokenizer import GPT2, Tokenizer
-from ia3 import IA3, attach, fingerprint, stack
+from ia3 import attach, fingerprint
 from sample import generate
 
 
 @pytest.fixture
-def folder(tiny_run):
-    folder, _ = tiny_run
+def folder(make_model, tmp_path):
+    folder, _ = write_run(tmp_path, make_model())
+    attach(make_model()).save(folder / "ones.npz")
     for seed in (1, 2):
-        make_ia3(make_gpt(), seed).save(folder / f"{seed}.npz")
+        make_ia3(make_model(), seed).save(folder / f"{seed}.npz")
     return folder
 
 
@@ -26,53 +27,36 @@ def run_sample(folder, capsys, flags=""):
     return capsys.readouterr().out
 
 
-def test_the_same_seed_draws_the_same_text(folder, capsys):
+def test_the_same_seed_draws_the_same_text_and_every_setting_another(folder, capsys):
     first = run_sample(folder, capsys)
     assert first.startswith("A") and run_sample(folder, capsys) == first
-    assert run_sample(folder, capsys, "--seed 1") != first
+    for setting in ("--seed 1", "--temperature 9", "--temperature 0", f"--ia3 {folder}/1.npz"):
+        assert run_sample(folder, capsys, setting) != first
     assert run_sample(folder, capsys, "--tokens 0") == "A\n"
+    assert run_sample(folder, capsys, f"--ia3 {folder}/ones.npz") == first
+    assert run_sample(folder, capsys, "--temperature 0") == run_sample(folder, capsys, "--top-k 1")
 
 
-def test_vectors_change_the_text_and_ones_do_not(folder, capsys):
-    model = make_gpt()
-    attach(model).save(folder / "ones.npz")
-    base = run_sample(folder, capsys)
-    assert run_sample(folder, capsys, f"--ia3 {folder}/ones.npz") == base
-    assert run_sample(folder, capsys, f"--ia3 {folder}/1.npz") != base
-
-
-def test_temperature_0_takes_the_likeliest_as_top_k_1_does(folder, capsys):
-    greedy = run_sample(folder, capsys, "--temperature 0")
-    assert greedy == run_sample(folder, capsys, "--top-k 1") != run_sample(folder, capsys)
-    assert run_sample(folder, capsys, "--temperature 9") != run_sample(folder, capsys)
-
-
-def test_a_text_side_by_side_keeps_its_empty_lines_and_a_long_name_is_cut():
-    text = sample.side_by_side(["a", "a name too long"], ["x\n\ny", "z"], 7)
-    assert text.split("\n") == ["a        a name", "-        -------", "x        z", "", "y"]
-
-
-def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder):
+def test_several_tasks_are_sampled_in_one_batch_each_as_it_is_alone(folder, capsys):
     """Greedy, since rows of a batch share one stream of random numbers."""
-    model = common.load(folder / "base.pt")
-    tasks = [IA3.load(folder / f"{seed}.npz", model) for seed in (1, 2)]
-    prompt = torch.tensor([[65, 66], [65, 66], [65, 66]])
-    attach(model, stack([*tasks, None]))
-    together = sample.complete(model, prompt, 20, temperature=0, task_ids=torch.tensor([0, 1, 2]))
-    for task, text in zip([*tasks, None], together, strict=True):
-        model.ia3 = task
-        assert sample.complete(model, prompt[:1], 20, temperature=0) == [text]
-    assert len(set(together)) == 3
+    files = [f"{folder}/{name}.npz" for name in ("1", "2", "ones")]
+    alone = [run_sample(folder, capsys, f"--temperature 0 --ia3 {file}").removesuffix("\n") for file in files]
+    together = run_sample(folder, capsys, f"--temperature 0 --ia3 {' '.join(files)}")
+    assert together == sample.side_by_side(["1", "2", "ones"], alone) + "\n"
+    assert len(set(alone)) == 3
 
 
-def test_the_command_line_on_both_models(make_model, tmp_path, capsys):
-    folder, _ = write_run(tmp_path, make_model())
-    for seed in (1, 2):
-        make_ia3(make_model(), seed).save(folder / f"{seed}.npz")
-    base = run_sample(folder, capsys)
-    assert base.startswith("A") and run_sample(folder, capsys, f"--ia3 {folder}/1.npz") != base
-    names, _ = run_sample(folder, capsys, f"--ia3 {folder}/1.npz {folder}/2.npz").split("\n", 1)
-    assert names.split() == ["1", "2"]
+def test_side_by_side_prints_columns_under_their_names():
+    """A long line is folded, an empty one stays, and a long name is cut."""
+    assert sample.side_by_side(["a", "a name too long"], ["one\n\ntwo three", "four"], width=7).split("\n") == [
+        "a        a name",
+        "-        -------",
+        "one      four",
+        "",
+        "two",
+        "three",
+    ]
+    assert [sample.task_name(path) for path in ("out/kjv/ia3.npz", "kjv.npz", "ia3.npz")] == ["kjv", "kjv", "ia3"]
 
 
 def test_ids_that_pad_a_vocabulary_are_left_out_of_the_text():
@@ -90,19 +74,6 @@ def test_a_model_without_a_tokenizer_writes_ids():
     assert sample.complete(model, torch.tensor([[65, 66]]), 0) == ["[65, 66]"]
 
 
-def test_side_by_side_prints_columns_under_their_names(folder, capsys):
-    assert sample.side_by_side(["a", "bb"], ["one\ntwo three", "four"], width=7).split("\n") == [
-        "a        bb",
-        "-        --",
-        "one      four",
-        "two",
-        "three",
-    ]
-    out = run_sample(folder, capsys, f"--ia3 {folder}/1.npz {folder}/2.npz")
-    assert out.split()[:4] == ["1", "2", "-", "-"]  # of 1.npz and 2.npz
-    assert [sample.task_name(path) for path in ("out/kjv/ia3.npz", "kjv.npz", "ia3.npz")] == ["kjv", "kjv", "ia3"]
-
-
 def test_weights_stored_by_columns_are_the_same_model(make_model):
     model = make_model()
     make_ia3(model)
@@ -115,13 +86,6 @@ def test_weights_stored_by_columns_are_the_same_model(make_model):
     assert all(torch.equal(t.float(), before[name]) for name, t in model.state_dict().items())
     assert fingerprint(model) == base
     assert (model(idx)[0] - expected).abs().max() <= 1e-12  # sums in another order, in float64
-
-
-def test_a_compiled_model_writes_what_the_model_inside_it_writes(make_model):
-    model = make_model()
-    compiled = torch.compile(model, backend="eager")
-    idx = torch.tensor([[65, 66]])
-    assert torch.equal(sample.generate(compiled, idx, 5, temperature=0), sample.generate(model, idx, 5, temperature=0))
 
 
 def test_writing_stops_when_every_row_has_ended_and_a_text_stops_before_its_end(make_model):
