@@ -60,7 +60,7 @@ def test_the_bundled_vectors_are_the_bundled_bases(name):
     IA3.load(ROOT / f"data/{name}.npz", common.load(ROOT / "data/base.pt"))
 
 
-def test_unattached_and_stacked_vectors_are_not_saved(tmp_path):
+def test_unattached_stacked_and_infinite_vectors_are_not_saved(tmp_path):
     model = make_gpt()
     loose = IA3(model.config)
     with pytest.raises(ValueError, match="attach"):
@@ -68,6 +68,10 @@ def test_unattached_and_stacked_vectors_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="one task"):
         ia3.stack([attach(model), None]).save(tmp_path / "a.npz")
     assert ia3.stack([loose, None]).fingerprint is None
+    vectors = make_ia3(model)
+    vectors.l_v.data[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="l_v holds NaN"):
+        vectors.save(tmp_path / "a.npz")
     assert not list(tmp_path.iterdir())
 
 
@@ -114,11 +118,11 @@ def test_damaged_vectors_are_refused(tmp_path, monkeypatch, changes, message):
     assert not os.path.exists("ran")
 
 
-@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+@pytest.mark.parametrize("keep", [0, 0.1, 0.5, 0.99])
 def test_truncated_vectors_are_refused(tmp_path, keep):
     model = write_npz(tmp_path / "a.npz")
     raw = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "a.npz").write_bytes(raw[: keep if isinstance(keep, int) else int(keep * len(raw))])
+    (tmp_path / "a.npz").write_bytes(raw[: int(keep * len(raw))])
     with pytest.raises(ValueError, match="truncated"):
         IA3.load(tmp_path / "a.npz", model)
 
@@ -147,10 +151,9 @@ def test_a_small_file_that_unfolds_to_much_is_refused_unread(tmp_path, changes):
 @pytest.mark.parametrize("make_model, same_weights", [(make_gpt, {"n_head": 4}), (make_llama, {"rope_base": 5000.0})])
 def test_vectors_for_another_base_are_refused(tmp_path, make_model, same_weights):
     make_ia3(make_model()).save(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match="another base of this shape"):
-        IA3.load(tmp_path / "a.npz", make_model(seed=1))
-    with pytest.raises(ValueError, match="another base of this shape"):
-        IA3.load(tmp_path / "a.npz", make_model(**same_weights))  # no weight differs, yet another function
+    for other in ({"seed": 1}, same_weights):  # the latter with no other weight, yet another function
+        with pytest.raises(ValueError, match="another base of this shape"):
+            IA3.load(tmp_path / "a.npz", make_model(**other))
     with pytest.raises(ValueError, match="this base takes"):
         IA3.load(tmp_path / "a.npz", make_model(n_layer=3))
     with pytest.raises(FileNotFoundError):
@@ -314,12 +317,10 @@ def test_damaged_checkpoints_and_those_that_carry_code_are_refused(tmp_path, mon
         with pytest.raises(ValueError, match=r"cut\.pt is truncated, carries code"):
             common.load("cut.pt")
     for thing, name in ((Code(), "system"), (np.float64(1), "numpy"), (argparse.Namespace(lr=1), "argparse.Namespace")):
-        torch.save({"model": {}, "model_args": {}, "config": thing}, "code.pt")
-        with pytest.raises(ValueError, match=rf"carries code \(.*{name}"):
-            common.load("code.pt")
-    torch.save({"model": Code(), "model_args": {}}, "code.pt")
-    with pytest.raises(ValueError, match="carries code"):
-        common.load("code.pt")
+        for place in ("config", "model"):
+            torch.save({"model": {}, "model_args": {}} | {place: thing}, "code.pt")
+            with pytest.raises(ValueError, match=rf"carries code \(.*{name}"):
+                common.load("code.pt")
     (tmp_path / "code.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     with pytest.raises(ValueError, match="carries code"):
         common.load("code.pt")
@@ -335,7 +336,7 @@ def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
     assert torch.equal(common.load(tmp_path / "legacy.pt").lm_head.weight, model.lm_head.weight)
     raw, dice = (tmp_path / file).read_bytes(), np.random.default_rng(0)
     refused = 0
-    for _ in range(100):
+    for _ in range(40):
         damaged = np.frombuffer(raw, np.uint8).copy()
         near = 2000 if file == "legacy.pt" else len(raw)  # a legacy file's pickles stand at its head
         damaged[dice.integers(0, near, 20)] = dice.integers(0, 256, 20)
@@ -344,56 +345,38 @@ def test_whatever_is_damaged_about_a_file_it_is_refused_or_read(tmp_path, file):
             IA3.load(tmp_path / "damaged", model) if file == "ia3.npz" else disk.load_file(tmp_path / "damaged")
         except ValueError:
             refused += 1
-    assert refused > 30
+    assert refused > 10
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "make_model, change, message",
     [
-        (lambda c: c.pop("model"), "nanoGPT"),
-        (lambda c: c.pop("model_args"), "nanoGPT"),
-        (lambda c: c.update(model=[1]), "'list' object"),
-        (lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
-        (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
-        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head differs"),
-        (lambda c: c["model"]["transformer.h.0.mlp.c_fc.bias"].fill_(torch.nan), "h.0.mlp.c_fc.bias holds NaN or inf"),
-        (lambda c: c["model_args"].update(n_embd=32), r"\.weight"),
-        (lambda c: c["model_args"].update(n_head=3), "not divisible"),
-        (lambda c: c["model_args"].update(n_head=2.0), "n_head must be a whole number"),
-        (lambda c: c["model_args"].update(block_size=0), "block_size must be"),
-        (lambda c: c["model_args"].update(n_layer="two"), "n_layer must be a whole number"),
-        (lambda c: c["model_args"].update(n_layer=10**9), "n_layer is 1000000000, but there are only"),
-        (lambda c: c["model_args"].update(rotary=True), "rotary"),
-        (lambda c: c.update(tokenizer="words"), "unknown tokenizer 'words'"),
-        (lambda c: c.update(tokenizer=""), "unknown tokenizer ''"),
-        (lambda c: c.update(tokenizer="gpt2"), "tokenizer gpt2 has 50257 ids, but the vocabulary only 257"),
+        (make_gpt, lambda c: c.pop("model"), "nanoGPT"),
+        (make_gpt, lambda c: c.pop("model_args"), "nanoGPT"),
+        (make_gpt, lambda c: c.update(model=[1]), "'list' object"),
+        (make_gpt, lambda c: c["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
+        (make_gpt, lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
+        (make_gpt, lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head differs"),
+        (make_gpt, lambda c: c["model"]["transformer.ln_f.bias"].fill_(torch.nan), "ln_f.bias holds NaN or inf"),
+        (make_gpt, lambda c: c["model_args"].update(n_embd=32), r"\.weight"),
+        (make_gpt, lambda c: c["model_args"].update(n_head=3), "not divisible"),
+        (make_gpt, lambda c: c["model_args"].update(n_head=2.0), "n_head must be a whole number"),
+        (make_gpt, lambda c: c["model_args"].update(block_size=0), "block_size must be"),
+        (make_gpt, lambda c: c["model_args"].update(n_layer=10**9), "n_layer is 1000000000, but there are only"),
+        (make_gpt, lambda c: c["model_args"].update(rotary=True), "rotary"),
+        (make_gpt, lambda c: c.update(tokenizer="words"), "unknown tokenizer 'words'"),
+        (make_gpt, lambda c: c.update(tokenizer=""), "unknown tokenizer ''"),
+        (make_gpt, lambda c: c.update(tokenizer="gpt2"), "tokenizer gpt2 has 50257 ids, but the vocabulary only 257"),
+        (make_llama, lambda c: c["model"].pop("model.layers.1.mlp.up_proj.bias"), "model.layers.1.mlp.up_proj.bias"),
+        (make_llama, lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head differs"),
+        (make_llama, lambda c: c["model_args"].update(n_kv_head=1), r"k_proj\.\w+ has shape"),
+        (make_llama, lambda c: c["model_args"].update(n_kv_head=3), "not divisible by n_kv_head 3"),
+        (make_llama, lambda c: c["model_args"].pop("n_kv_head"), "n_kv_head|n_hidden"),  # then it is taken for a GPT's
+        (make_llama, lambda c: c["model_args"].update(rope_scaling={"rope_type": "yarn"}), "'yarn'"),
     ],
 )
-def test_checkpoints_of_something_else_are_refused(tmp_path, change, message):
-    refuse_changed(tmp_path, make_gpt(), change, message)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c["model"].pop("model.layers.1.mlp.up_proj.bias"), "model.layers.1.mlp.up_proj.bias"),
-        (lambda c: c["model"].update(extra=torch.ones(1)), "extra"),
-        (lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 16)}), "the head differs"),
-        (lambda c: c["model"]["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds NaN or inf"),
-        (lambda c: c["model_args"].update(n_kv_head=1), r"k_proj\.\w+ has shape"),
-        (lambda c: c["model_args"].update(n_kv_head=3), "not divisible by n_kv_head 3"),
-        (lambda c: c["model_args"].pop("n_kv_head"), "n_kv_head|n_hidden"),  # then it is taken for a GPT's
-        (lambda c: c["model_args"].update(n_layer=10**9), "n_layer is 1000000000, but there are only"),
-        (lambda c: c["model_args"].update(rope_scaling={"rope_type": "yarn"}), "'yarn'"),
-        (lambda c: c["model_args"].update(rotary=True), "rotary"),
-    ],
-)
-def test_checkpoints_of_no_llama_are_refused(tmp_path, change, message):
-    refuse_changed(tmp_path, make_llama(), change, message)
-
-
-def refuse_changed(tmp_path, model, change, message):
-    common.save(model, tmp_path / "a.pt")
+def test_checkpoints_of_something_else_are_refused(tmp_path, make_model, change, message):
+    common.save(make_model(), tmp_path / "a.pt")
     checkpoint = torch.load(tmp_path / "a.pt", weights_only=True)
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "a.pt")
@@ -401,20 +384,21 @@ def refuse_changed(tmp_path, model, change, message):
         common.load(tmp_path / "a.pt")
 
 
-def test_a_file_that_is_no_dict_is_no_checkpoint(tmp_path):
-    torch.save(torch.ones(3), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt is .* tools\.convert"):
-        common.load(tmp_path / "a.pt")
-
-
 def test_other_libraries_files_name_the_command_that_converts_them(tmp_path):
     w = torch.ones(2, 2)
+    torch.save(w, tmp_path / "a.pt")  # no dict
     torch.save({"model": {"_orig_mod.layers.0.attention.wq.weight": w}, "model_args": {"dim": 2}}, tmp_path / "c.pt")
     torch.save({"lm_head.weight": w, "transformer.h.0.attn.qkv.weight": w}, tmp_path / "lit_model.pth")
     for name in ("model.safetensors", "a.gguf"):
         (tmp_path / name).write_bytes(b"")
-    for name, word in (("c.pt", "llama2.c"), ("lit_model.pth", "LitGPT"), ("model.safetensors", ""), ("", "")):
-        with pytest.raises(ValueError, match=f"{word}.* tools.convert hf"):
+    for name, words in [
+        ("a.pt", "not our checkpoint or nanoGPT's: .*tools.convert"),
+        ("c.pt", "llama2.c.* tools.convert hf"),
+        ("lit_model.pth", "LitGPT.* tools.convert hf"),
+        ("model.safetensors", "tools.convert hf"),
+        ("", "tools.convert hf"),
+    ]:
+        with pytest.raises(ValueError, match=words):
             common.load(tmp_path / name)
     with pytest.raises(ValueError, match=r"a\.gguf .*gguf"):
         common.load(tmp_path / "a.gguf")
@@ -423,27 +407,22 @@ def test_other_libraries_files_name_the_command_that_converts_them(tmp_path):
             IA3.load(path, make_gpt())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
-    "tensor",
+    "make",
     [
-        torch.ones(3, dtype=torch.int64),
-        torch.ones(3, dtype=torch.complex64),
-        torch.ones(3).to(torch.float8_e4m3fn),
-        torch.ones(3).to_sparse(),
-        torch.ones(3, device="meta"),
-        [1.0, 2.0],
+        lambda: torch.ones(3, dtype=torch.int64),
+        lambda: torch.ones(3, dtype=torch.complex64),
+        lambda: torch.ones(3).to(torch.float8_e4m3fn),
+        lambda: torch.ones(3).to_sparse(),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),  # its layout is strided, as a plain one's
+        lambda: [1.0, 2.0],
     ],
 )
-def test_what_is_no_plain_tensor_of_floats_is_refused_by_name(tensor):
+def test_what_is_no_plain_tensor_of_floats_is_refused_by_name(make):
     with pytest.raises(ValueError, match=r"lm_head.weight is (a|not a)"):
-        disk.check_weight(tensor, "lm_head.weight")
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_tensors_of_several_shapes_in_one_are_refused_by_name():
-    tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])  # its layout is strided, as a plain one's
-    with pytest.raises(ValueError, match=r"lm_head.weight is not"):
-        disk.check_weight(tensor, "lm_head.weight")
+        disk.check_weight(make(), "lm_head.weight")
 
 
 def test_a_plain_tensor_of_finite_floats_passes():
@@ -492,14 +471,6 @@ def test_a_base_in_bfloat16_stays_in_it_on_a_cpu_that_multiplies_it(monkeypatch,
     assert common.pick_device("cpu", "float32", llama)[1] == "float32"
     assert common.pick_device("cpu")[1] == "float32"
     assert common.pick_device("cpu", model=make_gpt().bfloat16())[1] == "float32"  # data/base.pt is stored in bfloat16
-
-
-def test_vectors_that_are_not_finite_are_not_saved(tmp_path):
-    vectors = make_ia3(make_gpt())
-    vectors.l_v.data[1, 3] = torch.nan
-    with pytest.raises(ValueError, match="l_v holds NaN"):
-        vectors.save(tmp_path / "a.npz")
-    assert not list(tmp_path.iterdir())
 
 
 # A file is replaced whole, or not at all
