@@ -65,7 +65,7 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--data psalms", "no data called 'psalms': there are"),
+        ("--data psalms", "no data called 'psalms': there are folio, kjv, plays, sonnets"),
         ("--base nowhere.pt", "nowhere.pt"),
         ("--base text", "text"),
         ("--ia3 nowhere.npz", "nowhere.npz"),
