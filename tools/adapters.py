@@ -100,45 +100,51 @@ def from_peft(folder, model):
     theirs, ours = metadata.get("fingerprint"), fingerprint(model)
     if theirs and theirs != ours:
         raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
-    is_gpt2 = isinstance(model.config, GPTConfig)
+    try:
+        vectors, l_q = read_vectors(tensors, model.config)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    vectors.fingerprint = ours
+    return vectors, l_q
+
+
+def read_vectors(tensors, config):
+    """from_peft, of an adapter's {name: tensor} and the base's config."""
+    is_gpt2 = isinstance(config, GPTConfig)
     top, layers = layer_names(is_gpt2)
     tensors = {plain_name(name).removeprefix("base_model.model.").removeprefix(top): t for name, t in tensors.items()}
-    k_width, v_width, ff_width = model.config.widths
 
     def take(module, shape):
-        """Take the vectors over a module out of tensors. Returns (n_layer, width) in float64, or None without any."""
+        """Take a module's vectors out of tensors. Returns (n_layer, width) in float64, or None without any."""
+        names = [f"{layers}.{i}.{module}.ia3_l" for i in range(config.n_layer)]
+        if not any(name in tensors for name in names):
+            return None
         found = []
-        n_ones = 0
-        for i in range(model.config.n_layer):
-            name = f"{layers}.{i}.{module}.ia3_l"
-            if name in tensors:
-                t = disk.check_weight(tensors.pop(name), f"{path}: {name}", shape)
-            else:
-                t = torch.ones(shape)
-                n_ones += 1
-            found.append(t.flatten().double())
-        return None if n_ones == model.config.n_layer else torch.stack(found)
+        for name in names:
+            t = tensors.pop(name) if name in tensors else torch.ones(shape)
+            found.append(disk.check_weight(t, name, shape).flatten().double())
+        return torch.stack(found)
 
-    l_q = None
+    k_width, v_width, ff_width = config.widths
+    l_q = l_k = l_v = None
     if is_gpt2:
         qkv = take("attn.c_attn", (3 * k_width, 1))
-        matrices = {"l_k": None, "l_v": None, "l_ff": take("mlp.c_proj", (1, ff_width))}
+        l_ff = take("mlp.c_proj", (1, ff_width))
         if qkv is not None:
             l_q, l_k, l_v = qkv.split(k_width, dim=1)  # (n_layer, n_embd) each
-            matrices |= {"l_k": l_q * l_k, "l_v": l_v}
+            l_k = l_q * l_k
     else:
+        l_k = take("self_attn.k_proj", (k_width, 1))
+        l_v = take("self_attn.v_proj", (v_width, 1))
         factors = [take("mlp.up_proj", (ff_width, 1)), take("mlp.down_proj", (1, ff_width))]
         factors = [l for l in factors if l is not None]
-        matrices = {
-            "l_k": take("self_attn.k_proj", (k_width, 1)),
-            "l_v": take("self_attn.v_proj", (v_width, 1)),
-            "l_ff": math.prod(factors) if factors else None,
-        }
-    matrices = {name: matrix for name, matrix in matrices.items() if matrix is not None}
-    if tensors or not matrices:
-        raise ValueError(f"{path}: {next(iter(tensors), 'nothing in it')} is not an (IA)³ vector of this base")
-    vectors = IA3(model.config, [name.removeprefix("l_") for name in matrices])
-    for name, p in vectors.matrices().items():
-        p.data = disk.check_weight(matrices[name].float(), f"{path}: {name}")  # a product may have overflown
-    vectors.fingerprint = ours
+        l_ff = math.prod(factors) if factors else None
+    matrices = {"k": l_k, "v": l_v, "ff": l_ff}
+    sites = [site for site, l in matrices.items() if l is not None]
+    if tensors or not sites:
+        raise ValueError(f"{next(iter(tensors), 'nothing in it')} is not an (IA)³ vector of this base")
+    vectors = IA3(config, sites)
+    for site in sites:
+        p = getattr(vectors, f"l_{site}")
+        p.data = disk.check_weight(matrices[site].float(), f"l_{site}")  # a product may have overflown
     return vectors, l_q

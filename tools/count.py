@@ -57,10 +57,8 @@ def find_model(name):
 def row(name, model):
     """A line of the table, as its cells."""
     config = model.config
-    is_gpt2 = isinstance(model, GPT)
-    blocks = model.transformer.h if is_gpt2 else model.model.layers
     n_all = sum(p.numel() for p in model.parameters())
-    n_blocks = sum(p.numel() for p in blocks.parameters())
+    n_blocks = sum(p.numel() for p in model.blocks.parameters())
     vectors = IA3(config)
     n = vectors.count()
     vectors.fingerprint = "0" * 64  # as long as a real one
@@ -68,5 +66,5 @@ def row(name, model):
         vectors.save(f"{folder}/ia3.npz")
         n_bytes = os.path.getsize(f"{folder}/ia3.npz")
     sizes = (f"{config.n_layer}", f"{config.n_embd}", f"{n_all:,}", f"{n:,}")
-    law = f"{1 / (2 * config.n_embd):.4%}" if is_gpt2 else "-"
+    law = f"{1 / (2 * config.n_embd):.4%}" if isinstance(model, GPT) else "-"
     return (name, *sizes, f"{n / n_all:.4%}", f"{n / n_blocks:.4%}", law, f"{n_bytes:,}")

@@ -1,4 +1,4 @@
-"""What the readers of foreign formats share: JSON, and tensors by name, from one file or from a sharded index's."""
+"""What the readers of foreign formats share: JSON, and tensors by name, from one file or from several."""
 
 import json
 import os
@@ -78,20 +78,14 @@ def plain_name(name):
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
-def shards(index_path):
-    """Return {path: names of its tensors} of an index of several files, which are beside it.
-
-    Raises ValueError where it is no such index, or names a file elsewhere.
-    """
-    names_of = {}
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index_path} has no weight_map")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{index_path}: {file!r} is not a .safetensors or .bin file of its folder")
-        names_of.setdefault(os.path.join(os.path.dirname(index_path), file), []).append(name)
-    return names_of
+def check_names(names, expected, whose, n_layer):
+    """Raise ValueError with the first of the expected names of tensors that is not there, or that should not be."""
+    for name in expected:
+        if name not in names:
+            raise ValueError(f"{name} is missing, so this is not a {whose} of {n_layer} layers")
+    for name in names:
+        if name not in expected:
+            raise ValueError(f"{name[:80]} is not {whose}'s")
 
 
 def each_tensor(files):

@@ -24,6 +24,7 @@ from ia3 import fingerprint
 from llama import Llama, LlamaConfig
 from merge import scale
 from tools import bpe
+from tools.files import check_names
 
 NAMES = {  # transformers' and GGUF's
     "model.embed_tokens": "token_embd",
@@ -121,14 +122,16 @@ def read_header(path):
         if f.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file")
     try:
-        return parse(np.memmap(path, mode="r"), gguf)
+        header = Header(np.memmap(path, mode="r"))
+        about, infos = read_infos(header, gguf)
+        return about, place_tensors(header, infos, about, gguf)
     except ValueError as e:  # also of text that is no UTF-8
         raise ValueError(f"{path} is damaged, or a GGUF that is not known here: {e}") from None
 
 
-def parse(data, gguf):
-    header = Header(data)
-    header.take(4)
+def read_infos(header, gguf):
+    """Return the metadata and, of every tensor, {name: (type, shape, place)}."""
+    header.take(4)  # GGUF
     version = header.number("I")
     if version not in (2, 3):
         raise ValueError(f"version {version}, but only 2 and 3 are known")
@@ -148,12 +151,17 @@ def parse(data, gguf):
             raise ValueError(f"the tensor {name[:80]!r} is there twice, or has {n_dims} axes")
         shape = [header.number("Q") for _ in range(n_dims)][::-1]  # GGUF names the input axis first
         infos[name] = (gguf.GGMLQuantizationType(header.number("I")), shape, header.number("Q"))
+    return about, infos
 
+
+def place_tensors(header, infos, about, gguf):
+    """Return {name: Tensor}. The tensors must follow each other from the header's end on, up to which it is read."""
+    data = header.data
     alignment = about.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"an alignment of {alignment!r}")
     start = aligned(header.at, alignment)
-    place = 0  # after start: tensors follow each other
+    place = 0  # after start
     tensors = {}
     for name, (kind, shape, said) in infos.items():
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -165,7 +173,7 @@ def parse(data, gguf):
             raise ValueError(f"it ends before {name[:80]!r} does: is it truncated?")
         tensors[name] = Tensor(kind.name, shape, start + place, data[start + place : end].reshape(*shape[:-1], row))
         place = aligned(end - start, alignment)
-    return about, tensors
+    return tensors
 
 
 def aligned(at, alignment):
@@ -208,7 +216,7 @@ def from_gguf(path):
             "eos": [about["tokenizer.ggml.eos_token_id"]] if "tokenizer.ggml.eos_token_id" in about else [],
             "chat_template": about.get("tokenizer.chat_template"),
         }
-        model.tokenizer = Tokenizer(tokenizer(about), model.config.vocab_size, **control)
+        model.tokenizer = Tokenizer(byte_level_bpe(about), model.config.vocab_size, **control)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         print(f"{path}: without a tokenizer, since {why}", file=sys.stderr)
@@ -231,15 +239,10 @@ def llama(about, tensors):
     names = {gguf_name(name): name for name in shapes}
     if config.tied:
         del names["output.weight"]
-    for name in names:
-        if name not in tensors:
-            raise ValueError(f"{name} is missing, but the header says {config.n_layer} layers")
+    tensors = {name: t for name, t in tensors.items() if name != "rope_freqs.weight"}  # llama_config has read it
+    check_names(tensors, names, "LLaMA", config.n_layer)
     weights = {}
     for theirs, tensor in tensors.items():
-        if theirs == "rope_freqs.weight":  # llama_config has read it
-            continue
-        if theirs not in names:
-            raise ValueError(f"{theirs[:80]!r} is not LLaMA's")
         ours = names[theirs]
         if tensor.shape != list(shapes[ours]):  # before it is unpacked: a small file may claim any shape
             raise ValueError(f"{theirs} is {tuple(tensor.shape)}, not {tuple(shapes[ours])}")
@@ -325,19 +328,18 @@ def rope_scaling(slower, config):
     return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
 
 
-def tokenizer(about):
+def byte_level_bpe(about):
     """A header's vocabulary as Tokenizer takes it. ValueError where it is another kind of tokenizer."""
-    kind, way = about.get("tokenizer.ggml.model"), about.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or way not in PATTERNS:
-        raise ValueError(
-            f"its tokenizer is {str(kind)[:40]!r}, {str(way)[:40]!r}: known is 'gpt2', {', '.join(PATTERNS)}"
-        )
+    kind = str(about.get("tokenizer.ggml.model"))
+    cut = str(about.get("tokenizer.ggml.pre"))
+    if kind != "gpt2" or cut not in PATTERNS:
+        raise ValueError(f"its tokenizer is {kind[:40]!r}, {cut[:40]!r}: known is 'gpt2', {', '.join(PATTERNS)}")
     vocabulary = {token: i for i, token in enumerate(about["tokenizer.ggml.tokens"])}
     kinds = about["tokenizer.ggml.token_type"]
     special = {token: i for token, i in vocabulary.items() if kinds[i] != ORDINARY}
     merges = [merge.split(" ") for merge in about["tokenizer.ggml.merges"]]
     plain = [token for token, i in vocabulary.items() if kinds[i] == USER_DEFINED]
-    return bpe.byte_level(PATTERNS[way], vocabulary, merges, special, way == "llama-bpe", plain)
+    return bpe.from_merges(PATTERNS[cut], vocabulary, merges, special, whole_pieces=cut == "llama-bpe", plain=plain)
 
 
 # --- the order of rotated channels ---
@@ -411,7 +413,8 @@ def scale_rows(tensor, l):
         return rows
     if tensor.kind not in SCALES or len(tensor.shape) != 2:
         raise ValueError(f"type {tensor.kind} has no scales that take a row's factor in full")
-    _, size = import_gguf().GGML_QUANT_SIZES[import_gguf().GGMLQuantizationType[tensor.kind]]
+    gguf = import_gguf()
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
     blocks = rows.reshape(len(l), -1, size)  # (rows, blocks of a row, bytes), the same memory
     for at in SCALES[tensor.kind]:
         before = blocks[..., at : at + 2].copy().view(np.float16).astype(np.float64)  # (rows, blocks, 1)

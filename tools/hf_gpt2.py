@@ -8,9 +8,8 @@ import torch
 
 import common
 import disk
-from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from tools.files import plain_name, widest_dtype
+from tools.files import check_names, plain_name, widest_dtype
 
 SIZES = {  # n_layer, n_head, n_embd of the four published GPT-2s (Radford et al. 2019, table 2)
     "gpt2": (12, 12, 768),
@@ -59,25 +58,21 @@ def gpt2(config, tensors):
     """
     tensors = {plain_name(name).removeprefix("transformer."): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if not name.endswith(MASKS)}
-    if "lm_head.weight" not in tensors and "wte.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["wte.weight"]  # tied, so it need not be there
+    if "wte.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["wte.weight"])  # tied, so it need not be there
     model = common.empty_model(GPT, config, tensors)
+    ours = {name.removeprefix("transformer."): name for name in model.state_dict()}
+    check_names(tensors, ours, "GPT-2", config.n_layer)
     weights = {}
-    for name, ours in model.state_dict().items():
-        theirs = name.removeprefix("transformer.")
-        if theirs not in tensors:
-            raise ValueError(f"{theirs} is missing, so this is not a GPT-2 of {config.n_layer} layers")
-        t = tensors.pop(theirs)
-        if theirs.endswith(CONV1D):
-            t = disk.check_weight(t, theirs, ours.shape[::-1]).t()
+    for name, t in tensors.items():
+        shape = model.get_parameter(ours[name]).shape
+        if name.endswith(CONV1D):
+            t = disk.check_weight(t, name, shape[::-1]).t()
         else:
-            t = disk.check_weight(t, theirs, ours.shape)
-        weights[name] = t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # nothing stays on disk
-    if tensors:
-        raise ValueError(f"{next(iter(tensors))} is not GPT-2's")
+            t = disk.check_weight(t, name, shape)
+        # a copy: nothing stays on the disk
+        weights[ours[name]] = t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     common.load_weights(model, weights)
-    if config.vocab_size in common.TOKENIZERS:
-        model.tokenizer = Tokenizer(common.TOKENIZERS[config.vocab_size], config.vocab_size)
     return model.eval()
 
 

@@ -5,7 +5,7 @@ import torch
 import common
 import disk
 from llama import ROPE_NUMBERS, Llama, LlamaConfig
-from tools.files import each_tensor, plain_name, read_tensors, widest_dtype
+from tools.files import check_names, each_tensor, plain_name, read_tensors, widest_dtype
 
 KINDS = ("llama", "mistral", "qwen2")  # the same model, but for a window; in Qwen2 only q, k and v have biases
 FREQUENCIES = ".rotary_emb.inv_freq"  # the rotation's speeds, kept as a weight by older versions
@@ -54,7 +54,6 @@ def llama_config(about):
         "partial_rotary_factor": (None, 1),
         "sliding_window": (None,),
         "use_sliding_window": (None, False),
-        "layer_types": (None, ["full_attention"] * config.n_layer),
         "num_experts": (None,),
         "num_local_experts": (None,),
         "quantization_config": (None,),
@@ -63,6 +62,9 @@ def llama_config(about):
         value = (about | rope).get(key, values[0])
         if value not in values:
             raise ValueError(f"{key} is {value!r}, and this LLaMA has only {values[0]!r}")
+    for kind in about.get("layer_types") or []:
+        if kind != "full_attention":
+            raise ValueError(f"a layer is {kind!r}, and this LLaMA has only 'full_attention'")
     return config
 
 
@@ -70,8 +72,7 @@ def llama(config, files, has_output_bias=True):
     """Build a Llama from {path: names of its tensors, or None for all}, in the dtypes that are stored.
 
     One file is open at a time. has_output_bias: whether o_proj has biases where q, k and v have; if not, ours are
-    zeros. Raises ValueError with the first name, shape or dtype that is not LLaMA's, or that holds
-    NaN or infinity.
+    zeros. Raises ValueError with the first name, shape or dtype that is not LLaMA's, or that holds NaN or infinity.
     """
     names = []
     for path, given in files.items():
@@ -79,25 +80,22 @@ def llama(config, files, has_output_bias=True):
     names = [full_name(name) for name in names if not name.endswith(FREQUENCIES)]
     model = common.empty_model(Llama, config, names)
     shapes = {name: t.shape for name, t in model.state_dict().items()}
-    if not has_output_bias:
-        names += [name for name in shapes if name.endswith("o_proj.bias")]
-    missing = [name for name in shapes if name not in names and not (config.tied and name == "lm_head.weight")]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing, but config.json says {config.n_layer} layers")
-    for name in names:
-        if name not in shapes:
-            raise ValueError(f"{name} is not LLaMA's")
+    # what need not be there
+    tied = ["lm_head.weight"] if config.tied else []
+    zeros = [] if has_output_bias else [name for name in shapes if name.endswith("o_proj.bias")]
+    check_names([*names, *tied, *zeros], shapes, "LLaMA", config.n_layer)
+
     weights = {}
     for name, t in each_tensor(files):
         name = full_name(name)
-        if name in shapes:
+        if name in shapes:  # not FREQUENCIES
             t = disk.check_weight(t, name, shapes[name])
             weights[name] = t.clone(memory_format=torch.contiguous_format)  # nothing stays on the disk
-    for name in shapes:
-        if name not in weights and name.endswith("o_proj.bias"):
-            weights[name] = torch.zeros(shapes[name], dtype=weights[name.replace("bias", "weight")].dtype)
-    if config.tied and "model.embed_tokens.weight" in weights:
-        weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    for name in tied:
+        weights.setdefault(name, weights["model.embed_tokens.weight"])
+    for name in zeros:
+        dtype = weights[name.replace("bias", "weight")].dtype
+        weights.setdefault(name, torch.zeros(shapes[name], dtype=dtype))
     common.load_weights(model, weights)
     return model.eval()
 
