@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -47,43 +48,28 @@ def folder(tmp_path_factory):
     return folder
 
 
-def from_hf(name, folder):
-    return convert.main(["hf", f"{folder}/{name}", "--out", f"{folder}/new/base.pt"])
-
-
-def from_peft(folder):
-    flags = f"from-peft --base {folder}/base.pt --adapter {folder}/adapter --out {folder}/new/ia3.npz"
-    return convert.main(flags.split())
-
-
-def from_gguf(folder):
-    return convert.main(f"gguf {folder}/llama.gguf --out {folder}/new/base.pt".split())
-
-
-def to_gguf(folder):
-    flags = f"to-gguf --gguf {folder}/quantized.gguf --ia3 {folder}/quantized.npz --out {folder}/new/merged.gguf"
-    return convert.main(flags.split())
-
-
-def draw(folder):
-    return plot.main([f"{folder}/run"])
-
-
-# the file that is damaged, and the command that reads it
-READERS = {
-    "hf/pytorch_model.bin": lambda folder: from_hf("hf", folder),
-    "hf/config.json": lambda folder: from_hf("hf", folder),
-    "safe/model.safetensors": lambda folder: from_hf("safe", folder),
-    "llama/config.json": lambda folder: from_hf("llama", folder),
-    "llama/tokenizer.json": lambda folder: from_hf("llama", folder),
-    "llama/model.safetensors.index.json": lambda folder: from_hf("llama", folder),
-    "adapter/adapter_model.safetensors": from_peft,
-    "adapter/adapter_config.json": from_peft,
-    "llama.gguf": from_gguf,
-    "quantized.gguf": to_gguf,
-    "run/metrics.csv": draw,
-    "run/ia3.npz": draw,
+HF = "hf {folder}/%s --out {folder}/new/base.pt"
+FROM_PEFT = "from-peft --base {folder}/base.pt --adapter {folder}/adapter --out {folder}/new/ia3.npz"
+TO_GGUF = "to-gguf --gguf {folder}/quantized.gguf --ia3 {folder}/quantized.npz --out {folder}/new/merged.gguf"
+READERS = {  # the file that is damaged: the command that reads it
+    "hf/pytorch_model.bin": HF % "hf",
+    "hf/config.json": HF % "hf",
+    "safe/model.safetensors": HF % "safe",
+    "llama/config.json": HF % "llama",
+    "llama/tokenizer.json": HF % "llama",
+    "llama/model.safetensors.index.json": HF % "llama",
+    "adapter/adapter_model.safetensors": FROM_PEFT,
+    "adapter/adapter_config.json": FROM_PEFT,
+    "llama.gguf": "gguf {folder}/llama.gguf --out {folder}/new/base.pt",
+    "quantized.gguf": TO_GGUF,
+    "run/metrics.csv": "{folder}/run",
+    "run/ia3.npz": "{folder}/run",
 }
+
+
+def read(name, folder):
+    script = plot if name.startswith("run/") else convert
+    return script.main(READERS[name].format(folder=folder).split())
 
 
 def rewrite(path, dice):
@@ -107,10 +93,10 @@ def is_storable(t):
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_refused_in_one_line(folder, tmp_path, capsys, name):
-    n = PICTURES if READERS[name] is draw else damage.DAMAGES
-    damage.damage_and_read(folder, tmp_path / "work", name, READERS[name], capsys, n, rewrite)
+    n = PICTURES if name.startswith("run/") else damage.DAMAGES
+    damage.damage_and_read(folder, tmp_path / "work", name, partial(read, name), capsys, n, rewrite)
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_no_code_of_a_file_runs(folder, tmp_path, capsys, name):
-    damage.check_no_code_runs(folder, tmp_path / "work", name, READERS[name], capsys)
+    damage.check_no_code_runs(folder, tmp_path / "work", name, partial(read, name), capsys)

@@ -3,11 +3,11 @@
 Only where `python -m tools.convert smollm2` has made it, and fetched the file that stands beside it.
 """
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import odd_texts
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -84,23 +84,6 @@ def test_an_answer_ends_itself_here_and_in_transformers(tmp_path, ours):
     assert chat["input_ids"][-prompt.size(1) :] == prompt[0].tolist()
 
 
-def make_texts():
-    """Texts full of digits, odd spaces, marks, other scripts and control characters, and a play."""
-    dice = random.Random(0)
-    words = "a the King's don't WE'LL ½ ² ٣٤ 1623 7 0 x1y22 naïve 中文 🙂 é ?! -- … < > _".split()
-    spaces = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "\u200b", "", ""]
-    controls = [chr(i) for i in range(32)] + ["\x7f", "\x85", "\ufffd", "\U0010ffff"]
-    texts = []
-    for _ in range(5000):
-        parts = []
-        for _ in range(dice.randint(1, 12)):
-            parts += [dice.choice(words), dice.choice(spaces)]
-            if dice.random() < 0.2:
-                parts.append(dice.choice(controls))
-        texts.append("".join(parts))
-    return [*texts, (ROOT / "data/plays/val.txt").read_text()[:100_000]]
-
-
 def test_ids_are_those_of_the_tokenizers_library(ours):
     """transformers' GGUF reader forgets the file's rule for digits, so the oracle is put together from its parts."""
     import gguf
@@ -113,7 +96,7 @@ def test_ids_are_those_of_the_tokenizers_library(ours):
     theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     assert len(ours.tokenizer.bytes_without_token) == 21
     with_missing = 0
-    for text in make_texts():
+    for text in [*odd_texts(), (ROOT / "data/plays/val.txt").read_text()[:100_000]]:
         ids = ours.tokenizer.encode_ordinary(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids, repr(text)
         with_missing += any(byte in ours.tokenizer.bytes_without_token for byte in text.encode())
