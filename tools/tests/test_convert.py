@@ -122,7 +122,7 @@ def test_files_that_are_no_adapter(gpt, capsys):
         (make_gpt, "h.0.attn.c_attn", torch.ones(96, 1), "(96, 1), not (48, 1)"),
         (make_gpt, "h.1.mlp.c_proj", torch.full((1, 64), torch.nan), "ia3_l holds NaN"),
         # 1e30 as l_q and as l_k: each is a float32, and their product is none
-        (make_gpt, "h.0.attn.c_attn", torch.full((48, 1), 1e30), "l_k holds NaN or infinity"),
+        (make_gpt, "h.0.attn.c_attn", torch.full((48, 1), 1e30), f"{ADAPTER}: l_k holds NaN"),
         (make_llama, "layers.2.self_attn.v_proj", torch.ones(8, 1), "layers.2.self_attn.v_proj.ia3_l"),
         (make_llama, "layers.0.self_attn.q_proj", torch.ones(16, 1), "q_proj.ia3_l"),
         (make_llama, "layers.0.self_attn.k_proj", torch.ones(1, 8), "(1, 8), not (8, 1)"),
