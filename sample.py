@@ -78,7 +78,7 @@ class LayerCache:
 def store_by_columns(model):
     """Lay the weights of all linear maps out in memory column by column: the same values, shapes and names.
 
-    This way a CPU multiplies the activations of one token faster.
+    This way a CPU writes one row faster. Eight rows of SmolLM2 took longer (experiments/results/generation).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

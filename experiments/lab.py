@@ -211,8 +211,9 @@ def check_counts(workers, seeds=1):
     """Raise ValueError for --workers or --seeds out of bounds."""
     if workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    if not 1 <= seeds <= len(T_975) + 1:
-        raise ValueError(f"seeds must be from 1 to 10, as far as the table of Student's t goes, not {seeds}")
+    most = len(T_975) + 1
+    if not 1 <= seeds <= most:
+        raise ValueError(f"seeds must be from 1 to {most}, as far as the table of Student's t goes, not {seeds}")
 
 
 def start_worker():

@@ -60,7 +60,7 @@ def test_the_bundled_vectors_are_the_bundled_bases(name):
     IA3.load(ROOT / f"data/{name}.npz", common.load(ROOT / "data/base.pt"))
 
 
-def test_unattached_stacked_and_infinite_vectors_are_not_saved(tmp_path):
+def test_unattached_stacked_and_not_finite_vectors_are_not_saved(tmp_path):
     model = make_gpt()
     loose = IA3(model.config)
     with pytest.raises(ValueError, match="attach"):

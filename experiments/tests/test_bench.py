@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import make_gpt, make_ia3, make_idx
 from data import Stream
-from experiments import bench, clocks, costs, edge, exactness, generation, lab, peers
+from experiments import bench, clocks, costs, exactness, generation, lab, peers
 from ia3 import attach
 from llama import LlamaConfig
 from model import GPTConfig
@@ -375,20 +375,3 @@ def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
     assert generation.main(["--quick", "--out", str(tmp_path)]) == 0
     again = generation.read_rows(tmp_path / "quick")
     assert again[:5] == rows[:5] and [row.contestant for row in again[5:]] == names and again[5:9] != rows[5:9]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({edge.THEIRS: {"contestant": "x"}}, f"lacks {edge.THEIRS}"),
-        ({edge.MERGED: {"contestant": "x"}}, f"lacks {edge.MERGED}"),
-        ({edge.BASE: {"over_theirs_low": 0.0}}, f"a time of {edge.BASE} that is not above 0"),
-        ({edge.MERGED: {"over_base": float("nan")}}, f"a time of {edge.MERGED} that is not above 0"),
-    ],
-)
-def test_an_edge_table_that_cannot_be_made_is_refused_in_one_line(changes, message, tmp_path, capsys):
-    rows = lab.read_rows(lab.RESULTS / "edge/results.csv", edge.Row)
-    lab.write_csv(tmp_path / "results.csv", [vars(row) | changes.get(row.contestant, {}) for row in rows])
-    assert edge.main(["--tables", f"--out={tmp_path}"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and message in err and str(tmp_path) in err

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import math
 
 import numpy as np
 import pytest
@@ -120,38 +119,6 @@ def test_a_fit_is_at_the_minimum_of_its_loss(n_features):
     slope = (offset + x @ w.T + b).softmax(-1) - torch.nn.functional.one_hot(labels, 3)  # in the logits
     torch.testing.assert_close(slope.T @ x + w, torch.zeros_like(w), rtol=0, atol=1e-4)
     torch.testing.assert_close(slope.sum(0), torch.zeros_like(b), rtol=0, atol=1e-4)
-
-
-# --- statistics ---
-
-
-def test_the_difference_is_of_medians_over_templates_within_each_draw():
-    dice = np.random.default_rng(1)
-    ours, theirs = dice.random((2, 3, 3, 40)) < [[[[0.8]]], [[[0.6]]]]
-    value, low, high, t_low, t_high = lab.accuracy_difference(ours, theirs)
-    of_draw = []
-    for a, b in zip(ours, theirs, strict=True):
-        of_draw.append(sorted(a.mean(1))[1] - sorted(b.mean(1))[1])
-    assert value == pytest.approx(sum(of_draw) / 3) and low < value < high
-    assert value == pytest.approx(shots.accuracy_of(ours) - shots.accuracy_of(theirs))
-    deviation = math.sqrt(sum((d - value) ** 2 for d in of_draw) / 2)
-    assert (t_high - t_low) / 2 == pytest.approx(4.3027 * deviation / math.sqrt(3))
-    # the bootstrap against one that is written down draw by draw; two of 2000 each differ by chance, in their ends by
-    # some 4 % of the interval's width (a standard error of 0.05 of a deviation each, of 3.9 that it is wide)
-    values = []
-    for _ in range(2000):
-        draws, items = dice.integers(3, size=3), dice.integers(40, size=40)
-        medians = [[np.median(found[d][:, items].mean(1)) for d in draws] for found in (ours, theirs)]
-        values.append(np.mean(medians[0]) - np.mean(medians[1]))
-    assert [low, high] == pytest.approx(np.quantile(values, (0.025, 0.975)), abs=0.1 * (high - low))
-
-
-@pytest.mark.parametrize("degrees", lab.T_975)
-def test_students_points_leave_a_fortieth_above(degrees):
-    """The density, integrated from 0 by the trapezoid rule: 0.475 lie between 0 and the point."""
-    t = np.linspace(0, lab.T_975[degrees], 200_001)
-    factor = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
-    assert np.trapezoid(factor * (1 + t**2 / degrees) ** (-(degrees + 1) / 2), t) == pytest.approx(0.475, abs=2e-6)
 
 
 # --- rivals ---

@@ -1,15 +1,11 @@
-"""quantized.py's ways to fold, on a tiny Llama; and the committed tables, its own and edge.py's, made again."""
-
-import subprocess
-import sys
+"""quantized.py's ways to fold, on a tiny Llama, and its command."""
 
 import pytest
 import torch
 from test_fewshot import write_sets
 
 from conftest import make_ia3, make_llama
-from experiments import edge, lab, quantized
-from experiments.edge_contestant import peak_of_process
+from experiments import lab, quantized
 from ia3 import fingerprint
 from tools.gguf_llama import dequantize
 
@@ -67,40 +63,6 @@ def test_answers_are_read_at_the_end_of_each_prompt(model):
     assert quantized.distance(logits, logits) == (0, 0)
 
 
-@pytest.mark.parametrize("room, folder", [(quantized, "quantized"), (edge, "edge")])
-def test_the_committed_table_is_made_of_the_committed_results(room, folder):
-    table = (lab.RESULTS / folder / "table.md").read_text(encoding="utf-8")
-    assert room.tables(lab.RESULTS / folder) + "\n" == table
-
-
-def test_a_speed_is_taken_over_transformers_and_over_the_base_file_round_by_round():
-    times = {name: [4.0, 8.0] for name in edge.CONTESTANTS} | {edge.THEIRS: [8.0, 16.0], edge.BASE: [2.0, 4.0]}
-    shared = dict.fromkeys(("load", "rounds", "hardware", "date", "versions"))
-    rows = edge.rows_of(times, dict.fromkeys(times, 10**8), shared)
-    assert [row.over_theirs for row in rows] == [1.0, 0.5, 0.5, 0.5, 0.25, 0.5]
-    assert rows[-1].over_base == rows[-1].over_base_low == rows[-1].over_base_high == 2.0
-
-
-@pytest.mark.skipif(peak_of_process() is None, reason="no /proc here")
-def test_a_processs_peak_is_its_own():
-    """The parent's is larger: it holds so much."""
-    held = bytearray(2**28)
-    assert peak_of_process() > len(held)
-    call = "from experiments.edge_contestant import peak_of_process; a = bytearray(2**26); print(peak_of_process())"
-    child = subprocess.run([sys.executable, "-c", call], cwd=lab.ROOT, capture_output=True, text=True, check=True)
-    assert 2**26 < int(child.stdout) < 2**27  # Python takes some 10 MB
-
-
-def test_a_prepared_folder_is_not_used_for_other_inputs(tmp_path):
-    for name in ("base.gguf", "a.npz", "b.npz", "merged.gguf"):
-        (tmp_path / name).write_text(name)
-    edge.prepare(tmp_path / "base.gguf", tmp_path / "a.npz", tmp_path)
-    edge.prepare(tmp_path / "base.gguf", tmp_path / "a.npz", tmp_path)  # all are there
-    for inputs in (("base.gguf", "b.npz"), ("a.npz", "a.npz")):
-        with pytest.raises(ValueError, match=str(tmp_path)):
-            edge.prepare(*[tmp_path / name for name in inputs], tmp_path)
-
-
 @pytest.mark.parametrize("made", [[], ["float"], ["float", *quantized.FORMATS[1:]]])
 def test_tables_of_runs_that_are_not_all_there_are_refused_in_one_line(tmp_path, capsys, made):
     results, arrays = lab.load_runs(lab.RESULTS / "quantized", quantized.Job, quantized.Result)
@@ -135,9 +97,3 @@ def test_minutes_are_for_both_stages_and_formats_wait_for_the_vectors(tmp_path, 
     (tmp_path / "base.gguf").write_text("another")
     assert quantized.main(flags) == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_peaks_that_are_not_known_leave_their_cells_empty(tmp_path):
-    rows = lab.read_rows(lab.RESULTS / "edge/results.csv", edge.Row)
-    lab.write_csv(tmp_path / "results.csv", [vars(row) | {"peak_bytes": None} for row in rows])
-    assert edge.tables(tmp_path).count(" |  |  |\n") == len(rows)

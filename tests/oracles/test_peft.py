@@ -206,7 +206,7 @@ def test_their_lora_is_refused_and_an_adapter_of_one_layer_leaves_the_others_at_
 
 @pytest.mark.slow
 def test_the_whole_comparison_of_the_page_runs():
-    """docs/peft.md's last command, without AdapterHub: ours is the formula, PEFT's default is another function."""
+    """docs/peft.md's comparison, without AdapterHub: ours is the formula, PEFT's default is another function."""
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, root / "tests/oracles/paper.py"]
     done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
