@@ -102,7 +102,7 @@ def runs_of_rates(settings):
     runs = []
     for rate in RATES:
         runs += learned("val", "products", "ia3", settings.k, rate, settings.steps, settings.seeds[:3])
-    for method, (_, rates) in RIVALS.items():
+    for method, rates in RIVALS.items():
         for rate in rates:
             runs += learned("val", "products", method, settings.k, rate, settings.steps, settings.seeds[:2])
     return runs
@@ -309,7 +309,7 @@ def cost_in(model, form, questions, examples, template):
 # --- the stages ---
 
 
-def make(runs, settings, folder, args):
+def make(runs, settings, folder, args, script="fewshot.py"):
     """Make the runs that folder lacks, for as long as the flags say, and print where it stands."""
     model = common.load(settings.base).to(settings.device)
     data_hash = {}  # of what a task's runs read
@@ -320,7 +320,7 @@ def make(runs, settings, folder, args):
             data_hash[task] += pairs.data_hash()[:16]
     lab.open_folder(folder, lab.read_about(folder) | {"data_hash": data_hash})
     done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
-    lab.write_run_json(folder, "fewshot.py", vars(args), model, data_hash, done)
+    lab.write_run_json(folder, script, vars(args), model, data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:
         print(f"{n_left} runs of {len(set(runs))} are left: the same command continues")
@@ -356,9 +356,9 @@ def report(settings, folder, out):
     return text
 
 
-def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("formats", "rates", "runs", "costs", "report")
+def parse(argv, description, stages, out):
+    """Read a command line and open its folder. Returns the flags, the Settings and the folder."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=stages, required=True, help="see above")
     parser.add_argument("--base", default=Settings.base, help="a Llama (default: %(default)s)")
     parser.add_argument("--data", default=Settings.data, help="folder (default: %(default)s)")
@@ -366,17 +366,22 @@ def run(argv):
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
-    parser.add_argument("--out", type=Path, default=Path("out/fewshot"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one draw, 2 steps, 8 items of movies; into OUT/quick")
     args = parser.parse_args(argv)
     device, dtype = common.pick_device(args.device, args.dtype)
     settings = Settings(args.base, args.data, str(device), dtype)
-    out = args.out
+    folder = args.out
     if args.quick:
         settings = replace(settings, tasks=("movies",), seeds=(0,), ks=(2, 4, 6), k=4, steps=2, n_source=6, items=8)
-        out = args.out / "quick"
-    lab.open_folder(out, {"fingerprint": fingerprint(common.load(args.base)), "dtype": dtype, "quick": args.quick})
+        folder = args.out / "quick"
+    lab.open_folder(folder, {"fingerprint": fingerprint(common.load(args.base)), "dtype": dtype, "quick": args.quick})
+    return args, settings, folder
 
+
+def run(argv):
+    stages = ("formats", "rates", "runs", "costs", "report")
+    args, settings, out = parse(argv, __doc__, stages, "out/fewshot")
     if args.stage == "formats":
         make(runs_of_formats(settings), settings, out, args)
         return 0

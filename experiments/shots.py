@@ -18,6 +18,7 @@ import common
 import data as datasets
 from data import prepare
 from experiments import lab, ranking, rivals
+from experiments.sites import attach_sites
 from ia3 import attach
 from train import TrainConfig, train
 
@@ -37,11 +38,29 @@ LOSSES = {  # the losses with which each kind of (IA)³ run learns
     "ia3-lm-ul": ("lm", "ul"),
     "ia3-lm-ln": ("lm", "ln"),
 }
-RIVALS = {  # name: (how to add it, the rates to choose from)
-    "full": (rivals.add_full, (1e-5, 3e-5, 1e-4)),
-    "lora4": (partial(rivals.add_lora_maps, r=4, names=("q_proj", "v_proj")), (3e-4, 1e-3, 3e-3)),
-    "lora-all": (partial(rivals.add_lora_maps, r=1), (3e-4, 1e-3, 3e-3)),
-    "prompt": (partial(rivals.add_prompt_llama, n_prompt=N_PROMPT), (1e-2, 3e-2, 1e-1)),
+
+
+def add_sites(model, sites):
+    """attach_sites in the form of a rival."""
+    return list(attach_sites(model, sites).parameters())
+
+
+ADD = {  # how a method but (IA)³ is added: rivals.Method.add
+    "full": rivals.add_full,
+    "lora1": partial(rivals.add_lora_maps, r=1, names=("q_proj", "v_proj")),
+    "lora4": partial(rivals.add_lora_maps, r=4, names=("q_proj", "v_proj")),
+    "lora-all": partial(rivals.add_lora_maps, r=1),
+    "prompt": partial(rivals.add_prompt_llama, n_prompt=N_PROMPT),
+    "k,o,ff": partial(add_sites, sites=("k", "o", "ff")),
+    "k,v,pre": partial(add_sites, sites=("k", "v", "pre")),
+    "v,ff,x": partial(add_sites, sites=("v", "ff", "x")),
+    "q,o,pre": partial(add_sites, sites=("q", "o", "pre")),
+}
+RIVALS = {  # fewshot.py's, and the rates to choose from
+    "full": (1e-5, 3e-5, 1e-4),
+    "lora4": (3e-4, 1e-3, 3e-3),
+    "lora-all": (3e-4, 1e-3, 3e-3),
+    "prompt": (1e-2, 3e-2, 1e-1),
 }
 
 
@@ -70,7 +89,7 @@ class Run(NamedTuple):
     """What is known of a run before it is made: results.csv's first columns.
 
     method: 'zero' (no examples), 'icl' (k examples in context), 'icl-other' (k of other sets in context), one of
-    LOSSES or RIVALS (learned from k examples), 'transfer' (learned from other sets, then from k examples).
+    LOSSES or ADD (learned from k examples), 'transfer' (learned from other sets, then from k examples).
     """
 
     split: str
@@ -347,9 +366,8 @@ def learned_model(settings, run):
     if run.steps == 0:
         return model, False
 
-    if run.method in RIVALS:
-        add, _ = RIVALS[run.method]
-        rivals.attach(model, add)
+    if run.method in ADD:
+        rivals.attach(model, ADD[run.method])
         model.to(settings.device)
     else:
         attach(model)

@@ -126,8 +126,8 @@ def test_a_fit_is_at_the_minimum_of_its_loss(n_features):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in shots.RIVALS]
-    + [(name, torch.bfloat16) for name in shots.RIVALS if name != "full"],  # it trains what it holds, in float32
+    [(name, torch.float32) for name in shots.ADD]
+    + [(name, torch.bfloat16) for name in shots.ADD if name != "full"],  # it trains what it holds, in float32
 )
 def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
     """A soft prompt is text before the question, so it starts from the base behind some tokens."""
@@ -136,7 +136,7 @@ def test_a_rival_starts_from_the_base_and_learns(name, dtype, tmp_path):
     before = shots.score_templates(model, rows)
     soft = range(257, 257 + shots.N_PROMPT) if name == "prompt" else ()
     model.requires_grad_(False)
-    trained = shots.RIVALS[name][0](model)
+    trained = shots.ADD[name](model)
     for p in trained:
         p.requires_grad_(True)
         assert p.dtype == torch.float32

@@ -1,0 +1,267 @@
+"""Two questions that fewshot.py left open: other sites on a real model, and full fine-tuning and LoRA at their best.
+
+    python -m experiments.fewshot_followup --stage sites      # question 1
+    python -m experiments.fewshot_followup --stage rates      # question 2: each method's rate, chosen on products' val
+    python -m experiments.fewshot_followup --stage runs --minutes 60    # on test; again until it says that all is done
+    python -m experiments.fewshot_followup --stage report
+
+This page is the protocol, committed before any of its runs was made. Tasks, draws, scoring, training and the two
+intervals are fewshot.py's: 32 labels, 100 steps, the paper's three losses, SmolLM2 in bfloat16. A run that
+results/fewshot holds, of the same base and dtype, is taken from there and not made again. All of it is descriptive, and
+whatever comes out is printed.
+
+**1. Are the paper's three sites the right ones?** On movies' test, draws 0 to 2, at the paper's rate of 3e-3: k,v,ff
+beside k,o,ff (the attention's output instead of the values), k,v,pre (the gate before its SiLU instead of the MLP's
+hidden activations), v,ff,x (the residual stream instead of the keys) and q,o,pre (all three replaced). They are
+ablate.py's sets, where each has as many values as k,v,ff; here keys and values are narrower than n_embd, so the other
+sets have more. No set's rate is chosen.
+
+**2. Is (IA)³ ahead of full fine-tuning and of LoRA, or behind?** fewshot.py's three draws were too few to rank them.
+Here: ten draws (0 to 9) on the test of movies and of news; LoRA r = 1 on the queries' and the values' maps, which has
+exactly (IA)³'s 57,600 values; and one grid for all: four rates, each about three times the one before (GRID), and three
+draws on products' val. The highest mean accuracy chooses, the first of equals; a rate at an end of its grid is taken as
+it is. A method is called ahead on a task where both intervals exclude 0. If not all runs are made, the draws that all
+three methods have are compared, and table.md says how many.
+
+Known beforehand, from results/fewshot: what (IA)³ does at each of its four rates on products and, at 3e-3 and 1e-2,
+with draws 0 to 4 on both tests; what full fine-tuning does at three of its rates on products with draws 0 and 1 and, at
+3e-5, with draws 0 to 2 on both tests. Nothing was known of LoRA r = 1 or of the other sites.
+
+Writes results.csv, windows.npz, table.md and draws.png into --out.
+"""
+
+import sys
+
+import common
+from experiments import fewshot, fewshot_tables, lab, rivals, shots
+from experiments.fewshot import learned
+from tools.plot import plt, save_picture
+
+EARLIER = lab.RESULTS / "fewshot"
+SITES = ("k,o,ff", "k,v,pre", "v,ff,x", "q,o,pre")
+GRID = {  # the rates that products chooses from
+    "ia3": (1e-3, 3e-3, 1e-2, 3e-2),
+    "lora1": (1e-3, 3e-3, 1e-2, 3e-2),
+    "full": (1e-5, 3e-5, 1e-4, 3e-4),
+}
+TITLES = {"ia3": "(IA)³", "lora1": "LoRA r = 1 on q, v", "full": "full fine-tuning"}
+TASKS = ("movies", "news")
+N_DRAWS = 10
+
+
+# --- which runs ---
+
+
+def runs_of_sites(settings):
+    """On movies' test: (IA)³ and the other sets of sites."""
+    runs = []
+    for method in ("ia3", *SITES):
+        runs += learned("test", "movies", method, settings.k, settings.rate, settings.steps, settings.seeds[:3])
+    return runs
+
+
+def runs_of_rates(settings):
+    """On products' val: every method at every rate."""
+    runs = []
+    for method, rates in GRID.items():
+        for rate in rates:
+            runs += learned("val", "products", method, settings.k, rate, settings.steps, settings.seeds[:3])
+    return runs
+
+
+def runs_of_draws(settings, rates):
+    """On test: every method at its rate, one draw after the other, so that whenever it stops the draws are whole."""
+    n_draws = N_DRAWS if len(settings.seeds) > 1 else 1  # --quick
+    tasks = [task for task in TASKS if task in settings.tasks]
+    runs = []
+    for seed in range(n_draws):
+        for task in tasks:
+            for method, rate in rates.items():
+                runs += learned("test", task, method, settings.k, rate, settings.steps, [seed])
+    return runs
+
+
+# --- what products chose ---
+
+
+def accuracies_on_products(found, settings):
+    """Return {method: {rate: its accuracies, one per draw}}. Raises ValueError where a run is missing."""
+    tried = {}
+    for run in runs_of_rates(settings):
+        if run not in found:
+            raise ValueError("runs on products are missing: --stage rates makes them")
+        accuracy = shots.accuracy_of([shots.right(found[run])])
+        tried.setdefault(run.method, {}).setdefault(run.lr, []).append(accuracy)
+    return tried
+
+
+def choose(tried):
+    """Return {method: the rate with the highest mean accuracy}. tried: accuracies_on_products'."""
+    return {method: max(of_rate, key=lambda rate: sum(of_rate[rate])) for method, of_rate in tried.items()}
+
+
+# --- tables ---
+
+
+def draws_of(found, runs):
+    """Where the answers of those runs that are made are right, by seed: {seed: (templates, sentences) bool}."""
+    return {run.seed: shots.right(found[run]) for run in runs if run in found}
+
+
+def compared(ours, theirs):
+    """The cells of ours less theirs, both draws_of: on the draws that both have, all templates and the first alone."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    our_draws = [ours[seed] for seed in seeds]
+    their_draws = [theirs[seed] for seed in seeds]
+    cells = fewshot_tables.difference(our_draws, their_draws)
+    return cells + fewshot_tables.difference(*map(fewshot_tables.on_first, (our_draws, their_draws)))
+
+
+def site_table(found, settings, n_values):
+    """One line per set of sites. n_values: {method: how many it trains}."""
+    by_method = {}
+    for run in runs_of_sites(settings):
+        by_method.setdefault(run.method, []).append(run)
+    ours = draws_of(found, by_method["ia3"])
+    lines = []
+    for method, runs in by_method.items():
+        theirs = draws_of(found, runs)
+        if theirs:
+            line = ["k,v,ff" if method == "ia3" else method, f"{n_values[method]:,}"]
+            line.append(fewshot_tables.range_of_draws(theirs.values()))
+            line += [""] * 4 if method == "ia3" else compared(theirs, ours)
+            lines.append(line)
+    head = ["sites", "values", "accuracy (lowest to highest draw), draws"]
+    head += [f"less k,v,ff: {name}" for name in fewshot_tables.DIFFERENCE] + fewshot_tables.ON_FIRST
+    return lab.markdown(head, lines)
+
+
+def rate_table(tried, rates):
+    """One line per method and rate tried on products."""
+    lines = []
+    for method, of_rate in tried.items():
+        for rate, accuracies in of_rate.items():
+            each = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
+            mean = f"{100 * sum(accuracies) / len(accuracies):.1f}"
+            lines.append([TITLES[method], f"{rate:g}", mean, each, "chosen" if rate == rates[method] else ""])
+    return lab.markdown(["method", "rate", "accuracy on products' val", "by draw", ""], lines)
+
+
+def whole_draws(found, settings, rates):
+    """The draws that every method has: {task: {method: {seed: (templates, sentences) bool}}}."""
+    by_task = {}
+    for run in runs_of_draws(settings, rates):
+        by_task.setdefault(run.task, {}).setdefault(run.method, []).append(run)
+    whole = {}
+    for task, runs_by_method in by_task.items():
+        draws = {method: draws_of(found, runs) for method, runs in runs_by_method.items()}
+        seeds = set.intersection(*[set(of_seed) for of_seed in draws.values()])
+        if seeds:
+            whole[task] = {method: {seed: of_seed[seed] for seed in seeds} for method, of_seed in draws.items()}
+    return whole
+
+
+def rival_table(whole, rates, n_values):
+    """One line per task and method; (IA)³'s difference from each rival. whole: whole_draws'."""
+    lines = []
+    for task, draws in whole.items():
+        for method, of_seed in draws.items():
+            line = [task, TITLES[method], f"{n_values[method]:,}", f"{rates[method]:g}"]
+            line.append(fewshot_tables.range_of_draws(of_seed.values()))
+            line += [""] * 4 if method == "ia3" else compared(draws["ia3"], of_seed)
+            lines.append(line)
+    head = ["task", "method", "values", "rate", "accuracy (lowest to highest draw), draws"]
+    head += [f"(IA)³ less it: {name}" for name in fewshot_tables.DIFFERENCE] + fewshot_tables.ON_FIRST
+    return lab.markdown(head, lines)
+
+
+def picture(whole, path):
+    """A dot per draw, lines between the same draw's, a panel per task. whole: whole_draws'."""
+    figure, panels = plt.subplots(1, len(whole), figsize=(4 * len(whole), 3.2), squeeze=False)
+    for panel, (task, draws) in zip(panels[0], whole.items(), strict=True):
+        for seed in draws["ia3"]:
+            accuracies = [100 * shots.accuracy_of([of_seed[seed]]) for of_seed in draws.values()]
+            panel.plot(list(TITLES.values()), accuracies, "o-", color="tab:blue", alpha=0.4)
+        panel.set_title(task)
+        panel.tick_params(axis="x", labelrotation=15)
+    panels[0][0].set_ylabel("accuracy, %; a line per draw")
+    save_picture(figure, path)
+
+
+def tables(found, settings, n_values):
+    """Return the text of table.md, and whole_draws' draws for the picture: none before the rates are chosen."""
+    pieces = [
+        "**Other sites**, movies, each at the paper's rate:",
+        site_table(found, settings, n_values),
+    ]
+    try:
+        tried = accuracies_on_products(found, settings)
+    except ValueError:
+        return "\n\n".join(pieces), {}
+    rates = choose(tried)
+    wanted = runs_of_draws(settings, rates)
+    whole = whole_draws(found, settings, rates)
+    pieces += [
+        "**The rivals at their best**, each at the rate that products chose; a difference is clear where both of its "
+        f"intervals exclude 0. {sum(run in found for run in wanted)} of {len(wanted)} runs are made.",
+        rival_table(whole, rates, n_values),
+        "What products chose by:",
+        rate_table(tried, rates),
+    ]
+    return "\n\n".join(pieces), whole
+
+
+# --- the command line ---
+
+
+def count_values(base):
+    """How many values each method trains on base: {method: a count}."""
+    counts = {}
+    for method in TITLES | dict.fromkeys(SITES):
+        model = common.load(base)
+        rivals.attach(model, shots.ADD.get(method, rivals.add_ia3))
+        counts[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return counts
+
+
+def run(argv):
+    stages = ("sites", "rates", "runs", "report")
+    args, settings, out = fewshot.parse(argv, __doc__, stages, "out/fewshot-followup")
+    about = lab.read_about(out)
+    if "values" not in about:
+        about["values"] = count_values(args.base)
+        lab.open_folder(out, about)
+    found, _ = fewshot.read_runs(out)
+    earlier = lab.read_about(EARLIER)
+    same = ("fingerprint", "dtype", "quick")
+    if all(earlier[name] == about[name] for name in same):
+        earlier_runs, _ = fewshot.read_runs(EARLIER)
+        found = earlier_runs | found
+
+    if args.stage == "report":
+        text, whole = tables(found, settings, about["values"])
+        lab.save_text(text, out / "table.md")
+        if whole:
+            picture(whole, out / "draws.png")
+        print(text)
+        return 0
+    if args.stage == "sites":
+        runs = runs_of_sites(settings)
+    elif args.stage == "rates":
+        runs = runs_of_rates(settings)
+    else:
+        runs = runs_of_draws(settings, choose(accuracies_on_products(found, settings)))
+    left = [run for run in runs if run not in found]
+    if left:
+        fewshot.make(left, settings, out, args, "fewshot_followup.py")
+    else:
+        print("all runs are done")
+    return 0
+
+
+def main(argv=None):
+    return common.exit_status("fewshot_followup.py", run, argv, lab.STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
