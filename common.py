@@ -19,12 +19,6 @@ if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which wou
 TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
 CONTROL = ("bos", "eos", "chat_template")  # what else of a tokenizer a checkpoint keeps
 
-# How a weight's name ends in another library's checkpoint: the library, and what exports a file that we convert
-FOREIGN = {
-    "layers.0.attention.wq.weight": "llama2.c or Meta: llama2.c's export.py --version -1 makes a folder",
-    "transformer.h.0.attn.qkv.weight": "LitGPT: litgpt convert_from_litgpt makes a file, with config.json beside it,",
-}
-
 
 # --- a checkpoint: nanoGPT's dict plus 'tokenizer', 'bos', 'eos' and 'chat_template' ---
 
@@ -51,19 +45,6 @@ def load(path, dtype=torch.float32):
     return model.eval()
 
 
-def check_whose(checkpoint, path):
-    """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
-    if isinstance(checkpoint, dict):
-        weights = checkpoint.get("model", checkpoint)
-        names = [str(name) for name in weights] if isinstance(weights, dict) else []
-        for theirs, whose in FOREIGN.items():
-            if any(name.endswith(theirs) for name in names):
-                raise ValueError(f"{path} is a checkpoint of {whose} that python -m tools.convert hf reads")
-        if {"model", "model_args"} <= checkpoint.keys():
-            return
-    raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
-
-
 def checkpoint_weights(weights):
     """Return {name: tensor} under our names, without the causal mask that nanoGPT stores when it lacks flash attention.
 
@@ -86,6 +67,17 @@ def build_model(args, weights):
     return empty_model(Llama, LlamaConfig(**args), weights)
 
 
+def empty_model(model_class, config, tensors):
+    """Return model_class(config) without memory for its weights. ValueError for more layers than the file has tensors.
+
+    tensors: their names, or a dict of them.
+    """
+    if config.n_layer > len(tensors):  # checked before anything is made for each layer
+        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors")
+    with torch.device("meta"):
+        return model_class(config)
+
+
 def copy_weights(weights, model, dtype):
     """Return copies of weights, {name: tensor}, in dtype (None: as they are). ValueError if one does not fit model.
 
@@ -97,17 +89,6 @@ def copy_weights(weights, model, dtype):
         check_weight(t, name, shapes.get(name))  # load_weights refuses a name that the model does not have
         copies[name] = t.to(dtype or t.dtype, copy=True)
     return copies
-
-
-def empty_model(model_class, config, tensors):
-    """Return model_class(config) without memory for its weights. ValueError for more layers than the file has tensors.
-
-    tensors: their names, or a dict of them.
-    """
-    if config.n_layer > len(tensors):  # checked before anything is made for each layer
-        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors")
-    with torch.device("meta"):
-        return model_class(config)
 
 
 def load_weights(model, weights):
@@ -146,20 +127,36 @@ def save(model, path):
         torch.save(checkpoint, f)
 
 
+# --- files of other libraries ---
+
+# How a weight's name ends in another library's checkpoint: the library, and what exports a file that we convert
+FOREIGN = {
+    "layers.0.attention.wq.weight": "llama2.c or Meta: llama2.c's export.py --version -1 makes a folder",
+    "transformer.h.0.attn.qkv.weight": "LitGPT: litgpt convert_from_litgpt makes a file, with config.json beside it,",
+}
+
+
+def check_whose(checkpoint, path):
+    """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
+    if isinstance(checkpoint, dict):
+        weights = checkpoint.get("model", checkpoint)
+        names = [str(name) for name in weights] if isinstance(weights, dict) else []
+        for theirs, whose in FOREIGN.items():
+            if any(name.endswith(theirs) for name in names):
+                raise ValueError(f"{path} is a checkpoint of {whose} that python -m tools.convert hf reads")
+        if {"model", "model_args"} <= checkpoint.keys():
+            return
+    raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
+
+
 # --- devices ---
 
 
-def pick_device(name="auto", dtype="auto", model=None):
-    """Return a torch.device and the name of the dtype to compute in, and set a GPU up.
+def pick_device(name="auto"):
+    """Return a torch.device and set a GPU up: it becomes the current one, and its float32 products are in TF32.
 
-    name: cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu. dtype: float32 or bfloat16; auto is
-
-        on a GPU        bfloat16 if it has that
-        on a CPU        bfloat16 if it multiplies that natively and model is a Llama that is stored in it
-        everywhere else float32; a GPT's figures are thus the same on every CPU
-
-    A GPU becomes the current device, and its float32 products are computed in TF32. Raises ValueError for a device that
-    is not here.
+    name: cpu, cuda, cuda:1 or mps; auto is cuda if there is one, else cpu. Raises ValueError for a device that is not
+    here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -174,16 +171,26 @@ def pick_device(name="auto", dtype="auto", model=None):
         raise ValueError("device 'meta' holds no numbers")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL exchanges tensors over the current device
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    if dtype == "auto":
-        if device.type == "cuda":
-            in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device.type == "cpu" and model is not None and not isinstance(model, GPT):
-            in_bfloat16 = model.lm_head.weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
-        else:
-            in_bfloat16 = False
-        dtype = "bfloat16" if in_bfloat16 else "float32"
-    return device, dtype
+        torch.set_float32_matmul_precision("high")  # TF32
+    return device
+
+
+def pick_dtype(device, frozen=None):
+    """Return the name of the dtype to compute in, 'float32' or 'bfloat16'.
+
+        on a GPU        bfloat16 if it has that
+        on a CPU        bfloat16 if it multiplies that natively and frozen is a Llama that is stored in it
+        everywhere else float32; a GPT's figures are thus the same on every CPU
+
+    frozen: the model, if its weights are not trained.
+    """
+    if device.type == "cuda":
+        in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and frozen is not None and not isinstance(frozen, GPT):
+        in_bfloat16 = frozen.lm_head.weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
+    else:
+        in_bfloat16 = False
+    return "bfloat16" if in_bfloat16 else "float32"
 
 
 def cpu_multiplies_bfloat16():

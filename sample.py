@@ -210,8 +210,8 @@ def run(argv):
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     model = common.load(args.base, dtype=None)
-    device, dtype = common.pick_device(args.device, model=model)
-    model.to(device, getattr(torch, dtype))
+    device = common.pick_device(args.device)
+    model.to(device, getattr(torch, common.pick_dtype(device, model)))
     if device.type == "cpu":
         store_by_columns(model)
     if model.tokenizer is None:

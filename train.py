@@ -378,15 +378,16 @@ def build(args):
     check_bounds("block_size", args.block_size, 1, model.config.block_size)
     data = datasets.load(args.data, model.tokenizer, model.config.vocab_size, args.block_size)
 
+    device = common.pick_device(args.device)
+    if args.dtype == "auto":
+        args.dtype = common.pick_dtype(device, None if args.method == "full" else model)
     if args.method == "full":
-        device, args.dtype = common.pick_device(args.device, args.dtype)
         model.to(device, torch.float32)  # under autocast if --dtype is bfloat16
     else:
         if args.ia3 is not None:
             vectors = IA3.load(args.ia3, model)
         else:
             vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
-        device, args.dtype = common.pick_device(args.device, args.dtype, model)
         model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
         attach(model, vectors)  # float32
     if args.lr is None:

@@ -116,7 +116,8 @@ def measure(settings, job):
 
     settings: base, data, device.
     """
-    device, dtype = common.pick_device(settings["device"])
+    device = common.pick_device(settings["device"])
+    dtype = common.pick_dtype(device)
     model = common.load(settings["base"], getattr(torch, dtype)).to(device)  # frozen, so it is stored as it computes
     data = lab.load_data(settings["data"], model, ("train", "val"))
     # what counts is measured below, so the run itself looks at one window of val
@@ -393,7 +394,8 @@ def run(argv):
     if args.ref_steps is None:
         args.ref_steps = 30 if args.quick else 100
     out = args.out / "quick" if args.quick else args.out
-    device, dtype = common.pick_device(args.device)
+    device = common.pick_device(args.device)
+    dtype = common.pick_dtype(device)
     workers = 1 if device.type == "cuda" else args.workers
     model = common.load(args.base)
     data = lab.load_data(args.data, model, ("train", "val"))

@@ -392,7 +392,8 @@ def run(argv):
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds of the smallest shape, into OUT/quick")
     args = parser.parse_args(argv)
-    device, dtype = common.pick_device(args.device)
+    device = common.pick_device(args.device)
+    dtype = common.pick_dtype(device)
     work = WORK[device.type]
     shapes = args.shape or list(work)
     if args.quick:

@@ -306,7 +306,8 @@ def name_of(folder):
 
 def make_settings(args, is_llama):
     """The Settings that the command line asks for."""
-    device, dtype = common.pick_device(args.device, "bfloat16" if is_llama else "auto")
+    device = common.pick_device(args.device)
+    dtype = "bfloat16" if is_llama else common.pick_dtype(device)
     given = {*args.data, args.forget}
     folders = {name_of(folder): folder for folder in [*args.data, args.forget]}
     if len(folders) < len(given):

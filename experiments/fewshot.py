@@ -369,13 +369,14 @@ def parse(argv, description, stages, out):
     parser.add_argument("--out", type=Path, default=Path(out), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one draw, 2 steps, 8 items of movies; into OUT/quick")
     args = parser.parse_args(argv)
-    device, dtype = common.pick_device(args.device, args.dtype)
-    settings = Settings(args.base, args.data, str(device), dtype)
+    device = common.pick_device(args.device)
+    settings = Settings(args.base, args.data, str(device), args.dtype)
     folder = args.out
     if args.quick:
         settings = replace(settings, tasks=("movies",), seeds=(0,), ks=(2, 4, 6), k=4, steps=2, n_source=6, items=8)
         folder = args.out / "quick"
-    lab.open_folder(folder, {"fingerprint": fingerprint(common.load(args.base)), "dtype": dtype, "quick": args.quick})
+    base = common.load(args.base)
+    lab.open_folder(folder, {"fingerprint": fingerprint(base), "dtype": args.dtype, "quick": args.quick})
     return args, settings, folder
 
 

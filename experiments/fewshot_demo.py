@@ -66,7 +66,8 @@ def run(argv):
     for name in ("ia3.npz", "merged.pt", "fewshot.png"):
         disk.check_output(args.out / name, inputs=[args.base])
     model = common.load(args.base, dtype=None)
-    device, dtype = common.pick_device("cpu", model=model)
+    device = common.pick_device("cpu")
+    dtype = common.pick_dtype(device, model)
     model.to(device, getattr(torch, dtype))  # bfloat16, as it was published, where the CPU multiplies it
     val = read_task(args.data, "movies", "val")
     negative = [row for row in val if row.label == 0]

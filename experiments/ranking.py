@@ -371,7 +371,7 @@ def parse(argv):
 
 def run(argv):
     args = parse(argv)
-    device, _ = common.pick_device(args.device)
+    device = common.pick_device(args.device)
     out = Path(args.out)
     ranked = "test" if args.test else "val"
     table = f"predictions-{ranked}.csv"

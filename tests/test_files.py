@@ -464,13 +464,12 @@ def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path, share):
 def test_a_base_in_bfloat16_stays_in_it_on_a_cpu_that_multiplies_it(monkeypatch, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native}, raising=False)
     expected = "bfloat16" if native else "float32"
+    cpu = torch.device("cpu")
     llama = make_llama()
-    assert common.pick_device("cpu", model=llama)[1] == "float32"
-    llama.bfloat16()
-    assert common.pick_device("cpu", model=llama) == (torch.device("cpu"), expected)
-    assert common.pick_device("cpu", "float32", llama)[1] == "float32"
-    assert common.pick_device("cpu")[1] == "float32"
-    assert common.pick_device("cpu", model=make_gpt().bfloat16())[1] == "float32"  # data/base.pt is stored in bfloat16
+    assert common.pick_dtype(cpu, llama) == "float32"
+    assert common.pick_dtype(cpu, llama.bfloat16()) == expected
+    assert common.pick_dtype(cpu) == "float32"
+    assert common.pick_dtype(cpu, make_gpt().bfloat16()) == "float32"  # data/base.pt is stored in bfloat16
 
 
 # A file is replaced whole, or not at all

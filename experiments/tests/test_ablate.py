@@ -226,7 +226,7 @@ def test_a_step_is_timed_where_the_runs_are_made(folder, monkeypatch):
         return 1.0, 1.0
 
     monkeypatch.setattr(ablate.clocks, "pace", pace)
-    monkeypatch.setattr(common, "pick_device", lambda device: (torch.device("meta"), "float32"))
+    monkeypatch.setattr(common, "pick_device", lambda device: torch.device("meta"))
     assert ablate.main(f"--plan --base {folder}/base.pt --data {folder}/text --sites v".split()) == 0
     assert seen == ["meta"]
 
