@@ -121,8 +121,8 @@ def measure(settings, job):
     model = common.load(settings["base"], getattr(torch, dtype)).to(device)  # frozen, so it is stored as it computes
     data = lab.load_data(settings["data"], model, ("train", "val"))
     # what counts is measured below, so the run itself looks at one window of val
-    run = {"batch_size": BATCH_SIZE, "eval_interval": job.steps, "eval_windows": 1, "dtype": dtype}
-    config = TrainConfig(lr=job.lr, steps=job.steps, seed=job.seed, **run)
+    evaluations = {"eval_interval": job.steps, "eval_windows": 1}
+    config = TrainConfig(lr=job.lr, steps=job.steps, seed=job.seed, batch_size=BATCH_SIZE, dtype=dtype, **evaluations)
     values = 0
     diverged = False
     if job.sites != "none":
@@ -136,13 +136,13 @@ def measure(settings, job):
     return Result(values, float(lab.stack_works([found]).mean())), found
 
 
-def all_jobs(axes, reference, n_seeds, cross):
+def all_jobs(values_of_axis, reference, n_seeds, cross):
     """Every run once: the base, then the axes' values, each axis alone or all of them crossed; seed by seed.
 
-    axes: {axis: values}, to which the reference's own is added; reference: a Job of seed 0.
+    To the values of an axis the reference's own is added. reference: a Job of seed 0.
     """
-    axes = {axis: [*values, getattr(reference, axis)] for axis, values in axes.items()}
-    grids = [axes] if cross else [{axis: values} for axis, values in axes.items()]
+    with_reference = {axis: [*values, getattr(reference, axis)] for axis, values in values_of_axis.items()}
+    grids = [with_reference] if cross else [{axis: values} for axis, values in with_reference.items()]
     jobs = [reference._replace(sites="none", seed=1)]
     for grid in grids:
         for seed in range(1, n_seeds + 1):
@@ -214,11 +214,12 @@ def summarize(folder):
     about = lab.read_about(folder)
     reference = Job(**about["reference"])
     points, values, base = read_points(folder)
-    varied = [axis for axis in AXES if any(getattr(point, axis) != getattr(reference, axis) for point in points)]
+    changed = {point: changed_axes(point, reference) for point in points}
+    varied = [axis for axis in AXES if axis in set.union(*changed.values())]
+    groups = [tuple(varied)] if about["crossed"] else [(axis,) for axis in varied]
     summary = {}
-    for axes in [tuple(varied)] if about["crossed"] else [(axis,) for axis in varied]:
-        fixed = [axis for axis in AXES if axis not in axes]
-        along = [point for point in points if all(getattr(point, axis) == getattr(reference, axis) for axis in fixed)]
+    for axes in groups:
+        along = [point for point in points if changed[point] <= set(axes)]
         along.sort(key=lambda point: [place(axis, getattr(point, axis)) for axis in AXES])
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
         theirs = np.stack([points[reference][seed] for seed in seeds])  # (seeds, works)
@@ -229,6 +230,11 @@ def summarize(folder):
             records[-1].is_reference = point == reference
         summary[axes] = records
     return summary
+
+
+def changed_axes(point, reference):
+    """The axes on which a point has another value than the reference."""
+    return {axis for axis in AXES if getattr(point, axis) != getattr(reference, axis)}
 
 
 def record_of(point, values, ours, theirs):
@@ -290,7 +296,7 @@ def tables(folder):
     return "\n\n".join(pieces)
 
 
-def draw(axes, records, path):
+def draw_picture(axes, records, path):
     """The loss along the last of the axes, a line for every point of the others; bars: 95 % of the difference."""
     base, *records = records
     *others, last = axes
@@ -335,13 +341,13 @@ def draw(axes, records, path):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    axes = parser.add_argument_group("axes", "none named: sites, depth and steps")
-    axes.add_argument("--sites", nargs="*", type=in_order, help=f"(default: {' '.join(SUBSETS)})")
-    axes.add_argument("--depth", nargs="*", help=f"which layers (default: {' '.join(HALVES)}, and each one, from 0)")
-    axes.add_argument("--lr", nargs="*", type=float, help="peak learning rate (default: 0.01 to 1, five)")
-    axes.add_argument("--steps", nargs="*", type=int, help="optimizer steps (default: 25 to 400, five)")
-    axes.add_argument("--cross", action="store_true", help="every combination of the axes named, not each alone")
-    axes.add_argument("--seeds", type=int, help="of every point, at most 10 (default: 3; crossed: 1)")
+    add = parser.add_argument_group("axes", "none named: sites, depth and steps").add_argument
+    add("--sites", nargs="*", type=in_order, help=f"(default: {' '.join(SUBSETS)})")
+    add("--depth", nargs="*", help=f"which layers (default: {' '.join(HALVES)}, and each one, from 0)")
+    add("--lr", nargs="*", type=float, help="peak learning rate (default: 0.01 to 1, five)")
+    add("--steps", nargs="*", type=int, help="optimizer steps (default: 25 to 400, five)")
+    add("--cross", action="store_true", help="every combination of the axes named, not each alone")
+    add("--seeds", type=int, help="of every point, at most 10 (default: 3; crossed: 1)")
     add = parser.add_argument
     add("--ref-lr", type=float, default=0.1, help="the reference's (default: %(default)s)")
     add("--ref-steps", type=int, help="the reference's (default: 100, and 30 with --quick)")
@@ -366,11 +372,11 @@ def choose_axes(args, n_layer):
     return {axis: getattr(args, axis) or defaults[axis] for axis in named or UNNAMED}
 
 
-def choose_jobs(args, axes, reference, n_layer):
+def choose_jobs(args, values_of_axis, reference, n_layer):
     """The runs that the command line asks for. Raises ValueError for a mistake in any, before the first is made."""
-    if all(set(values) == {getattr(reference, axis)} for axis, values in axes.items()):
+    if all(set(values) == {getattr(reference, axis)} for axis, values in values_of_axis.items()):
         raise ValueError("nothing to compare: the named axes have only the reference's own values")
-    jobs = all_jobs(axes, reference, args.seeds, args.cross)
+    jobs = all_jobs(values_of_axis, reference, args.seeds, args.cross)
     for job in jobs:
         TrainConfig(lr=job.lr, steps=job.steps)
         layers(job.depth, n_layer)
@@ -400,9 +406,9 @@ def run(argv):
     model = common.load(args.base)
     data = lab.load_data(args.data, model, ("train", "val"))
     works = lab.read_works(args.data, "val", model)
-    axes = choose_axes(args, model.config.n_layer)
+    values_of_axis = choose_axes(args, model.config.n_layer)
     reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, args.ref_steps)
-    jobs = choose_jobs(args, axes, reference, model.config.n_layer)
+    jobs = choose_jobs(args, values_of_axis, reference, model.config.n_layer)
     about = {
         "fingerprint": fingerprint(model),
         "data": Path(args.data).absolute().name,
@@ -426,12 +432,12 @@ def run(argv):
     done = lab.make_runs(jobs, partial(measure, settings), Result, out, workers)
     text = tables(out)
     lab.save_text(text, out / "table.md")
-    arguments = vars(args) | axes | {"device": device, "dtype": dtype}
-    lab.write_run_json(out, "ablate.py", arguments, model, about["data_hash"], done)
+    arguments = vars(args) | values_of_axis | {"device": device, "dtype": dtype}
+    lab.write_runs_json(out, "ablate.py", arguments, model, about["data_hash"], done)
     print(f"\n{text}\n")
     for axes, records in summarize(out).items():
         path = out / f"{'-'.join(axes)}.png"
-        draw(axes, records, path)
+        draw_picture(axes, records, path)
         print(path)
     return 0
 

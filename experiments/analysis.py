@@ -172,9 +172,9 @@ class Recalled:
 
 def random_pairs(n, seed):
     """n different prompts of four letters and their answers of two: (n, 6) uint8."""
-    dice = np.random.default_rng(seed)
-    prompts = dice.choice(26**4, n, replace=False)
-    letters = [prompts // 26**i % 26 for i in range(4)] + [dice.integers(26, size=n) for _ in range(2)]
+    rng = np.random.default_rng(seed)
+    prompts = rng.choice(26**4, n, replace=False)
+    letters = [prompts // 26**i % 26 for i in range(4)] + [rng.integers(26, size=n) for _ in range(2)]
     return np.stack(letters, 1).astype(np.uint8) + ord("a")
 
 

@@ -139,8 +139,8 @@ class Contestant(NamedTuple):
 
 def make_batch(config, rows, device):
     """Random tokens and their targets, 2 × (rows, block_size)."""
-    dice = torch.Generator().manual_seed(0)
-    idx = torch.randint(0, config.vocab_size, (rows, config.block_size + 1), generator=dice).to(device)
+    rng = torch.Generator().manual_seed(0)
+    idx = torch.randint(0, config.vocab_size, (rows, config.block_size + 1), generator=rng).to(device)
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
 
@@ -166,17 +166,17 @@ def trainer(name, config, batch, dtype, compiled):
     model, loss_fn = peers.build(name, config, device, dtype)
     settings = TrainConfig(lr=1e-5, dtype=str(dtype).removeprefix("torch."))
     counts = clocks.count_step(model, batch, loss_fn, settings)
-    alone = clocks.allocated(device)
+    with_model = clocks.allocated(device)
     found = {}
     for variant, called in variants(name, model, compiled and name in (peers.FULL, peers.OURS)).items():
-        others = clocks.allocated(device) - alone  # AdamW's averages of the variant before
+        averages = clocks.allocated(device) - with_model  # AdamW's, of the variant before
         step = clocks.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
         saved = counts["saved_bytes"]
         if called is not model:
             with autocast(called, settings):
                 saved = clocks.count_saved(partial(loss_fn, called, *batch), called)
-        peak = clocks.peak_bytes(step, device, before + others)
+        peak = clocks.peak_bytes(step, device, before + averages)
         found[variant] = Contestant(step, counts | {"saved_bytes": saved, "peak_bytes": peak})
     return found
 
@@ -230,14 +230,14 @@ def reader(name, config, batch, dtype, compiled):
     return found
 
 
-def mixers(config, device, dtype):
-    """Return {name: Contestant} of forward passes of MIXED_ROWS rows: one task, several at once or in turn.
+def mixers(config, batch, dtype):
+    """Return {name: Contestant} of forward passes of a batch's MIXED_ROWS rows: one task, several at once or in turn.
 
     Nothing is counted: the linear maps are the same for all.
     """
-    with torch.device(device):
+    idx = batch[0]
+    with torch.device(idx.device):
         model = peers.our_model(config).to(dtype).eval()
-    idx = make_batch(config, MIXED_ROWS, device)[0][:, :MIXED_TOKENS]
     tasks = []
     for _ in range(MIXED_ROWS):
         vectors = attach(model, IA3(config))
@@ -255,7 +255,7 @@ def mixers(config, device, dtype):
 
     calls = {ONE_TASK: partial(forward, tasks[0], idx)}
     for n in (4, MIXED_ROWS):
-        task_ids = (torch.arange(MIXED_ROWS) % n).to(device)
+        task_ids = (torch.arange(MIXED_ROWS) % n).to(idx.device)
         calls[f"{n} tasks, mixed"] = partial(forward, stack(tasks[:n]), idx, task_ids)
         calls[f"{n} tasks, one after another"] = partial(in_turn, [idx[task_ids == i] for i in range(n)])
     counts = dict.fromkeys(("values", "linear_flops", "attention_flops", "saved_bytes", "peak_bytes"))
@@ -275,25 +275,26 @@ def contestants_of(what, config, batch, dtype, compiled):
         for name in INFERENCE:
             found |= reader(name, config, batch, dtype, compiled)
         return found, UNMERGED
-    return mixers(config, batch[0].device, dtype), ONE_TASK
+    return mixers(config, batch, dtype), ONE_TASK
+
+
+def size_of(what, shape, device):
+    """Rows and tokens of one of CONTESTS."""
+    if what == "completions":
+        return COMPLETION_ROWS, COMPLETION_TOKENS
+    if what == "mixed":
+        return MIXED_ROWS, MIXED_TOKENS
+    return WORK[device.type][shape][:2]
 
 
 def measure(shape, what, rounds, device, dtype, compiled, about):
     """Return the Rows of one of a shape's CONTESTS. about: a Row's last fields, a dict from hardware on."""
     torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
     print(f"{shape}, {what}: {rounds} rounds", flush=True)
-    n_rows, tokens, _ = WORK[device.type][shape]
-    if what == "completions":
-        n_rows, tokens = COMPLETION_ROWS, COMPLETION_TOKENS
-        config = peers.SHAPES[shape](tokens)
-        batch = make_completions(config, device)
-    else:
-        config = peers.SHAPES[shape](tokens)
-        batch = make_batch(config, n_rows, device)
+    n_rows, tokens = size_of(what, shape, device)
+    config = peers.SHAPES[shape](tokens)
+    batch = make_completions(config, device) if what == "completions" else make_batch(config, n_rows, device)
     contestants, ours = contestants_of(what, config, batch, dtype, compiled)
-    if what == "mixed":
-        n_rows = MIXED_ROWS
-        tokens = min(tokens, MIXED_TOKENS)
     times = clocks.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
     plain = next(iter(contestants))
     found = []
@@ -412,10 +413,10 @@ def run(argv):
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     about["date"] = datetime.date.today().isoformat()
+    rows = read_rows(args.out)
     for shape, what in itertools.product(shapes, CONTESTS):
         if what == "completions" and (device.type != "cpu" or isinstance(peers.SHAPES[shape](8), GPTConfig)):
             continue
-        rows = read_rows(args.out)
         if any((row.shape, row.what) == (shape, what) for row in rows):
             continue
         rounds = args.repeats or work[shape][2]

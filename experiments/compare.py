@@ -87,10 +87,10 @@ class Settings:
     test_windows: int | None = None  # of each work; None: all
     forget_windows: int = 256
 
-    def config(self, **values):
+    def config(self, **fields):
         """A TrainConfig. Where the dtype is bfloat16, weights that are float32 compute under autocast."""
-        values = {"lr": FIRST_RATE, "weight_decay": 0.0, "dtype": self.dtype} | values  # without lr, nothing is trained
-        return TrainConfig(batch_size=self.batch_size, grad_accum=self.grad_accum, eval_windows=self.curve, **values)
+        fields = {"lr": FIRST_RATE, "weight_decay": 0.0, "dtype": self.dtype} | fields  # without lr, nothing is trained
+        return TrainConfig(batch_size=self.batch_size, grad_accum=self.grad_accum, eval_windows=self.curve, **fields)
 
     def model(self, method, seed):
         """The base with a method attached. Weights that learn are float32; a Llama's that are frozen are bfloat16."""
@@ -165,7 +165,7 @@ def rates_to_try(losses, middle):
     tried = {index_of_rate(lr) for lr in losses}
     best = index_of_rate(min(losses, key=losses.get))
     half_decades = {best - 2, best + 2} if best % 2 == 0 else set()
-    return half_decades - tried or {best - 1, best + 1} - tried
+    return (half_decades - tried) or ({best - 1, best + 1} - tried)
 
 
 def choose_rates(measure_jobs, data, steps, middles):
@@ -211,7 +211,7 @@ def check_rates(jobs, results, folder):
             raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: name a new --out")
 
 
-def print_plan(settings, datas, methods, given, args, results):
+def print_plan(settings, data_names, methods, given, args, results):
     """Print how many runs are left and how long they take, by a step and a forward pass timed here.
 
     given: {method: rate}; the other methods' rates are searched, which takes about 7 of them on the first data and 5
@@ -220,12 +220,12 @@ def print_plan(settings, datas, methods, given, args, results):
     model = settings.model(methods[0], 0)
     done = {job._replace(lr=0.0) for job in results}
     left = []  # of each run: steps, and windows read
-    for data in datas:
+    for data in data_names:
         losses = mean_losses(results, data, args.steps)
         for method in methods:
             tried = losses.get(method, {})
             if method not in given and rates_to_try(tried, middle_of(FIRST_RATE)):
-                expected = 7 if data == datas[0] else 5
+                expected = 7 if data == data_names[0] else 5
                 n_runs = max(expected - len(tried), 1) * len(RATE_SEEDS)
                 left += [(args.steps, VAL_WINDOWS + 2 * settings.curve)] * n_runs
         n_windows = windows_of_test(settings, data, model)
@@ -234,7 +234,7 @@ def print_plan(settings, datas, methods, given, args, results):
 
     n_steps = sum(steps for steps, _ in left)
     n_windows = sum(windows for _, windows in left)
-    split = lab.load_data(settings.folders[datas[0]], model, ("train", "val"))["train"]
+    split = lab.load_data(settings.folders[data_names[0]], model, ("train", "val"))["train"]
     a_step, a_window = clocks.pace(model, split, settings.config())
     hours = (n_steps * a_step + n_windows * a_window) / args.workers / 3600
     print(f"{len(left)} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
@@ -273,11 +273,14 @@ def parse(argv):
 
 
 def choose_methods(names, base, is_llama):
-    """The methods to compare: those named, or all that the base can have. Raises ValueError for others."""
+    """The methods to compare: those named, or all that the base can have. Raises ValueError for others.
+
+    A method that finds nothing to train is left out: BitFit, on a base without biases.
+    """
     known = ON_LLAMA
     if not is_llama:
         others = [name for name in METHODS if name != "base"]
-        known = [name for name in others if METHODS[name].add(copy.deepcopy(base))]  # no biases: no BitFit
+        known = [name for name in others if METHODS[name].add(copy.deepcopy(base))]
     for name in names or []:
         if name not in known:
             raise ValueError(f"method {name} is not one that this base can have: {', '.join(known)}")
@@ -333,7 +336,7 @@ def describe(settings, base, quick):
     return about
 
 
-def search_and_test(settings, datas, methods, given, args, out):
+def search_and_test(settings, data_names, methods, given, args, out):
     """Data by data: search the rates that are not given, then run the tests.
 
     Returns {data: {method: its rate}} and {job: result} of the tests.
@@ -346,7 +349,7 @@ def search_and_test(settings, datas, methods, given, args, out):
     rates = {}
     done = {}
     there, _ = lab.load_runs(out, Job, Result)
-    for data in datas:
+    for data in data_names:
         found = given
         if middles:
             found = given | choose_rates(measure_jobs, data, args.steps, middles)
@@ -386,17 +389,17 @@ def run(argv):
     given = given_rates(args.lr, methods)
     if args.quick:
         given = dict.fromkeys(methods, QUICK_RATE) | given
-    datas = [name_of(folder) for folder in args.data]
+    data_names = [name_of(folder) for folder in args.data]
     about = describe(settings, base, args.quick)
     results, _ = lab.load_runs(out, Job, Result)
-    for data in datas:
+    for data in data_names:
         check_rates(jobs_on_test(data, given, args.steps, args.seeds), results, out)
-    print_plan(settings, datas, methods, given, args, results)
+    print_plan(settings, data_names, methods, given, args, results)
     if args.plan:
         return 0
 
     lab.open_folder(out, about)
-    rates, done = search_and_test(settings, datas, methods, given, args, out)
+    rates, done = search_and_test(settings, data_names, methods, given, args, out)
     if not is_llama and args.methods is None and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         repeats = 2 if args.quick else REPEATS
@@ -404,7 +407,7 @@ def run(argv):
         lab.write_csv(out / "costs.csv", [vars(cost) for cost in measured])
     text = compare_tables.write(out)
     arguments = vars(args) | {"methods": methods, "lr": rates, "device": settings.device, "dtype": settings.dtype}
-    lab.write_run_json(out, "compare.py", arguments, base.to(settings.device), about["data_hash"], done)
+    lab.write_runs_json(out, "compare.py", arguments, base.to(settings.device), about["data_hash"], done)
     print(text)
     return 0
 

@@ -320,7 +320,7 @@ def make(runs, settings, folder, args, script="fewshot.py"):
             data_hash[task] += pairs.data_hash()[:16]
     lab.open_folder(folder, lab.read_about(folder) | {"data_hash": data_hash})
     done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
-    lab.write_run_json(folder, script, vars(args), model, data_hash, done)
+    lab.write_runs_json(folder, script, vars(args), model, data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:
         print(f"{n_left} runs of {len(set(runs))} are left: the same command continues")

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ STOPPED = "stopped; the same command continues"
 def open_folder(folder, about):
     """Make folder for the runs that about, a dict for JSON, describes; or check that those in it are such runs.
 
-    A dict within about, such as the hashes of several data, may gain names. Raises ValueError where others' runs are.
+    A dict within about, such as the hashes of several data, may gain names; one that is missing counts as empty. Raises
+    ValueError where others' runs are.
     """
     path = folder / "about.json"
     found = None
@@ -72,7 +74,8 @@ def open_folder(folder, about):
             theirs = found.get(name, {})
             ours = about.get(name, {})
             if contradict(theirs, ours):
-                raise ValueError(f"{folder} holds runs with {name} {theirs}, not {ours}: name a new --out")
+                difference = f"{name} {found.get(name)}, not {about.get(name)}"
+                raise ValueError(f"{folder} holds runs with {difference}: name a new --out")
             merged[name] = theirs | ours if isinstance(ours, dict) else ours
     if merged != found:
         with replace_file(path, text=True) as f:
@@ -123,7 +126,7 @@ def parse_row(cells, columns):
         raise ValueError("too many cells")
     row = {}
     for name, kind in columns.items():
-        kinds = getattr(kind, "__args__", (kind,))  # of float | None: both
+        kinds = get_args(kind) or (kind,)  # of float | None: both
         may_be_empty = len(kinds) > 1
         if may_be_empty and cells[name] == "":
             row[name] = None
@@ -235,9 +238,11 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
     try:
         # Ctrl-C reaches every process of a terminal's command: workers inherit that they ignore it, and this one ends
         # them. Else it would now and then see a dead worker before it heard of the Ctrl-C itself
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        running = {pool.submit(measure, job): job for job in left}
-        signal.signal(signal.SIGINT, heard)
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            running = {pool.submit(measure, job): job for job in left}
+        finally:
+            signal.signal(signal.SIGINT, usual)
         start = time.time()
         n = 0
         for future in as_completed(running):
@@ -270,7 +275,7 @@ def in_words(job, result):
     return "  ".join(words)
 
 
-def write_run_json(folder, script, arguments, model, data_hash, results):
+def write_runs_json(folder, script, arguments, model, data_hash, results):
     """Write the run.json of a command's runs, as docs/authors.md describes it. results: {job: result}, make_runs'."""
     path = folder / "run.json"
     figures = {run_name(job): vars(result) for job, result in results.items()}
@@ -389,18 +394,18 @@ def block_noise(nats, n_bytes):
     nats, n_bytes: (blocks,), the first a method's less another's. It says nothing of other works. Returns (low, high)
     in nats a byte.
     """
-    dice = np.random.default_rng(0)
-    drawn = dice.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), N_RESAMPLES)  # (N_RESAMPLES, blocks)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), N_RESAMPLES)  # (N_RESAMPLES, blocks)
     return np.quantile(drawn @ nats / (drawn @ n_bytes), (0.025, 0.975)).tolist()
 
 
 @cache  # a table takes hundreds of differences, and drawing is most of the work
 def resamples(n_items, n_draws):
-    """N_RESAMPLES bootstrap resamples, as shares: of items (N_RESAMPLES, n_items), of draws (N_RESAMPLES, n_draws)."""
-    dice = np.random.default_rng(0)
-    items = dice.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items
-    draws = dice.multinomial(n_draws, np.full(n_draws, 1 / n_draws), N_RESAMPLES) / n_draws
-    return items, draws
+    """N_RESAMPLES bootstrap resamples, as weights: of items (N_RESAMPLES, n_items), of draws (N_RESAMPLES, n_draws)."""
+    rng = np.random.default_rng(0)
+    item_weights = rng.multinomial(n_items, np.full(n_items, 1 / n_items), N_RESAMPLES) / n_items
+    draw_weights = rng.multinomial(n_draws, np.full(n_draws, 1 / n_draws), N_RESAMPLES) / n_draws
+    return item_weights, draw_weights
 
 
 def accuracy_difference(ours, theirs):
@@ -412,10 +417,10 @@ def accuracy_difference(ours, theirs):
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     n_draws, _, n_items = ours.shape
     of_draw = np.median(ours.mean(-1), -1) - np.median(theirs.mean(-1), -1)  # (draws,)
-    items, draws = resamples(n_items, n_draws)
+    item_weights, draw_weights = resamples(n_items, n_draws)
     # (N_RESAMPLES, draws) each
-    medians = [np.median(np.einsum("bi,dti->bdt", items, found), -1) for found in (ours, theirs)]
-    low, high = np.quantile((draws * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))
+    medians = [np.median(np.einsum("bi,dti->bdt", item_weights, right), -1) for right in (ours, theirs)]
+    low, high = np.quantile((draw_weights * (medians[0] - medians[1])).sum(-1), (0.025, 0.975))
     value, t_low, t_high = student(of_draw)
     return value, float(low), float(high), t_low, t_high
 

@@ -106,8 +106,8 @@ def load_choices(path, tokenizer, block_size):
     """Read a .jsonl of choices. Returns Choices.
 
     tokenizer: the model's. Raises OSError where the file is missing, and ValueError with the file and line of what is
-    wrong: not JSON, other fields, one choice only, an empty choice or prompt, a label beyond the choices, or more
-    tokens than block_size.
+    wrong: not JSON, other fields, one choice only, a label beyond the choices, a text that the tokenizer fails on, an
+    empty choice or prompt, or more tokens than block_size.
     """
     examples = []
     for where, row in datasets.json_lines(Path(path)):
@@ -121,7 +121,10 @@ def load_choices(path, tokenizer, block_size):
             raise ValueError(f"{where}: there must be at least two choices, not {len(row['choices'])}")
         if type(label) is not int or not 0 <= label < len(row["choices"]):
             raise ValueError(f"{where}: label {label!r} is not one of 0 to {len(row['choices']) - 1}")
-        prompt, *choices = [tokenizer.encode_ordinary(text) for text in texts]
+        try:
+            prompt, *choices = [tokenizer.encode_ordinary(text) for text in texts]
+        except ValueError as e:
+            raise ValueError(f"{where}: {e}") from None
         if not prompt or not all(choices):
             raise ValueError(f"{where}: the prompt or a choice is empty")
         longest = len(prompt) + max(len(choice) for choice in choices)
@@ -133,7 +136,7 @@ def load_choices(path, tokenizer, block_size):
     return Choices(examples)
 
 
-def draw(split, k, seed):
+def draw_examples(split, k, seed):
     """Draw k of split's examples, equally many per label as far as there are. For one seed, smaller draws begin larger.
 
     Raises ValueError where there are fewer than k.
@@ -234,7 +237,9 @@ def loss_ln(log_p, there, labels):
 def make_loss(losses=LOSSES, log_likelihoods_of=token_log_likelihoods):
     """The sum of some of 'lm', 'ul', 'ln' with weights 1, as a loss_fn(model, *inputs, labels) for train().
 
-    log_likelihoods_of(model, *inputs): as token_log_likelihoods. Raises ValueError for other losses, or for none.
+    log_likelihoods_of(model, *inputs): as token_log_likelihoods. train() weighs the parts of a batch by their targets,
+    and none of these losses is a mean over them: val_loss, and a step with grad_accum, depend on how a batch is cut.
+    Raises ValueError for other losses, or for none.
     """
     if not losses or not set(losses) <= set(LOSSES) or len(set(losses)) < len(losses):
         raise ValueError(f"losses must be some of {', '.join(LOSSES)}, each once, not {','.join(losses) or 'none'}")
@@ -310,7 +315,7 @@ def learn(model, splits, ranked, args, seed, folder):
     Returns the share of splits[ranked] that is right.
     """
     attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
-    train_split = splits["train"] if args.k is None else draw(splits["train"], args.k, seed)
+    train_split = splits["train"] if args.k is None else draw_examples(splits["train"], args.k, seed)
     config = TrainConfig(
         steps=args.steps,
         lr=default_lr(model) if args.lr is None else args.lr,

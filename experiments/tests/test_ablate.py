@@ -162,7 +162,7 @@ def test_what_diverged_is_said_and_breaks_nothing(tmp_path, which):
     assert name.get(which, "0.1 | 288 | diverged, 2 of 2 | reference |  |") in text
     assert "nan" not in text and "inf" not in text
     for axes, records in ablate.summarize(tmp_path).items():
-        ablate.draw(axes, records, tmp_path / "a.png")
+        ablate.draw_picture(axes, records, tmp_path / "a.png")
         assert ablate.plt.imread(tmp_path / "a.png")[..., :3].std() > 0.05
 
 

@@ -272,7 +272,8 @@ def test_what_is_raced_is_what_its_name_says(batch):
     )
     assert base.ia3 is None and merged.ia3 is None
     assert all((p - 1).abs().max() > 0.1 for p in unmerged.ia3.parameters())
-    calls = {name: contestant.call for name, contestant in bench.mixers(CONFIG, CPU, torch.float32).items()}
+    short = bench.make_batch(CONFIG, bench.MIXED_ROWS, CPU)
+    calls = {name: contestant.call for name, contestant in bench.mixers(CONFIG, short, torch.float32).items()}
     for n in (4, 16):
         mixed = calls[f"{n} tasks, mixed"]()  # (rows, tokens, vocab_size)
         in_turn = calls[f"{n} tasks, one after another"]()  # a tensor a task

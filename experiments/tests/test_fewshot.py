@@ -227,7 +227,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, flags, monke
 
 def test_runs_on_other_sentences_are_another_folders(tmp_path, capsys, flags, monkeypatch):
     monkeypatch.setattr(lab, "make_runs", lambda *_: {})
-    monkeypatch.setattr(lab, "write_run_json", lambda *_: None)
+    monkeypatch.setattr(lab, "write_runs_json", lambda *_: None)
     for _ in range(2):
         assert fewshot.main([*flags, "--dtype=float32", "--stage=formats"]) == 0
     path = tmp_path / "data/products/choices-2/train.jsonl"

@@ -179,16 +179,16 @@ def test_wilsons_interval_is_where_the_share_is_1_96_standard_errors_away(n_righ
 
 def test_the_k_examples_are_drawn_from_the_seed_as_many_of_each_label_as_there_are():
     many = ranking.Choices([([i], [[1], [2], [3]], min(i % 10, 2)) for i in range(50)])  # 5, 5 and 40 of a label
-    drawn = [ranking.draw(many, 12, seed).examples for seed in (0, 0, 1)]
+    drawn = [ranking.draw_examples(many, 12, seed).examples for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     for k, expected in ((12, [4, 4, 4]), (4, [2, 1, 1]), (20, [5, 5, 10]), (50, [5, 5, 40])):
-        found = ranking.draw(many, k, 0).examples
+        found = ranking.draw_examples(many, k, 0).examples
         labels = [label for _, _, label in found]
         assert sorted(labels.count(label) for label in range(3)) == sorted(expected)
         assert len({prompt[0] for prompt, _, _ in found}) == k and found[:4] == drawn[0][:4]
     for k in (0, 51):
         with pytest.raises(ValueError, match="50 examples, not"):
-            ranking.draw(many, k, 0)
+            ranking.draw_examples(many, k, 0)
 
 
 GOOD = {"prompt": "a", "choices": ["b", "c"], "label": 0}
@@ -219,6 +219,16 @@ def test_choices_that_are_none_are_refused_with_their_line(tmp_path, line, messa
     with pytest.raises(ValueError, match=r"train\.jsonl") as e:
         ranking.load_choices(tmp_path / "train.jsonl", Tokenizer("bytes", 257), 16)
     assert message in str(e.value)
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_refused_with_its_line(tmp_path, monkeypatch):
+    def fail(text):
+        raise ValueError("too long a text")
+
+    tokenizer = Tokenizer("bytes", 257)
+    monkeypatch.setattr(tokenizer, "encode_ordinary", fail)
+    with pytest.raises(ValueError, match=r"train\.jsonl line 1: too long a text"):
+        ranking.load_choices(write(tmp_path, ROWS) / "train.jsonl", tokenizer, 16)
 
 
 @pytest.mark.parametrize(
