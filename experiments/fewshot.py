@@ -55,6 +55,7 @@ costs.csv, table.md, accuracy.png, costs.png. A training that diverges is scored
 """
 
 import argparse
+import copy
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -146,8 +147,7 @@ def runs_to_report(settings, chosen):
             runs += learned("test", task, "ia3", k, best, steps, seeds)
     # (5) some of the three losses
     for method in LOSSES:
-        if method != "ia3":
-            runs += learned("test", "movies", method, k, rate, steps, three)
+        runs += learned("test", "movies", method, k, rate, steps, three)
     # (6) transfer: trained on the other three sets, then on 0 or 32 of the task; beside it, the other sets in context
     for task in ("movies", "tweets", "news"):
         runs += learned("test", task, "transfer", 0, rate, steps, three)
@@ -168,9 +168,9 @@ def runs_to_report(settings, chosen):
 def read_runs(folder):
     """Return the runs that folder holds: {Run: its arrays}, and a list of the Runs whose training diverged."""
     results, arrays = lab.load_runs(folder, Run, Result)
-    found = {run: lab.arrays_of(run, arrays, folder) for run in results}
+    runs_made = {run: lab.arrays_of(run, arrays, folder) for run in results}
     diverged = [run for run, result in results.items() if result.diverged]
-    return found, diverged
+    return runs_made, diverged
 
 
 # --- what products chose ---
@@ -185,13 +185,13 @@ class Chosen:
     rates: dict  # {method: its rate}, of the methods whose rates are all tried
 
 
-def tried_on_products(found, settings):
+def tried_on_products(runs_made, settings):
     """What products choose among: {method: {a rate, or (form, by) for 'icl': [right, one per draw]}}.
 
-    found: of read_runs. A method with a run missing is left out.
+    runs_made: of read_runs. A method with a run missing is left out.
     """
     runs = [run for run in runs_of_formats(settings) + runs_of_rates(settings) if run.method != "zero"]
-    missing = {run.method for run in runs if run not in found}
+    missing = {run.method for run in runs if run not in runs_made}
     tried = {}
     for run in runs:
         if run.method in missing:
@@ -199,9 +199,9 @@ def tried_on_products(found, settings):
         options = tried.setdefault(run.method, {})
         if run.method == "icl":
             for by in ("", "free"):
-                options.setdefault((run.form, by), []).append(right(found[run], by))
+                options.setdefault((run.form, by), []).append(right(runs_made[run], by))
         else:
-            options.setdefault(run.lr, []).append(right(found[run]))
+            options.setdefault(run.lr, []).append(right(runs_made[run]))
     return tried
 
 
@@ -223,7 +223,9 @@ class Cost(NamedTuple):
     """A row of costs.csv: a prediction after k examples that are kept in a cache. k = 0 is (IA)³'s prediction, too.
 
     FLOPs are of matrix products (clocks.count_flops); by_2n is the paper's count, 2 per parameter and token. prefix_
-    are those of reading the examples.
+    are those of reading the examples. prefix_flops is counted with a question of one token behind them, so for k > 0 it
+    has that token's pass too many. The same pass is subtracted from all 16 questions together: flops and seconds lack a
+    sixteenth of it.
     """
 
     k: int
@@ -238,9 +240,9 @@ class Cost(NamedTuple):
     task_bytes: int
 
 
-def measure_costs(settings, chosen):
+def measure_costs(settings, base, chosen):
     """Return the Costs after 0 and after each K examples: means over templates and 16 questions of products."""
-    model = common.load(settings.base, getattr(torch, settings.dtype)).to(settings.device)
+    model = copy.deepcopy(base).to(settings.device, getattr(torch, settings.dtype))
     pool = read_task(settings.data, "products", "train")
     n_parameters = sum(p.numel() for p in model.parameters())
     vectors = attach(model)
@@ -309,18 +311,28 @@ def cost_in(model, form, questions, examples, template):
 # --- the stages ---
 
 
-def make(runs, settings, folder, args, script="fewshot.py"):
+def describe(settings, base, quick):
+    """What the runs of a folder must agree on, for about.json."""
+    return {"fingerprint": fingerprint(base), "dtype": settings.dtype, "quick": quick}
+
+
+def hash_data(runs, settings, tokenizer):
+    """Return {task: the hashes of what its runs read}: of train, then of each split that they score."""
+    data_hash = {}
+    for task in sorted({run.task for run in runs}):
+        scored = sorted({run.split for run in runs if run.task == task})
+        for split in ("train", *scored):
+            pairs = shots.pairs_to_learn(tokenizer, read_task(settings.data, task, split))
+            data_hash[task] = data_hash.get(task, "") + pairs.data_hash()[:16]
+    return data_hash
+
+
+def make(runs, settings, base, folder, args, script="fewshot.py"):
     """Make the runs that folder lacks, for as long as the flags say, and print where it stands."""
-    model = common.load(settings.base).to(settings.device)
-    data_hash = {}  # of what a task's runs read
-    for task, split in sorted({(run.task, run.split) for run in runs}):
-        data_hash[task] = ""
-        for name in ("train", split):
-            pairs = shots.pairs_to_learn(model.tokenizer, read_task(settings.data, task, name))
-            data_hash[task] += pairs.data_hash()[:16]
+    data_hash = hash_data(runs, settings, base.tokenizer)
     lab.open_folder(folder, lab.read_about(folder) | {"data_hash": data_hash})
     done = lab.make_runs(runs, partial(measure, settings), Result, folder, args.workers, args.minutes)
-    lab.write_runs_json(folder, script, vars(args), model, data_hash, done)
+    lab.write_runs_json(folder, script, vars(args), base.to(settings.device), data_hash, done)
     n_left = len(set(runs)) - len(done)
     if n_left:
         print(f"{n_left} runs of {len(set(runs))} are left: the same command continues")
@@ -330,12 +342,12 @@ def make(runs, settings, folder, args, script="fewshot.py"):
 
 def report(settings, folder, out):
     """Write table.md and the pictures into out, from the runs in folder. Returns the tables."""
-    found, diverged = read_runs(folder)
-    tried = tried_on_products(found, settings)
+    runs_made, diverged = read_runs(folder)
+    tried = tried_on_products(runs_made, settings)
     chosen = choose(tried)
     wanted = runs_of_rates(settings) + runs_to_report(settings, chosen)
-    n_made = sum(run in found for run in wanted)
-    rows = fewshot_tables.rows_of(found, settings)
+    n_made = sum(run in runs_made for run in wanted)
+    rows = fewshot_tables.rows_of(runs_made, settings)
     whole = fewshot_tables.only_whole(rows, wanted)
     costs = lab.read_rows(folder / "costs.csv", Cost)
     form = chosen.form + fewshot_tables.CALIBRATED[chosen.by]
@@ -357,7 +369,7 @@ def report(settings, folder, out):
 
 
 def parse(argv, description, stages, out):
-    """Read a command line and open its folder. Returns the flags, the Settings and the folder."""
+    """Read a command line. Returns the flags, the Settings and the folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=stages, required=True, help="see above")
     parser.add_argument("--base", default=Settings.base, help="a Llama (default: %(default)s)")
@@ -375,28 +387,29 @@ def parse(argv, description, stages, out):
     if args.quick:
         settings = replace(settings, tasks=("movies",), seeds=(0,), ks=(2, 4, 6), k=4, steps=2, n_source=6, items=8)
         folder = args.out / "quick"
-    base = common.load(args.base)
-    lab.open_folder(folder, {"fingerprint": fingerprint(base), "dtype": args.dtype, "quick": args.quick})
     return args, settings, folder
 
 
 def run(argv):
     stages = ("formats", "rates", "runs", "costs", "report")
     args, settings, out = parse(argv, __doc__, stages, "out/fewshot")
+    if args.stage == "report":
+        print(report(settings, out, out))
+        return 0
+    base = common.load(settings.base)
+    lab.open_folder(out, describe(settings, base, args.quick))
     if args.stage == "formats":
-        make(runs_of_formats(settings), settings, out, args)
+        make(runs_of_formats(settings), settings, base, out, args)
         return 0
     if args.stage == "rates":
-        make(runs_of_rates(settings), settings, out, args)
+        make(runs_of_rates(settings), settings, base, out, args)
         return 0
-    found, _ = read_runs(out)
-    chosen = choose(tried_on_products(found, settings))
+    runs_made, _ = read_runs(out)
+    chosen = choose(tried_on_products(runs_made, settings))
     if args.stage == "runs":
-        make(runs_to_report(settings, chosen), settings, out, args)
-    elif args.stage == "costs":
-        lab.write_csv(out / "costs.csv", [cost._asdict() for cost in measure_costs(settings, chosen)])
+        make(runs_to_report(settings, chosen), settings, base, out, args)
     else:
-        print(report(settings, out, out))
+        lab.write_csv(out / "costs.csv", [cost._asdict() for cost in measure_costs(settings, base, chosen)])
     return 0
 
 

@@ -30,7 +30,9 @@ with draws 0 to 4 on both tests; what full fine-tuning does at three of its rate
 Writes results.csv, windows.npz, table.md and draws.png into --out.
 """
 
+import copy
 import sys
+from dataclasses import replace
 
 import common
 from experiments import fewshot, fewshot_tables, lab, rivals, shots
@@ -46,7 +48,7 @@ GRID = {  # the rates that products chooses from
 }
 TITLES = {"ia3": "(IA)³", "lora1": "LoRA r = 1 on q, v", "full": "full fine-tuning"}
 TASKS = ("movies", "news")
-N_DRAWS = 10
+SEEDS = tuple(range(10))  # of the draws in question 2
 
 
 # --- which runs ---
@@ -71,10 +73,9 @@ def runs_of_rates(settings):
 
 def runs_of_draws(settings, rates):
     """On test: every method at its rate, one draw after the other, so that whenever it stops the draws are whole."""
-    n_draws = N_DRAWS if len(settings.seeds) > 1 else 1  # --quick
     tasks = [task for task in TASKS if task in settings.tasks]
     runs = []
-    for seed in range(n_draws):
+    for seed in settings.seeds:
         for task in tasks:
             for method, rate in rates.items():
                 runs += learned("test", task, method, settings.k, rate, settings.steps, [seed])
@@ -84,13 +85,13 @@ def runs_of_draws(settings, rates):
 # --- what products chose ---
 
 
-def accuracies_on_products(found, settings):
+def accuracies_on_products(runs_made, settings):
     """Return {method: {rate: its accuracies, one per draw}}. Raises ValueError where a run is missing."""
     tried = {}
     for run in runs_of_rates(settings):
-        if run not in found:
+        if run not in runs_made:
             raise ValueError("runs on products are missing: --stage rates makes them")
-        accuracy = shots.accuracy_of([shots.right(found[run])])
+        accuracy = shots.accuracy_of([shots.right(runs_made[run])])
         tried.setdefault(run.method, {}).setdefault(run.lr, []).append(accuracy)
     return tried
 
@@ -103,33 +104,33 @@ def choose(tried):
 # --- tables ---
 
 
-def draws_of(found, runs):
+def draws_of(runs_made, runs):
     """Where the answers of those runs that are made are right, by seed: {seed: (templates, sentences) bool}."""
-    return {run.seed: shots.right(found[run]) for run in runs if run in found}
+    return {run.seed: shots.right(runs_made[run]) for run in runs if run in runs_made}
 
 
-def compared(ours, theirs):
-    """The cells of ours less theirs, both draws_of: on the draws that both have, all templates and the first alone."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    our_draws = [ours[seed] for seed in seeds]
-    their_draws = [theirs[seed] for seed in seeds]
-    cells = fewshot_tables.difference(our_draws, their_draws)
-    return cells + fewshot_tables.difference(*map(fewshot_tables.on_first, (our_draws, their_draws)))
+def compared(draws, reference):
+    """The cells of draws less reference, both draws_of: of the draws of both, on all templates and the first alone."""
+    seeds = sorted(draws.keys() & reference.keys())
+    ours = [draws[seed] for seed in seeds]
+    theirs = [reference[seed] for seed in seeds]
+    on_first = fewshot_tables.difference(fewshot_tables.on_first(ours), fewshot_tables.on_first(theirs))
+    return fewshot_tables.difference(ours, theirs) + on_first
 
 
-def site_table(found, settings, n_values):
+def site_table(runs_made, settings, n_values):
     """One line per set of sites. n_values: {method: how many it trains}."""
     by_method = {}
     for run in runs_of_sites(settings):
         by_method.setdefault(run.method, []).append(run)
-    ours = draws_of(found, by_method["ia3"])
+    reference = draws_of(runs_made, by_method["ia3"])
     lines = []
     for method, runs in by_method.items():
-        theirs = draws_of(found, runs)
-        if theirs:
+        draws = draws_of(runs_made, runs)
+        if draws:
             line = ["k,v,ff" if method == "ia3" else method, f"{n_values[method]:,}"]
-            line.append(fewshot_tables.range_of_draws(theirs.values()))
-            line += [""] * 4 if method == "ia3" else compared(theirs, ours)
+            line.append(fewshot_tables.range_of_draws(draws.values()))
+            line += [""] * 4 if method == "ia3" else compared(draws, reference)
             lines.append(line)
     head = ["sites", "values", "accuracy (lowest to highest draw), draws"]
     head += [f"less k,v,ff: {name}" for name in fewshot_tables.DIFFERENCE] + fewshot_tables.ON_FIRST
@@ -147,14 +148,14 @@ def rate_table(tried, rates):
     return lab.markdown(["method", "rate", "accuracy on products' val", "by draw", ""], lines)
 
 
-def whole_draws(found, settings, rates):
+def whole_draws(runs_made, settings, rates):
     """The draws that every method has: {task: {method: {seed: (templates, sentences) bool}}}."""
     by_task = {}
     for run in runs_of_draws(settings, rates):
         by_task.setdefault(run.task, {}).setdefault(run.method, []).append(run)
     whole = {}
     for task, runs_by_method in by_task.items():
-        draws = {method: draws_of(found, runs) for method, runs in runs_by_method.items()}
+        draws = {method: draws_of(runs_made, runs) for method, runs in runs_by_method.items()}
         seeds = set.intersection(*[set(of_seed) for of_seed in draws.values()])
         if seeds:
             whole[task] = {method: {seed: of_seed[seed] for seed in seeds} for method, of_seed in draws.items()}
@@ -188,22 +189,21 @@ def picture(whole, path):
     save_picture(figure, path)
 
 
-def tables(found, settings, n_values):
+def tables(runs_made, settings, n_values):
     """Return the text of table.md, and whole_draws' draws for the picture: none before the rates are chosen."""
     pieces = [
         "**Other sites**, movies, each at the paper's rate:",
-        site_table(found, settings, n_values),
+        site_table(runs_made, settings, n_values),
     ]
-    try:
-        tried = accuracies_on_products(found, settings)
-    except ValueError:
+    if any(run not in runs_made for run in runs_of_rates(settings)):
         return "\n\n".join(pieces), {}
+    tried = accuracies_on_products(runs_made, settings)
     rates = choose(tried)
     wanted = runs_of_draws(settings, rates)
-    whole = whole_draws(found, settings, rates)
+    whole = whole_draws(runs_made, settings, rates)
     pieces += [
         "**The rivals at their best**, each at the rate that products chose; a difference is clear where both of its "
-        f"intervals exclude 0. {sum(run in found for run in wanted)} of {len(wanted)} runs are made.",
+        f"intervals exclude 0. {sum(run in runs_made for run in wanted)} of {len(wanted)} runs are made.",
         rival_table(whole, rates, n_values),
         "What products chose by:",
         rate_table(tried, rates),
@@ -218,42 +218,53 @@ def count_values(base):
     """How many values each method trains on base: {method: a count}."""
     counts = {}
     for method in TITLES | dict.fromkeys(SITES):
-        model = common.load(base)
+        model = copy.deepcopy(base)
         rivals.attach(model, shots.ADD.get(method, rivals.add_ia3))
         counts[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return counts
 
 
+def read_folder(folder):
+    """Return about.json's dict, and {Run: its arrays} of folder and of EARLIER, where it is of the same base and dtype.
+
+    Raises ValueError for a folder of other runs.
+    """
+    about = lab.read_about(folder)
+    if "values" not in about:
+        raise ValueError(f"{folder} holds no runs of this command: its other stages make them")
+    runs_made, _ = fewshot.read_runs(folder)
+    earlier = lab.read_about(EARLIER)
+    if all(about.get(name) == earlier[name] for name in ("fingerprint", "dtype", "quick")):
+        earlier_runs, _ = fewshot.read_runs(EARLIER)
+        runs_made = earlier_runs | runs_made
+    return about, runs_made
+
+
 def run(argv):
     stages = ("sites", "rates", "runs", "report")
     args, settings, out = fewshot.parse(argv, __doc__, stages, "out/fewshot-followup")
-    about = lab.read_about(out)
-    if "values" not in about:
-        about["values"] = count_values(args.base)
-        lab.open_folder(out, about)
-    found, _ = fewshot.read_runs(out)
-    earlier = lab.read_about(EARLIER)
-    same = ("fingerprint", "dtype", "quick")
-    if all(earlier[name] == about[name] for name in same):
-        earlier_runs, _ = fewshot.read_runs(EARLIER)
-        found = earlier_runs | found
-
+    if not args.quick:
+        settings = replace(settings, seeds=SEEDS)
     if args.stage == "report":
-        text, whole = tables(found, settings, about["values"])
+        about, runs_made = read_folder(out)
+        text, whole = tables(runs_made, settings, about["values"])
         lab.save_text(text, out / "table.md")
         if whole:
             picture(whole, out / "draws.png")
         print(text)
         return 0
+    base = common.load(settings.base)
+    lab.open_folder(out, fewshot.describe(settings, base, args.quick) | {"values": count_values(base)})
+    _, runs_made = read_folder(out)
     if args.stage == "sites":
         runs = runs_of_sites(settings)
     elif args.stage == "rates":
         runs = runs_of_rates(settings)
     else:
-        runs = runs_of_draws(settings, choose(accuracies_on_products(found, settings)))
-    left = [run for run in runs if run not in found]
+        runs = runs_of_draws(settings, choose(accuracies_on_products(runs_made, settings)))
+    left = [run for run in runs if run not in runs_made]
     if left:
-        fewshot.make(left, settings, out, args, "fewshot_followup.py")
+        fewshot.make(left, settings, base, out, args, "fewshot_followup.py")
     else:
         print("all runs are done")
     return 0

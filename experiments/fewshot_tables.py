@@ -50,15 +50,15 @@ def row_of(run, by=""):
     return Row(run.method, run.form, run.k, run.lr, run.steps, run.order, by)
 
 
-def rows_of(found, settings):
-    """Return {Row: {task: draws}} of the runs on test. found: {Run: its arrays}."""
+def rows_of(runs_made, settings):
+    """Return {Row: {task: draws}} of the runs on test. runs_made: {Run: its arrays}."""
     rows = {}
 
     def add(row, task, draw):
         rows.setdefault(row, {}).setdefault(task, []).append(draw)
 
-    for run in sorted(found, key=lambda run: run.seed):
-        arrays = found[run]
+    for run in sorted(runs_made, key=lambda run: run.seed):
+        arrays = runs_made[run]
         if run.split != "test":
             continue
         add(row_of(run), run.task, right(arrays))
@@ -243,7 +243,7 @@ def pairs_to_compare(settings, chosen):
     pairs += [(papers, other) for other in orders]
 
     # losses, transfer, more steps
-    pairs += [(papers, papers._replace(method=method)) for method in LOSSES if method != "ia3"]
+    pairs += [(papers, papers._replace(method=method)) for method in LOSSES]
     transfer = papers._replace(method="transfer")
     pairs.append((transfer._replace(k=0), in_context._replace(method="icl-other")))
     pairs += [(transfer, papers), (transfer, best)]

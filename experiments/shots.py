@@ -31,8 +31,7 @@ SYSTEM = "system\nYou are a helpful AI assistant named SmolLM, trained by Huggin
 
 BATCH_SIZE = 8
 N_PROMPT = 16  # learned tokens of prompt tuning
-LOSSES = {  # the losses with which each kind of (IA)³ run learns
-    "ia3": ranking.LOSSES,
+LOSSES = {  # the losses of (IA)³'s runs that learn with some of ranking.LOSSES
     "ia3-lm": ("lm",),
     "ia3-ln": ("ln",),
     "ia3-lm-ul": ("lm", "ul"),
@@ -88,8 +87,8 @@ class Settings:
 class Run(NamedTuple):
     """What is known of a run before it is made: results.csv's first columns.
 
-    method: 'zero' (no examples), 'icl' (k examples in context), 'icl-other' (k of other sets in context), one of
-    LOSSES or ADD (learned from k examples), 'transfer' (learned from other sets, then from k examples).
+    method: 'zero' (no examples), 'icl' (k examples in context), 'icl-other' (k of other sets in context), 'ia3' or one
+    of LOSSES or ADD (learned from k examples), 'transfer' (learned from other sets, then from k examples).
     """
 
     split: str

@@ -205,6 +205,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, flags, monke
     assert stage("costs")[0] == 0
     costs = lab.read_rows(out / "quick/costs.csv", fewshot.Cost)
     assert [cost.prefix_flops > 0 for cost in costs] == [False, True, True, True]  # nothing stands before K = 0
+    (tmp_path / "base.pt").rename(tmp_path / "away.pt")  # a report reads files of runs alone
     status, text, _ = stage("report")
     assert status == 0 and text.strip() == (out / "quick/table.md").read_text().strip()
     assert "| full | movies |" in text and "| prompt | movies |" in text
@@ -220,7 +221,7 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path, capsys, flags, monke
     zero = next(job for job in results if (job.method, job.split, job.form) == ("zero", "test", "plain"))
     rows = [json.loads(line) for line in (data / "movies/choices-3/test.jsonl").read_text().splitlines()[:8]]
     examples = [([*row["prompt"].encode()], [[*c.encode()] for c in row["choices"]], 0) for row in rows]
-    found = ranking.scores(common.load(tmp_path / "base.pt"), ranking.Choices(examples))
+    found = ranking.scores(common.load(tmp_path / "away.pt"), ranking.Choices(examples))
     np.testing.assert_allclose(arrays[zero]["beta"][2], found, rtol=1e-4)
     assert {"biases-4-0", "probe-6-0"} <= arrays[zero].keys()
 
@@ -235,6 +236,18 @@ def test_runs_on_other_sentences_are_another_folders(tmp_path, capsys, flags, mo
     capsys.readouterr()
     assert fewshot.main([*flags, "--dtype=float32", "--stage=rates"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_hashed_is_train_and_every_split_that_is_scored(tmp_path):
+    settings = shots.Settings(data=str(write_sets(tmp_path)))
+    tokenizer = make_llama().tokenizer
+    hashes = []
+    for split in ("train", "test", "val"):
+        pairs = shots.pairs_to_learn(tokenizer, shots.read_task(tmp_path, "movies", split))
+        hashes.append(pairs.data_hash()[:16])
+    runs = [shots.Run(split, "movies", "zero") for split in ("val", "test")]
+    for some, expected in ((runs[:1], hashes[::2]), (runs[1:], hashes[:2]), (runs, hashes)):
+        assert fewshot.hash_data(some, settings, tokenizer) == {"movies": "".join(expected)}
 
 
 def test_the_demonstration_leaves_vectors_that_give_what_it_printed(tmp_path, capsys, flags):

@@ -20,7 +20,7 @@ def test_lora_has_as_many_values_as_ia3():
 
 
 def test_the_draws_of_all_methods_are_compared_and_no_others():
-    settings = shots.Settings()
+    settings = shots.Settings(seeds=fewshot_followup.SEEDS)
     rates = {"ia3": 1e-2, "lora1": 1e-2, "full": 3e-5}
     runs = fewshot_followup.runs_of_draws(settings, rates)
     assert len(set(runs)) == len(runs) == 60 and {run.split for run in runs} == {"test"}
@@ -48,9 +48,16 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
         status = fewshot_followup.main([*flags, "--quick", "--stage", name])
         return status, *capsys.readouterr()
 
+    out.mkdir(parents=True)
+    (out / "about.json").write_text("{}")  # of another command
+    status, _, err = stage("report")
+    assert status == 2 and err.count("\n") == 1
+    (out / "about.json").unlink()
     status, _, err = stage("runs")
     assert status == 2 and "--stage rates" in err
-    assert stage("sites")[0] == 0 and "at their best" not in stage("report")[1]
+    assert stage("sites")[0] == 0
+    status, text, _ = stage("report")
+    assert status == 0 and "| q,o,pre |" in text and "at their best" not in text
     assert stage("rates")[0] == 0 and stage("runs")[0] == 0
     assert "all runs are done" in stage("runs")[1]
     status, text, _ = stage("report")
