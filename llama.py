@@ -75,15 +75,15 @@ class LlamaConfig:
         return self.n_kv_head * d_head, self.n_kv_head * d_head, self.n_hidden
 
 
-def rotary_table(config, pos, dtype):
-    """cos and sin, both (T, d_head/2), of the angle by which each pair of channels turns at positions pos (T,).
+def pair_speeds(config, device=None, dtype=torch.float32):
+    """The angle, in radians, by which each pair of channels turns per token, (d_head/2,).
 
-    Pair i turns by rope_base^(-2i/d_head) a token (Su et al. 2021, arXiv:2104.09864, section 3.2.2). Computed in
-    float32 or, for a dtype of float64, in that: bfloat16 could not tell position 257 from 256.
+    Pair i turns by rope_base^(-2i/d_head) (Su et al. 2021, arXiv:2104.09864, section 3.2.2), unless rope_scaling slows
+    it down.
     """
     d_head = config.n_embd // config.n_head
-    two_i = torch.arange(0, d_head, 2, device=pos.device, dtype=torch.promote_types(dtype, torch.float32))
-    speed = 1 / config.rope_base ** (two_i / d_head)  # (d_head/2,) radians a token
+    two_i = torch.arange(0, d_head, 2, device=device, dtype=dtype)
+    speed = 1 / config.rope_base ** (two_i / d_head)
     if config.rope_scaling is not None:
         # Llama 3.1 reads longer texts with its slow pairs slowed down. What counts is how often a pair turns in the
         # original length: below low_freq_factor it is slowed down by factor, above high_freq_factor not at all, and in
@@ -92,6 +92,15 @@ def rotary_table(config, pos, dtype):
         turns = length / (2 * math.pi / speed)
         mix = ((turns - low) / (high - low)).clamp(0, 1)
         speed = (1 - mix) * speed / factor + mix * speed
+    return speed
+
+
+def rotary_table(config, pos, dtype):
+    """cos and sin, both (T, d_head/2), of the angle by which each pair of channels turns at positions pos (T,).
+
+    Computed in float32 or, for a dtype of float64, in that: bfloat16 could not tell position 257 from 256.
+    """
+    speed = pair_speeds(config, pos.device, torch.promote_types(dtype, torch.float32))
     angles = pos.unsqueeze(1) * speed  # (T, d_head/2)
     return angles.cos(), angles.sin()
 

@@ -27,11 +27,11 @@ from data.tokenizer import Tokenizer
 from ia3 import IA3
 from merge import merge
 from model import GPT
-from tools import gguf_llama, hf_gpt2, hub, smollm2
+from tools import hf_gpt2, hub, smollm2
 from tools.adapters import adapter_files, from_peft, to_peft
 from tools.count import PUBLISHED, count
 from tools.files import read_tensors
-from tools.gguf_llama import from_gguf
+from tools.gguf_llama import from_gguf, read_llama, to_gguf
 from tools.hf_folder import from_hf, input_files, to_hf
 from tools.hf_gpt2 import SIZES
 
@@ -76,9 +76,8 @@ def run_gguf(args):
 
 def run_to_gguf(args):
     disk.check_output(args.out, [args.gguf, args.ia3])
-    base, _ = gguf_llama.read(args.gguf)
-    vectors = IA3.load(args.ia3, base)
-    gguf_llama.fold(args.gguf, vectors, args.out)
+    vectors = IA3.load(args.ia3, read_llama(args.gguf)[0])
+    to_gguf(args.gguf, vectors, args.out)
     print(f"{args.gguf} + {args.ia3} → {args.out}")
 
 

@@ -12,7 +12,9 @@ the scales, l·(d·q + m) = (l·d)·q + (l·m), and not one integer changes. A c
 import shutil
 import struct
 import sys
+from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ import common
 import disk
 from data.tokenizer import GPT2, LLAMA3, SMOLLM2, Tokenizer
 from ia3 import fingerprint
-from llama import Llama, LlamaConfig
+from llama import Llama, LlamaConfig, pair_speeds
 from merge import scale
 from tools import bpe
 from tools.files import check_names
@@ -58,8 +60,8 @@ VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM2, "llama-bpe": LLAMA3}  # how tokenizer.ggml.pre says a text is cut
-ORDINARY = 1  # a token_type; the others are control tokens and the like,
-USER_DEFINED = 4  # and these, which a text can spell, too
+ORDINARY = 1  # the token_type of plain tokens; all others are special
+USER_DEFINED = 4  # and of the special ones that a text can spell
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192.0}
 
 
@@ -67,7 +69,7 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 
 
 class Header:
-    """Reads the bytes of a GGUF file from the front. Every length is held against what is there: ValueError."""
+    """Reads a GGUF file's bytes from the front. Raises ValueError where a length goes beyond the last byte."""
 
     def __init__(self, data):
         self.data = data
@@ -92,24 +94,21 @@ class Header:
             return self.number(NUMBERS[kind])
         if kind != ARRAY:
             raise ValueError(f"a value of the unknown type {kind}")
-        kind = self.number("I")
+        entry = self.number("I")
         n = self.number("Q")
-        if kind == TEXT:
+        if entry == TEXT:
             return [self.text() for _ in range(n)]
-        if kind not in NUMBERS:
-            raise ValueError(f"a list of the unknown type {kind}")
-        raw = self.take(n * struct.calcsize(f"<{NUMBERS[kind]}"))
-        return list(struct.unpack(f"<{n}{NUMBERS[kind]}", raw))
+        if entry not in NUMBERS:
+            raise ValueError(f"a list of the unknown type {entry}")
+        raw = self.take(n * struct.calcsize(f"<{NUMBERS[entry]}"))
+        return list(struct.unpack(f"<{n}{NUMBERS[entry]}", raw))
 
 
-class Tensor:
-    """A tensor's type, its shape as PyTorch has it, and its bytes: (rows, bytes of a row), or (bytes,) of a vector."""
-
-    def __init__(self, kind, shape, start, data):
-        self.kind = kind
-        self.shape = shape
-        self.start = start  # of its bytes in the file
-        self.data = data
+class Tensor(NamedTuple):
+    kind: str  # GGUF's name of its type, such as Q4_1
+    shape: list  # as PyTorch has it
+    start: int  # where its bytes begin in the file
+    data: np.ndarray  # its bytes: (rows, bytes of a row), or (bytes,) of a vector
 
 
 def read_header(path):
@@ -117,20 +116,21 @@ def read_header(path):
 
     Raises OSError where there is no such file and ValueError, with its name, for one that is damaged or no GGUF.
     """
-    gguf = import_gguf()
+    import_gguf()  # here, so that a missing package is not told as a damaged file
     with open(path, "rb") as f:
         if f.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file")
     try:
         header = Header(np.memmap(path, mode="r"))
-        about, infos = read_infos(header, gguf)
-        return about, place_tensors(header, infos, about, gguf)
+        about, infos = read_infos(header)
+        return about, place_tensors(header, infos, about)
     except ValueError as e:  # also of text that is no UTF-8
         raise ValueError(f"{path} is damaged, or a GGUF that is not known here: {e}") from None
 
 
-def read_infos(header, gguf):
+def read_infos(header):
     """Return the metadata and, of every tensor, {name: (type, shape, place)}."""
+    types = import_gguf().GGMLQuantizationType
     header.take(4)  # GGUF
     version = header.number("I")
     if version not in (2, 3):
@@ -150,29 +150,30 @@ def read_infos(header, gguf):
         if name in infos or not 1 <= n_dims <= 2:
             raise ValueError(f"the tensor {name[:80]!r} is there twice, or has {n_dims} axes")
         shape = [header.number("Q") for _ in range(n_dims)][::-1]  # GGUF names the input axis first
-        infos[name] = (gguf.GGMLQuantizationType(header.number("I")), shape, header.number("Q"))
+        infos[name] = (types(header.number("I")), shape, header.number("Q"))
     return about, infos
 
 
-def place_tensors(header, infos, about, gguf):
+def place_tensors(header, infos, about):
     """Return {name: Tensor}. The tensors must follow each other from the header's end on, up to which it is read."""
+    sizes = import_gguf().GGML_QUANT_SIZES
     data = header.data
     alignment = about.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"an alignment of {alignment!r}")
-    start = aligned(header.at, alignment)
-    place = 0  # after start
+    first = aligned(header.at, alignment)  # places are counted from here
+    start = first
     tensors = {}
-    for name, (kind, shape, said) in infos.items():
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if said != place or shape[-1] % block:
+    for name, (kind, shape, place) in infos.items():
+        n_weights, n_bytes = sizes[kind]  # of a block
+        if first + place != start or shape[-1] % n_weights:
             raise ValueError(f"{name[:80]!r} is not where the tensor before it ends, or has a row of {shape[-1]}")
-        row = shape[-1] // block * size
-        end = start + place + prod(shape[:-1]) * row
+        row = shape[-1] // n_weights * n_bytes
+        end = start + prod(shape[:-1]) * row
         if end > len(data):
             raise ValueError(f"it ends before {name[:80]!r} does: is it truncated?")
-        tensors[name] = Tensor(kind.name, shape, start + place, data[start + place : end].reshape(*shape[:-1], row))
-        place = aligned(end - start, alignment)
+        tensors[name] = Tensor(kind.name, shape, start, data[start:end].reshape(*shape[:-1], row))
+        start = aligned(end, alignment)
     return tensors
 
 
@@ -209,21 +210,20 @@ def from_gguf(path):
     Where its tokenizer is not one that Tokenizer computes, the model has none, and a line on stderr says why.
     Raises OSError where there is no such file and ValueError, with its name, for what is no LLaMA or not ours.
     """
-    model, about = read(path)
+    model, about = read_llama(path)
+    bos = about.get("tokenizer.ggml.bos_token_id")
+    eos = about.get("tokenizer.ggml.eos_token_id")
+    eos = [] if eos is None else [eos]
+    template = about.get("tokenizer.chat_template")
     try:
-        control = {
-            "bos": about.get("tokenizer.ggml.bos_token_id"),
-            "eos": [about["tokenizer.ggml.eos_token_id"]] if "tokenizer.ggml.eos_token_id" in about else [],
-            "chat_template": about.get("tokenizer.chat_template"),
-        }
-        model.tokenizer = Tokenizer(byte_level_bpe(about), model.config.vocab_size, **control)
+        model.tokenizer = Tokenizer(byte_level_bpe(about), model.config.vocab_size, bos, eos, template)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
         why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
         print(f"{path}: without a tokenizer, since {why}", file=sys.stderr)
     return model
 
 
-def read(path):
+def read_llama(path):
     """from_gguf without the tokenizer: return the model and the file's metadata."""
     about, tensors = read_header(path)
     try:
@@ -278,7 +278,6 @@ def llama_config(about, tensors):
         raise ValueError("token_embd.weight is missing")
     own = {key.removeprefix("llama."): value for key, value in about.items() if key.startswith("llama.")}
     n_head = own.get("attention.head_count")
-    rope_base = own.get("rope.freq_base", 10000.0)
     config = LlamaConfig(
         block_size=own.get("context_length"),
         vocab_size=tensors["token_embd.weight"].shape[0],
@@ -287,45 +286,41 @@ def llama_config(about, tensors):
         n_kv_head=own.get("attention.head_count_kv", n_head),
         n_embd=own.get("embedding_length"),
         n_hidden=own.get("feed_forward_length"),
-        rope_base=rope_base,
+        rope_base=own.get("rope.freq_base", 10000.0),
         norm_eps=float(str(np.float32(own.get("attention.layer_norm_rms_epsilon")))),  # 1e-5, not its float32
         tied="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
     )
     d_head = config.n_embd // config.n_head
-    computed = {  # key: the values that our Llama computes, LLaMA's default first
-        "rope.dimension_count": (d_head,),
-        "attention.key_length": (d_head,),
-        "attention.value_length": (d_head,),
-        "attention.sliding_window": (0,),
-        "expert_count": (0,),
-        "rope.scaling.type": ("none",),  # Llama 3's is a tensor, rope_freqs
-        "rope.scale_linear": (1.0,),
+    computed = {  # what our Llama computes, which is also LLaMA's default
+        "rope.dimension_count": d_head,
+        "attention.key_length": d_head,
+        "attention.value_length": d_head,
+        "attention.sliding_window": 0,
+        "expert_count": 0,
+        "rope.scaling.type": "none",  # Llama 3's is a tensor, rope_freqs
+        "rope.scale_linear": 1.0,
     }
-    for key, values in computed.items():
-        if own.get(key, values[0]) not in values:
-            raise ValueError(f"llama.{key} is {own[key]!r}, and this LLaMA has only {values[0]!r}")
+    for key, value in computed.items():
+        if own.get(key, value) != value:
+            raise ValueError(f"llama.{key} is {own[key]!r}, and this LLaMA has only {value!r}")
     if "rope_freqs.weight" in tensors:
-        config.rope_scaling = rope_scaling(dequantize(tensors["rope_freqs.weight"]), config)
+        config = with_rope_scaling(config, dequantize(tensors["rope_freqs.weight"]))
     return config
 
 
-def rope_scaling(slower, config):
-    """LlamaConfig's rope_scaling from rope_freqs, (d_head/2,): how many times slower each pair turns.
+def with_rope_scaling(config, slower):
+    """config with the rope_scaling of rope_freqs: slower, (d_head/2,), says how many times slower each pair turns.
 
     The file holds what comes out of Llama 3's rule, not its numbers. All that was published with it has LLAMA3_ROPE's,
     and the factor is the slowest pair's. ValueError where the rule, with these, gives other speeds.
     """
-    d_head = config.n_embd // config.n_head
-    low, high, length = LLAMA3_ROPE.values()
-    factor = float(slower.max())
-    turns = length * config.rope_base ** (-torch.arange(0, d_head, 2) / d_head) / (2 * torch.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    expected = 1 / ((1 - kept) / factor + kept)
+    scaled = replace(config, rope_scaling={"rope_type": "llama3", "factor": float(slower.max())} | LLAMA3_ROPE)
+    expected = pair_speeds(config) / pair_speeds(scaled)
     if slower.shape != expected.shape or not torch.allclose(slower, expected, rtol=1e-4):  # float32, and a power
         raise ValueError("its rope_freqs are not those of Llama 3's rotation")
-    return {"rope_type": "llama3", "factor": factor} | LLAMA3_ROPE
+    return scaled
 
 
 def byte_level_bpe(about):
@@ -363,6 +358,7 @@ def interleaved(t, n_head):
 # --- out: the vectors in the file's scales ---
 
 
+@torch.no_grad()
 def to_gguf(source, vectors, path):
     """Write a copy of the GGUF file source in which vectors, an IA3, are folded in: what runs source runs it as well.
 
@@ -370,33 +366,34 @@ def to_gguf(source, vectors, path):
     for its fingerprint, then a tensor at a time. Raises OSError where source is not there or path cannot be written,
     and ValueError as from_gguf does, for vectors of another base, for stacked ones, and as scale_rows does.
     """
-    model, _ = read(source)
-    if vectors.is_stacked() or vectors.fingerprint not in (None, fingerprint(model)):
-        raise ValueError(f"these vectors are stacked, or of another base than {source}")
-    fold(source, vectors, path)
-
-
-@torch.no_grad()
-def fold(source, vectors, path):
-    """to_gguf's work, once the vectors are known to be source's."""
     disk.check_output(path, [source])
+    base = fingerprint(read_llama(source)[0])
+    if vectors.is_stacked() or vectors.fingerprint not in (None, base):
+        raise ValueError(f"these vectors are stacked, or of another base than {source}")
     _, tensors = read_header(source)
     with disk.replace_file(path) as out:
         with open(source, "rb") as f:
             shutil.copyfileobj(f, out)
-        for layer, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
-            if l_k is not None:
-                l_k = interleaved(l_k, vectors.config.n_kv_head)
-            for site, l in (("attn_k", l_k), ("attn_v", l_v), ("ffn_up", l_ff)):
-                for name in (f"blk.{layer}.{site}.weight", f"blk.{layer}.{site}.bias"):
-                    if l is None or name not in tensors:
-                        continue
-                    try:
-                        scaled = scale_rows(tensors[name], l.detach().double().cpu())
-                    except ValueError as e:
-                        raise ValueError(f"{source}: {name}: {e}") from None
-                    out.seek(tensors[name].start)
-                    out.write(scaled.tobytes())
+        for name, l in row_factors(vectors):
+            if name not in tensors:  # no bias
+                continue
+            try:
+                scaled = scale_rows(tensors[name], l.double().cpu())
+            except ValueError as e:
+                raise ValueError(f"{source}: {name}: {e}") from None
+            out.seek(tensors[name].start)
+            out.write(scaled.tobytes())
+
+
+def row_factors(vectors):
+    """Yield (name, l) of every weight and bias whose rows the vectors scale, with GGUF's names and order of rows."""
+    for layer, (l_k, l_v, l_ff) in enumerate(vectors.per_layer()):
+        if l_k is not None:
+            l_k = interleaved(l_k, vectors.config.n_kv_head)
+        for site, l in (("attn_k", l_k), ("attn_v", l_v), ("ffn_up", l_ff)):
+            if l is not None:
+                yield f"blk.{layer}.{site}.weight", l
+                yield f"blk.{layer}.{site}.bias", l
 
 
 def scale_rows(tensor, l):
