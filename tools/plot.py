@@ -9,7 +9,6 @@
 
 import argparse
 import csv
-import json
 import math
 import sys
 from pathlib import Path
@@ -20,11 +19,13 @@ from matplotlib.colors import TwoSlopeNorm
 
 import common
 import disk
+from ia3 import check_finite, read_npz
 from sample import task_name
 
 matplotlib.use("agg")  # files only, no screen needed
 import matplotlib.pyplot as plt
 
+NAMES = ("l_k", "l_v", "l_ff")
 ALMOST_1 = 0.01  # a scale this near 1 counts as left alone
 
 
@@ -40,8 +41,8 @@ def read_metrics(path):
     steps, val, train = zip(*rows, strict=True)
     if not all(0 <= step <= 10**9 for step in steps):
         raise ValueError(f"{path} has steps beyond 0 to a billion")
-    # a train loss is NaN at step 0, before there is one
-    if not all(0 <= loss <= 10**6 for loss in val) or not all(math.isnan(loss) or 0 <= loss <= 10**6 for loss in train):
+    losses = [*val, *(loss for loss in train if not math.isnan(loss))]  # at step 0 no train loss is known: it is NaN
+    if not all(0 <= loss <= 10**6 for loss in losses):
         raise ValueError(f"{path} has losses that are not numbers from 0 to a million")
     return steps, val, train
 
@@ -52,7 +53,8 @@ def plot_losses(runs, path):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     names = labels([run.resolve() for run in runs])
     for i, (name, (steps, val, train)) in enumerate(zip(names, metrics, strict=True)):
-        axes.plot(steps, val, f"C{i}", marker=".", label=f"val, {name}")  # matplotlib passes over a label _like this
+        # "val" comes first: matplotlib leaves a label that begins with _ out of the legend
+        axes.plot(steps, val, f"C{i}", marker=".", label=f"val, {name}")
         axes.plot(steps, train, f"C{i}", lw=0.7, alpha=0.6, label=f"train, {name}")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
@@ -65,25 +67,17 @@ def read_vectors(path):
 
     Raises ValueError for another file.
     """
-    matrices = {}
+    about, matrices = read_npz(path, most=10**7)  # no model has more
     try:
-        with np.load(path, allow_pickle=False) as npz:
-            claimed = disk.read_shapes(npz)  # before anything is read
-            if not claimed:
-                raise ValueError
-            config = json.loads(npz["about"].item())["config"]
-            d_head = int(config["n_embd"]) // int(config["n_head"])
-            for name in sorted(claimed, key=("l_k", "l_v", "l_ff").index):
-                n_layer, width = claimed[name]
-                if not (1 <= n_layer <= 1000 and 1 <= d_head <= width <= 1000 * d_head and n_layer * width <= 10**7):
-                    raise ValueError  # no model's, and a small file can unfold to gigabytes
-                matrices[name] = npz[name].astype(np.float32, casting="same_kind")
-                if not np.isfinite(matrices[name]).all():
-                    raise ValueError
-    except OSError:
-        raise
-    except Exception:  # a damaged file makes zipfile, json and numpy raise nearly anything
-        raise ValueError(f"{path} is not a file of (IA)³ vectors") from None
+        check_finite(matrices)
+        if not matrices or not matrices.keys() <= set(NAMES):
+            raise ValueError(f"it holds {list(matrices)}")
+        d_head = int(about["config"]["n_embd"] // about["config"]["n_head"])
+        for n_layer, width in [matrix.shape for matrix in matrices.values()]:
+            if not 1 <= n_layer <= 1000 or not 1 <= d_head <= width <= 1000 * d_head:  # more takes too long to draw
+                raise ValueError(f"{n_layer} layers of {width} in heads of {d_head} are no model's")
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+        raise ValueError(f"{path} is not a file of (IA)³ vectors: {e}") from None
     return matrices, d_head
 
 
@@ -93,7 +87,7 @@ def plot_vectors(paths, path):
     White is 1, blue is inhibited, red amplified, on one scale for all. Thin lines part the heads of l_k and l_v.
     """
     tasks = [read_vectors(p) for p in paths]
-    names = [name for name in ("l_k", "l_v", "l_ff") if any(name in matrices for matrices, _ in tasks)]
+    names = [name for name in NAMES if any(name in matrices for matrices, _ in tasks)]
     distances = [np.abs(m - 1).ravel() for matrices, _ in tasks for m in matrices.values()]
     reach = max(np.quantile(np.concatenate(distances), 0.99), 1e-3)  # outliers do not fade the rest
     norm = TwoSlopeNorm(vcenter=1, vmin=1 - reach, vmax=1 + reach)

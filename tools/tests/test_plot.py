@@ -119,6 +119,8 @@ def test_metrics_that_train_would_not_write(folder, capsys, text, message):
         (1, 2, {"l_k": np.ones((2, 16))}),  # d_head 0
         (2, 2, {"l_k": np.ones((1, 5000))}),  # 5000 heads
         (16, 2, {"l_k": np.ones(16)}),
+        (16, 2, {"l_k": np.ones((0, 16))}),
+        (16, 2, {"l_k": np.ones((1001, 16))}),
         (16, 2, {"l_q": np.ones((2, 16))}),
         (16, 2, {"l_k": np.full((2, 16), np.nan)}),
         (16, 2, {"l_k": np.ones((2, 16), complex)}),
