@@ -97,7 +97,8 @@ def from_peft(folder, model):
     if about.get("peft_type") != "IA3":
         raise ValueError(f"{config_path} describes an adapter of type {about.get('peft_type')!r}, not 'IA3'")
     tensors, metadata = read_tensors(path)
-    theirs, ours = metadata.get("fingerprint"), fingerprint(model)
+    theirs = metadata.get("fingerprint")
+    ours = fingerprint(model)
     if theirs and theirs != ours:
         raise ValueError(f"{path} was made for another base of this shape ({theirs[:8]}, not {ours[:8]})")
     try:

@@ -110,7 +110,8 @@ def to_hf(model, folder):
     written = ["config.json"]
     if has_bpe:
         written += ["tokenizer.json", "tokenizer_config.json"]
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in sorted(there):
         if name.endswith((".json", ".safetensors", ".jinja")) and name not in written:
             what = f"another model's {name}, which would be opened instead of this one, or with it"
             raise ValueError(f"{folder} holds {what}")

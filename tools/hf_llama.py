@@ -62,9 +62,9 @@ def llama_config(about):
         value = (about | rope).get(key, values[0])
         if value not in values:
             raise ValueError(f"{key} is {value!r}, and this LLaMA has only {values[0]!r}")
-    for kind in about.get("layer_types") or []:
-        if kind != "full_attention":
-            raise ValueError(f"a layer is {kind!r}, and this LLaMA has only 'full_attention'")
+    for layer in about.get("layer_types") or []:
+        if layer != "full_attention":
+            raise ValueError(f"a layer is {layer!r}, and this LLaMA has only 'full_attention'")
     return config
 
 
