@@ -17,7 +17,7 @@ if not hasattr(GPT, "blocks"):  # another model.py, nanoGPT's for one, which wou
 # Guess the tokenizer of a checkpoint that does not name one (nanoGPT's) from its vocabulary size: 257 is the 256 bytes
 # and one id that ends a text; 50304 is GPT-2's 50257 rounded up to a multiple of 64
 TOKENIZERS = {257: "bytes", 50257: "gpt2", 50304: "gpt2"}
-CONTROL = ("bos", "eos", "chat_template")  # what else of a tokenizer a checkpoint keeps
+TOKENIZER_FIELDS = ("bos", "eos", "chat_template")  # what else of a tokenizer a checkpoint keeps
 
 
 # --- a checkpoint: nanoGPT's dict plus 'tokenizer', 'bos', 'eos' and 'chat_template' ---
@@ -34,51 +34,70 @@ def load(path, dtype=torch.float32):
     checkpoint = load_file(path)
     check_whose(checkpoint, path)
     try:
-        weights = checkpoint_weights(checkpoint["model"])
+        weights = our_names(checkpoint["model"])
         check_size(weights, path)
-        model = build_model(checkpoint["model_args"], weights)
-        load_weights(model, copy_weights(weights, model, dtype))
+        model = build_model(checkpoint["model_args"], len(weights))
+        load_weights(model, checked_copies(weights, model, dtype))
         model.tokenizer = build_tokenizer(checkpoint, model.config.vocab_size)
     except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, OverflowError) as e:
+        if is_out_of_memory(e):
+            raise
         why = str(e).strip().rpartition("\n")[2].strip()  # torch's first line names the class, its last one the weight
         raise ValueError(f"{path} is not a checkpoint: {why[:200]}") from None
     return model.eval()
 
 
-def checkpoint_weights(weights):
-    """Return {name: tensor} under our names, without the causal mask that nanoGPT stores when it lacks flash attention.
+# How a weight's name ends in another library's checkpoint, that library, and what exports a file that we convert
+FOREIGN = (
+    ("layers.0.attention.wq.weight", "llama2.c or Meta", "llama2.c's export.py --version -1"),
+    ("transformer.h.0.attn.qkv.weight", "LitGPT", "litgpt convert_from_litgpt, with config.json beside its file,"),
+)
 
-    torch.compile's _orig_mod. and DDP's module. are stripped.
+
+def check_whose(checkpoint, path):
+    """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
+    if isinstance(checkpoint, dict):
+        weights = checkpoint.get("model", checkpoint)
+        names = [str(name) for name in weights] if isinstance(weights, dict) else []
+        for theirs, library, exporter in FOREIGN:
+            if any(name.endswith(theirs) for name in names):
+                raise ValueError(f"{path} is from {library}: {exporter} makes what python -m tools.convert hf reads")
+        if {"model", "model_args"} <= checkpoint.keys():
+            return
+    raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
+
+
+def our_names(weights):
+    """Return {name: tensor} under plain names, without the causal mask that nanoGPT stores if it lacks flash attention.
+
+    .attn.bias is the mask; .attn.c_attn.bias is a bias.
     """
-    renamed = {}
-    for name, t in weights.items():
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-        if not name.endswith(".attn.bias"):  # the mask; .attn.c_attn.bias is a bias
-            renamed[name] = t
-    return renamed
+    return {plain_name(name): t for name, t in weights.items() if not name.endswith(".attn.bias")}
 
 
-def build_model(args, weights):
+def plain_name(name):
+    """A weight's name without what torch.compile and DistributedDataParallel put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def build_model(args, n_tensors):
     """Return the GPT or the Llama that a checkpoint's model_args describe, without memory for its weights."""
     if "n_kv_head" not in args:
-        return empty_model(GPT, GPTConfig(**args), weights)
+        return empty_model(GPT, GPTConfig(**args), n_tensors)
     from llama import Llama, LlamaConfig  # here, so that everything else works without llama.py
 
-    return empty_model(Llama, LlamaConfig(**args), weights)
+    return empty_model(Llama, LlamaConfig(**args), n_tensors)
 
 
-def empty_model(model_class, config, tensors):
-    """Return model_class(config) without memory for its weights. ValueError for more layers than the file has tensors.
-
-    tensors: their names, or a dict of them.
-    """
-    if config.n_layer > len(tensors):  # checked before anything is made for each layer
-        raise ValueError(f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors")
+def empty_model(model_class, config, n_tensors):
+    """Return model_class(config) without memory for its weights. Raises ValueError for more layers than tensors."""
+    if config.n_layer > n_tensors:  # checked before anything is made for each layer
+        raise ValueError(f"n_layer is {config.n_layer}, but there are only {n_tensors} tensors")
     with torch.device("meta"):
         return model_class(config)
 
 
-def copy_weights(weights, model, dtype):
+def checked_copies(weights, model, dtype):
     """Return copies of weights, {name: tensor}, in dtype (None: as they are). ValueError if one does not fit model.
 
     Copied, because load_file maps the file into memory, and the file may be replaced later.
@@ -110,8 +129,8 @@ def build_tokenizer(checkpoint, vocab_size):
     about = checkpoint.get("tokenizer", TOKENIZERS.get(vocab_size))
     if about is None:
         return None
-    control = {name: checkpoint.get(name) for name in CONTROL}
-    return Tokenizer(about, vocab_size, **control)
+    fields = {name: checkpoint.get(name) for name in TOKENIZER_FIELDS}
+    return Tokenizer(about, vocab_size, **fields)
 
 
 def save(model, path):
@@ -122,31 +141,9 @@ def save(model, path):
     tokenizer = model.tokenizer
     if tokenizer is not None:
         checkpoint["tokenizer"] = tokenizer.about
-        checkpoint |= {name: getattr(tokenizer, name) for name in CONTROL}
+        checkpoint |= {name: getattr(tokenizer, name) for name in TOKENIZER_FIELDS}
     with replace_file(path) as f:
         torch.save(checkpoint, f)
-
-
-# --- files of other libraries ---
-
-# How a weight's name ends in another library's checkpoint: the library, and what exports a file that we convert
-FOREIGN = {
-    "layers.0.attention.wq.weight": "llama2.c or Meta: llama2.c's export.py --version -1 makes a folder",
-    "transformer.h.0.attn.qkv.weight": "LitGPT: litgpt convert_from_litgpt makes a file, with config.json beside it,",
-}
-
-
-def check_whose(checkpoint, path):
-    """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
-    if isinstance(checkpoint, dict):
-        weights = checkpoint.get("model", checkpoint)
-        names = [str(name) for name in weights] if isinstance(weights, dict) else []
-        for theirs, whose in FOREIGN.items():
-            if any(name.endswith(theirs) for name in names):
-                raise ValueError(f"{path} is a checkpoint of {whose} that python -m tools.convert hf reads")
-        if {"model", "model_args"} <= checkpoint.keys():
-            return
-    raise ValueError(f"{path} is not our checkpoint or nanoGPT's: python -m tools.convert reads other formats")
 
 
 # --- devices ---

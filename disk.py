@@ -20,9 +20,8 @@ def load_file(path):
         try:
             is_zip = zipfile.is_zipfile(f)
             bad_member = zipfile.ZipFile(f).testzip() if is_zip else None  # the first with a wrong checksum
-            loaded = None
             if bad_member is None:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except Exception as e:  # a damaged file makes torch and zipfile raise nearly anything
             if isinstance(e, MemoryError) or is_out_of_memory(e):  # a damaged header may ask for any size
                 raise ValueError(f"{path} does not fit into memory, or is damaged") from None
@@ -31,9 +30,7 @@ def load_file(path):
                 way = "save it again with tensors and plain values only"
                 raise ValueError(f"{path} carries code ({code[1]}): {way}") from None
             raise ValueError(f"{path} is truncated, carries code, or is no PyTorch file ({type(e).__name__})") from None
-    if bad_member is not None:
-        raise ValueError(f"{path} is damaged: {bad_member[:80]} fails its checksum")
-    return loaded
+    raise ValueError(f"{path} is damaged: {bad_member[:80]} fails its checksum")
 
 
 def check_size(tensors, path):

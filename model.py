@@ -181,11 +181,9 @@ class GPT(nn.Module):
         cache: a sample.Cache that holds the tokens before idx and is extended by idx; None if there are none.
         """
         layers = layers_of(self, task_ids, len(idx))  # n_layer × (l_k, l_v, l_ff)
-        start = 0  # tokens read before
-        caches = [None] * self.config.n_layer
-        if cache is not None:
-            start = cache.n_read(self, task_ids)  # refuses a cache that was made for something else
-            caches = cache.layers
+        # tokens read before; n_read refuses a cache that was made for something else
+        start = 0 if cache is None else cache.n_read(self, task_ids)
+        caches = [None] * self.config.n_layer if cache is None else cache.layers
         end = start + idx.size(1)
         if not start < end <= self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens does not fit block_size {self.config.block_size}")

@@ -130,5 +130,7 @@ def write_run_json(path, script, arguments, model, data_hash, figures):
             "threads": torch.get_num_threads(),
         },
     }
+    text = json.dumps(about, default=str)
+    finite = json.loads(text, parse_constant=lambda _: None)  # JSON has no NaN and no Infinity: they become null
     with disk.replace_file(path, text=True) as f:
-        json.dump(about, f, indent=1, default=str)
+        json.dump(finite, f, indent=1)

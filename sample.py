@@ -135,7 +135,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
 
 
 def complete(model, prompt, n_tokens=200, temperature=0.8, top_k=50, seed=0, task_ids=None):
-    """Return prompt (B, T) long and what model writes after it, as B strings; token ids where it has no tokenizer.
+    """Continue prompt, (B, T) long. Returns B strings, each the prompt and what follows; ids if there is no tokenizer.
 
     A text stops before the token that ends it.
     """
@@ -210,13 +210,13 @@ def run(argv):
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, not {args.seed}")
     model = common.load(args.base, dtype=None)
+    if model.tokenizer is None:
+        vocab_size = model.config.vocab_size
+        raise ValueError(f"{args.base} names no tokenizer, and none is known for its vocabulary of {vocab_size}")
     device = common.pick_device(args.device)
     model.to(device, getattr(torch, common.pick_dtype(device, model)))
     if device.type == "cpu":
         store_by_columns(model)
-    if model.tokenizer is None:
-        vocab_size = model.config.vocab_size
-        raise ValueError(f"{args.base} names no tokenizer, and none is known for its vocabulary of {vocab_size}")
     if args.chat:
         prompt = chat_turn(model.tokenizer, args.prompt)
     else:

@@ -54,13 +54,12 @@ class TrainConfig:
     resume: bool = False  # continue the run in out from its last checkpoint, if it has one
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "grad_accum", "eval_interval", "eval_windows", "seed"):
+        most = {"steps": 10**9, "eval_interval": 10**9, "eval_windows": 10**9, "batch_size": 10**5, "grad_accum": 10**5}
+        for name in (*most, "seed"):
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{flag(name)} must be a whole number, not {getattr(self, name)}")
-        for name in ("steps", "eval_interval", "eval_windows"):
-            check_bounds(name, getattr(self, name), 1, 10**9)
-        for name in ("batch_size", "grad_accum"):
-            check_bounds(name, getattr(self, name), 1, 10**5)
+        for name in most:
+            check_bounds(name, getattr(self, name), 1, most[name])
         check_bounds("lr", self.lr, 1e-12, 1000)
         check_bounds("warmup", self.warmup, 0, 1)
         check_bounds("weight_decay", self.weight_decay, 0, 1000)
@@ -104,13 +103,14 @@ def lm_loss(model, x, y):
     return model(x, y)[1]
 
 
-def train(model, data, config, loss_fn=None, should_stop=None):
+def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
-    data: {'train': split, 'val': split} as data.load returns it. loss_fn(model, *batch): the mean loss over the batch's
-    targets (default: lm_loss). should_stop(): called before every step; if it returns True, the run is saved and ends
-    there. Under torchrun every process must give the same answer. With config.out, every evaluation writes last.pt and
-    metrics.csv there.
+    data: {'train': split, 'val': split} as data.load returns it: a batch is inputs, targets (-1 for none), and whatever
+    else the split adds. loss_fn(model, *batch): the mean loss over the batch's targets; a loss that is another mean is
+    approximated where a batch is read in parts or by several processes. should_stop(): called before every step; if it
+    returns True, the run is saved and ends there. Under torchrun every process must give the same answer. With
+    config.out, every evaluation writes last.pt and metrics.csv there.
 
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
@@ -118,8 +118,6 @@ def train(model, data, config, loss_fn=None, should_stop=None):
     frozen or are coarser than float32, and if config.out holds a run that cannot be resumed, or any without
     config.resume.
     """
-    if loss_fn is None:
-        loss_fn = lm_loss
     check_trained(model)
     rank, world = ranks()
     device = model.lm_head.weight.device
@@ -144,32 +142,33 @@ def train(model, data, config, loss_fn=None, should_stop=None):
                 folder.write_metrics(history)  # a kill may have come before the last row was written
 
     parts = get_batch(data["train"], step, config, device)
-    step_at_start_of_interval = step
-    n_tokens = 0  # read since then
     started = time.time()
+    n_steps = n_tokens = 0  # since then
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        evaluated = len(history) > 0 and history[-1]["step"] == step  # it was saved right after that, and resumed here
-        if due and not evaluated:
+        is_new = not history or history[-1]["step"] < step  # not where a run is resumed right after an evaluation
+        if due and is_new:
             seconds = max(time.time() - started, 1e-9)
             train_loss = sum(losses) / len(losses) if losses else math.nan
             val_loss = evaluate(model, data["val"], config, loss_fn, config.eval_windows)
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"val loss {val_loss} at step {step}: try a smaller --lr")
-            row = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-            row["lr"] = learning_rate(step, config)  # of the next step
-            row["tokens_per_second"] = n_tokens / seconds
+            row = {
+                "step": step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "lr": learning_rate(step, config),  # of the next step
+                "tokens_per_second": n_tokens / seconds,
+            }
             history.append(row)
             losses = []
             if rank == 0:
-                steps_per_second = (step - step_at_start_of_interval) / seconds
-                print(progress(row, config.steps, steps_per_second), flush=True)
+                print(progress(row, config.steps, n_steps / seconds), flush=True)
                 if folder is not None:
                     folder.save(step, history, losses)
-            step_at_start_of_interval = step
-            n_tokens = 0
             started = time.time()
+            n_steps = n_tokens = 0
         if step == config.steps:
             break
         if should_stop is not None and should_stop():
@@ -195,7 +194,6 @@ def train(model, data, config, loss_fn=None, should_stop=None):
             for t in [loss, *[p.grad for p in trained.values()]]:
                 dist.all_reduce(t)
 
-        # clip the gradient
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.grad_clip)
 
         # fetch the next batch, while a GPU is still busy with this one
@@ -208,6 +206,7 @@ def train(model, data, config, loss_fn=None, should_stop=None):
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         losses.append(loss.item())
+        n_steps += 1
         step += 1
 
     model.eval()
@@ -241,14 +240,17 @@ def get_batch(split, step, config, device):
     """
     rank, world = ranks()
     batch = split.batch(config.seed, step, config.batch_size)  # the whole one in every process
-    n_targets = (batch[1] >= 0).sum().item()
+    n_targets = count_targets(batch)
     own_rows = torch.arange(config.batch_size)[rank::world]
     parts = []
     for rows in own_rows.tensor_split(config.grad_accum):
         part = [t[rows] for t in batch]
-        share = (part[1] >= 0).sum().item() / n_targets
-        parts.append((datasets.to_device(part, device), share))
+        parts.append((datasets.to_device(part, device), count_targets(part) / n_targets))
     return parts
+
+
+def count_targets(batch):
+    return (batch[1] >= 0).sum().item()
 
 
 def autocast(model, config):
@@ -267,7 +269,7 @@ def evaluate(model, split, config, loss_fn=lm_loss, n_windows=None):
     model.eval()  # no dropout
     for i in range(0, len(ids), config.batch_size):
         batch = split.windows(ids[i : i + config.batch_size])
-        n_targets = (batch[1] >= 0).sum().item()
+        n_targets = count_targets(batch)
         with autocast(model, config):
             loss = loss_fn(model, *datasets.to_device(batch, model.lm_head.weight.device))
         total += torch.tensor([loss.item() * n_targets, n_targets], dtype=torch.float64)
@@ -331,7 +333,10 @@ def parse(argv):
     add("--n-head", type=int, help="heads (default: 6)")
     add("--n-embd", type=int, help="width (default: 192)")
     add("--tokenizer", choices=("bytes", "gpt2"), help="what a token is (default: bytes)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.base == "scratch":
+        args.method = "full"
+    return args
 
 
 def default_lr(model):
@@ -359,20 +364,22 @@ def new_model(args):
     return model
 
 
-def build(args):
-    """Return the model and the data that the flags ask for, and set those flags that depend on the model or machine."""
-    if args.base == "scratch":
-        args.method = "full"
-        model = new_model(args)
-    else:
+def check_flags(args):
+    """Raise ValueError for flags that do not go together."""
+    if args.base != "scratch":
         for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag(name)} goes with --base scratch: {args.base} has its own")
-        model = common.load(args.base, dtype=None)
     if args.method == "full" and (args.ia3 is not None or args.sites is not None):
         raise ValueError("--ia3 and --sites go with --method ia3: full trains the weights")
     if args.ia3 is not None and args.sites is not None:
         raise ValueError("--sites goes without --ia3: the file has its own")
+    check_bounds("seed", args.seed, 0, 2**63 - 1)
+
+
+def build(args):
+    """Return the model and the data that the flags ask for, and set those flags that depend on the model or machine."""
+    model = new_model(args) if args.base == "scratch" else common.load(args.base, dtype=None)
     if args.block_size is None:
         args.block_size = min(model.config.block_size, 256)
     check_bounds("block_size", args.block_size, 1, model.config.block_size)
@@ -396,7 +403,7 @@ def build(args):
 
 
 def prepare_folder(args):
-    """Settle on args.out. Raises ValueError if it holds a run, or if we would write over an input."""
+    """Settle on args.out. Raises ValueError if it holds a run that is not to be resumed, or an input of this one."""
     if args.out is None:
         args.out = f"out/{os.path.basename(os.path.abspath(args.data))}"
     if os.path.basename(os.path.normpath(args.out)) in ("", ".", ".."):
@@ -430,6 +437,7 @@ def compile_model(args, model):
 def run(argv):
     """One run: from flags to a folder of files."""
     args = parse(argv)
+    check_flags(args)
     prepare_folder(args)
     model, data = build(args)
     if "RANK" in os.environ:  # torchrun's

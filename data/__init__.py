@@ -136,7 +136,10 @@ def find(name_or_path, splits=("train", "val")):
     folder = HERE / name_or_path if name_or_path in names else Path(name_or_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no data called {name_or_path!r}: there are {', '.join(names)}, or a folder's path")
-    kinds = [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{splits[0]}.{kind}").is_file()]
+    # train's kind, if there is a train: then merge.py, which reads val alone, reads the val that train.py read
+    kinds = []
+    for split in ("train", splits[0]):
+        kinds += [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{split}.{kind}").is_file()]
     if not kinds:
         raise FileNotFoundError(f"{folder} holds no {splits[0]}.jsonl, {splits[0]}.bin or {splits[0]}.txt")
     paths = {split: folder / f"{split}.{kinds[0]}" for split in splits}

@@ -22,8 +22,8 @@ all seven sites, whether they add anything. (Queries for keys would be k,v,ff ag
 product.) Each has the three rates and the one seed of the crossed ablation of k, v and ff, and is compared at the rate
 that is best for it on val. Written down before any of these runs was made.
 
-Three seeds of the same, written down when the runs above were known, and not run yet. 0.1 is the best rate of k,v,ff
-and of all four sets of its size, so each set is to be trained at it with the seeds 1 to 3:
+Three seeds of the same, written down when the runs above were known and before any of these was made. 0.1 is the best
+rate of k,v,ff and of all four sets of its size, so each set is trained at it with the seeds 1 to 3:
 
     python -m experiments.ablate --sites k,v,ff k,o,ff k,v,pre v,ff,x q,o,pre q,k,v,o,pre,ff,x --seeds 3 \
         --out experiments/results/ablation-sites

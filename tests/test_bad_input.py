@@ -111,6 +111,7 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
         ("--base scratch --n-embd 10 --n-head 3", "n_embd 10 is not divisible by n_head 3"),
         ("--base scratch --block-size -1", "--block-size must be"),
         ("--base scratch --n-layer 0", "--n-layer must be from 1"),
+        ("--base scratch --seed 100000000000000000000", "--seed must be from 0"),
         ("--no-such-flag", "unrecognized arguments"),
         ("--out text/val.txt", "text/val.txt"),
         ("--out /proc/run", "/proc/run"),

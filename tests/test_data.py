@@ -145,6 +145,16 @@ def test_of_several_kinds_of_file_the_documented_order_decides(tmp_path):
         assert {path.suffix for path in data.find(tmp_path).values()} == {f".{kind}"}
 
 
+def test_whoever_reads_val_alone_reads_the_val_of_training(tmp_path):
+    """A val.jsonl beside train.txt and val.txt is not for them; without any train, val's own kind decides."""
+    for name in ("train.txt", "val.txt", "val.jsonl", "test.bin"):
+        (tmp_path / name).touch()
+    assert data.find(tmp_path, ["val"]) == {"val": tmp_path / "val.txt"}
+    (tmp_path / "train.txt").unlink()
+    assert data.find(tmp_path, ["val"]) == {"val": tmp_path / "val.jsonl"}
+    assert data.find(tmp_path, ["test"]) == {"test": tmp_path / "test.bin"}
+
+
 def test_every_byte_of_a_stream_is_predicted_once():
     tokens = np.arange(23, dtype=np.uint8)
     stream = data.Stream(tokens, block_size=5)

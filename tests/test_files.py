@@ -446,6 +446,17 @@ def test_a_small_file_that_claims_to_be_large_is_refused(tmp_path, kind):
         common.load(tmp_path / "a.pt")
 
 
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_another_file(tmp_path, monkeypatch):
+    common.save(make_gpt(), tmp_path / "a.pt")
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(common, "checked_copies", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        common.load(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
 def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path, share):
     """torch.load reads no checksum; each flip is one that it would load."""

@@ -37,6 +37,7 @@ from data.tokenizer import Tokenizer
 from ia3 import IA3, attach, fingerprint
 from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
+from run_folder import write_run_json
 from train import (
     TrainConfig,
     build,
@@ -342,6 +343,16 @@ def test_a_run_says_what_it_was(done):
     assert about["versions"]["torch"] == torch.__version__
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     assert about["commit"] == (head or None)
+
+
+def test_a_run_json_is_json_whatever_a_run_found(tmp_path):
+    """JSON has no infinity and no NaN."""
+    figures = {"diverged": math.inf, "lost": [math.nan], "loss": 1.5, "name": "Infinity"}
+    write_run_json(tmp_path / "run.json", "x.py", {"minutes": math.inf}, make_gpt(), None, figures)
+    text = (tmp_path / "run.json").read_text()
+    about = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert about["figures"] == {"diverged": None, "lost": [None], "loss": 1.5, "name": "Infinity"}
+    assert about["arguments"] == {"minutes": None}
 
 
 @pytest.mark.parametrize("vocab_size", [257, 99])

@@ -234,7 +234,7 @@ def read_llama(path):
 
 def llama(about, tensors):
     config = llama_config(about, tensors)
-    model = common.empty_model(Llama, config, tensors)
+    model = common.empty_model(Llama, config, len(tensors))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     names = {gguf_name(name): name for name in shapes}
     if config.tied:

@@ -60,7 +60,7 @@ def gpt2(config, tensors):
     tensors = {name: t for name, t in tensors.items() if not name.endswith(MASKS)}
     if "wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["wte.weight"])  # tied, so it need not be there
-    model = common.empty_model(GPT, config, tensors)
+    model = common.empty_model(GPT, config, len(tensors))
     ours = {name.removeprefix("transformer."): name for name in model.state_dict()}
     check_names(tensors, ours, "GPT-2", config.n_layer)
     weights = {}

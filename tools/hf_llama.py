@@ -78,7 +78,7 @@ def llama(config, files, has_output_bias=True):
     for path, given in files.items():
         names += given or list(read_tensors(path)[0])  # their tensors stay on the disk
     names = [full_name(name) for name in names if not name.endswith(FREQUENCIES)]
-    model = common.empty_model(Llama, config, names)
+    model = common.empty_model(Llama, config, len(names))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
     # what need not be there
     tied = ["lm_head.weight"] if config.tied else []

@@ -127,6 +127,7 @@ def test_students_points_leave_a_fortieth_above(degrees):
 MAKERS = {
     "ablation": ablate,
     "ablation-rates": ablate,
+    "ablation-sites": ablate,
     "bench": bench,
     "bench-epyc": bench,
     "bench-h200": bench,
