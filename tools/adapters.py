@@ -10,9 +10,10 @@ import os
 import torch
 
 import disk
+from common import plain_name
 from ia3 import IA3, fingerprint
 from model import GPTConfig
-from tools.files import find, import_safetensors, plain_name, read_json, read_tensors, write_json
+from tools.files import find, import_safetensors, read_json, read_tensors, write_json
 
 
 def to_peft(vectors, folder, base):

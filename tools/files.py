@@ -73,11 +73,6 @@ def read_tensors(path):
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from None
 
 
-def plain_name(name):
-    """A tensor's name without what torch.compile and DistributedDataParallel put into it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def check_names(names, expected, whose, n_layer):
     """Raise ValueError with the first of the expected names of tensors that is not there, or that should not be."""
     for name in expected:

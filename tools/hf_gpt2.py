@@ -9,7 +9,7 @@ import torch
 import common
 import disk
 from model import GPT, GPTConfig
-from tools.files import check_names, plain_name, widest_dtype
+from tools.files import check_names, widest_dtype
 
 SIZES = {  # n_layer, n_head, n_embd of the four published GPT-2s (Radford et al. 2019, table 2)
     "gpt2": (12, 12, 768),
@@ -56,7 +56,7 @@ def gpt2(config, tensors):
 
     Raises ValueError with the first name, shape or dtype that is not GPT-2's, or that holds NaN or infinity.
     """
-    tensors = {plain_name(name).removeprefix("transformer."): t for name, t in tensors.items()}
+    tensors = {common.plain_name(name).removeprefix("transformer."): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if not name.endswith(MASKS)}
     if "wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["wte.weight"])  # tied, so it need not be there

@@ -5,7 +5,7 @@ import torch
 import common
 import disk
 from llama import ROPE_NUMBERS, Llama, LlamaConfig
-from tools.files import check_names, each_tensor, plain_name, read_tensors, widest_dtype
+from tools.files import check_names, each_tensor, read_tensors, widest_dtype
 
 KINDS = ("llama", "mistral", "qwen2")  # the same model, but for a window; in Qwen2 only q, k and v have biases
 FREQUENCIES = ".rotary_emb.inv_freq"  # the rotation's speeds, kept as a weight by older versions
@@ -102,7 +102,7 @@ def llama(config, files, has_output_bias=True):
 
 def full_name(name):
     """The name of a tensor in LlamaForCausalLM; LlamaModel's own, without a head, lack its first word."""
-    name = plain_name(name)
+    name = common.plain_name(name)
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 

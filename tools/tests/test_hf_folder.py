@@ -146,7 +146,7 @@ def test_shards_of_the_older_kind(llama):
 def test_what_older_versions_and_wrapped_models_store(llama):
     weights = read_bin() | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied, and stored all the same
-    for prefix in ("", "module.", "_orig_mod."):
+    for prefix in ("", "module._orig_mod.", "_orig_mod.module."):
         torch.save({prefix + name: t for name, t in weights.items()}, BIN)
         assert is_same(from_hf("hf"), llama)
     del weights["lm_head.weight"]
