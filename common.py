@@ -209,7 +209,7 @@ def exit_status(name, run, argv, stopped="stopped"):
     """
     try:
         status = run(argv)
-        if sys.stdout is not None:  # closed by the shell: >&-
+        if sys.stdout is not None:  # None: the shell closed it, >&-
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -220,7 +220,7 @@ def exit_status(name, run, argv, stopped="stopped"):
         return 141  # 128 + SIGPIPE, as the shell reports it
     except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not is_out_of_memory(e):
-            raise
+            raise  # a mistake of ours
         message = " ".join(str(e).split()) or "out of memory"  # a MemoryError has no words
         print(f"{name}: {message[:350]}", file=sys.stderr)
         return 2

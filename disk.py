@@ -34,7 +34,7 @@ def load_file(path):
 
 
 def check_size(tensors, path):
-    """Raise ValueError if copies of {name: tensor} would take over twice as much memory as the file at path.
+    """Raise ValueError if copies of {name: tensor} would take more than twice as much memory as the file at path.
 
     Twice, because a tied head is stored once and copied twice. A damaged file may expand one number to a matrix, or
     give one matrix many names; once copied, they would fill memory.
@@ -74,7 +74,7 @@ def replace_file(path, text=False):
         with open(partial, **options) as f:
             yield f
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:  # on a full disk torch.save raises the latter, and neither names the file
+    except (OSError, RuntimeError) as e:  # on a full disk torch.save raises a RuntimeError; neither names the file
         why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
         raise OSError(f"{path} could not be written: {why}") from None
     finally:
@@ -96,7 +96,7 @@ def check_output(path, inputs=()):
 
 
 def read_shapes(file):
-    """Return {name: shape} of an .npz's arrays but 'about', from their headers: a small file can unfold to gigabytes.
+    """Return {name: shape} of an .npz's arrays without 'about', reading headers only: a small file can unfold to much.
 
     file: what np.load returns. Raises ValueError for an 'about' of more than 64 KiB, for arrays that do not hold
     numbers, and if a header is damaged.

@@ -20,7 +20,10 @@ COLUMNS = ("step", "train_loss", "val_loss", "lr", "tokens_per_second")
 
 
 class RunFolder:
-    """What train() keeps in config.out. Raises ValueError if a run is there, unless config.resume is set."""
+    """What train() keeps in config.out. Raises ValueError if a run is there, unless config.resume is set.
+
+    trained: {name: parameter}.
+    """
 
     def __init__(self, config, model, data, trained, optimizer):
         self.out = config.out

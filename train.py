@@ -54,17 +54,22 @@ class TrainConfig:
     resume: bool = False  # continue the run in out from its last checkpoint, if it has one
 
     def __post_init__(self):
-        most = {"steps": 10**9, "eval_interval": 10**9, "eval_windows": 10**9, "batch_size": 10**5, "grad_accum": 10**5}
-        for name in (*most, "seed"):
+        whole = {
+            "steps": (1, 10**9),
+            "batch_size": (1, 10**5),
+            "grad_accum": (1, 10**5),
+            "eval_interval": (1, 10**9),
+            "eval_windows": (1, 10**9),
+            "seed": (0, 2**63 - 1),
+        }
+        for name, (low, high) in whole.items():
             if type(getattr(self, name)) is not int:
                 raise ValueError(f"{flag(name)} must be a whole number, not {getattr(self, name)}")
-        for name in most:
-            check_bounds(name, getattr(self, name), 1, most[name])
+            check_bounds(name, getattr(self, name), low, high)
         check_bounds("lr", self.lr, 1e-12, 1000)
         check_bounds("warmup", self.warmup, 0, 1)
         check_bounds("weight_decay", self.weight_decay, 0, 1000)
         check_bounds("grad_clip", self.grad_clip, 1e-12, math.inf)
-        check_bounds("seed", self.seed, 0, 2**63 - 1)
         if self.schedule not in ("cosine", "linear"):
             raise ValueError(f"--schedule must be cosine or linear, not {self.schedule}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -107,7 +112,7 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     """Optimize whatever in model requires a gradient, for config.steps steps of AdamW.
 
     data: {'train': split, 'val': split} as data.load returns it: a batch is inputs, targets (-1 for none), and whatever
-    else the split adds. loss_fn(model, *batch): the mean loss over the batch's targets; a loss that is another mean is
+    else the split adds. loss_fn(model, *batch): the mean loss over the batch's targets; any other mean is only
     approximated where a batch is read in parts or by several processes. should_stop(): called before every step; if it
     returns True, the run is saved and ends there. Under torchrun every process must give the same answer. With
     config.out, every evaluation writes last.pt and metrics.csv there.
@@ -115,8 +120,7 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
     gradient that is not finite. Raises ValueError if there is nothing to train, if vectors stand on a base that is not
-    frozen or are coarser than float32, and if config.out holds a run that cannot be resumed, or any without
-    config.resume.
+    frozen or are coarser than float32, and if config.out holds a run, unless config.resume is set and can be done.
     """
     check_trained(model)
     rank, world = ranks()
@@ -147,7 +151,7 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        is_new = not history or history[-1]["step"] < step  # not where a run is resumed right after an evaluation
+        is_new = not history or history[-1]["step"] < step  # False right after a resume: the last row is this step's
         if due and is_new:
             seconds = max(time.time() - started, 1e-9)
             train_loss = sum(losses) / len(losses) if losses else math.nan
