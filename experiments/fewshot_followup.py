@@ -104,13 +104,14 @@ def choose(tried):
 # --- tables ---
 
 
-def draws_of(runs_made, runs):
-    """Where the answers of those runs that are made are right, by seed: {seed: (templates, sentences) bool}."""
-    return {run.seed: shots.right(runs_made[run]) for run in runs if run in runs_made}
+def draws_of(runs_made, runs, task, method):
+    """Where a method's answers on a task are right: {seed: (templates, sentences) bool} of those runs that are made."""
+    own = [run for run in runs if (run.task, run.method) == (task, method)]
+    return {run.seed: shots.right(runs_made[run]) for run in own if run in runs_made}
 
 
 def compared(draws, reference):
-    """The cells of draws less reference, both draws_of: of the draws of both, on all templates and the first alone."""
+    """Cells of draws less reference, both draws_of's, over the draws both have: all templates, then the first alone."""
     seeds = sorted(draws.keys() & reference.keys())
     ours = [draws[seed] for seed in seeds]
     theirs = [reference[seed] for seed in seeds]
@@ -120,13 +121,11 @@ def compared(draws, reference):
 
 def site_table(runs_made, settings, n_values):
     """One line per set of sites. n_values: {method: how many it trains}."""
-    by_method = {}
-    for run in runs_of_sites(settings):
-        by_method.setdefault(run.method, []).append(run)
-    reference = draws_of(runs_made, by_method["ia3"])
+    runs = runs_of_sites(settings)
+    reference = draws_of(runs_made, runs, "movies", "ia3")
     lines = []
-    for method, runs in by_method.items():
-        draws = draws_of(runs_made, runs)
+    for method in ("ia3", *SITES):
+        draws = draws_of(runs_made, runs, "movies", method)
         if draws:
             line = ["k,v,ff" if method == "ia3" else method, f"{n_values[method]:,}"]
             line.append(fewshot_tables.range_of_draws(draws.values()))
@@ -150,12 +149,10 @@ def rate_table(tried, rates):
 
 def whole_draws(runs_made, settings, rates):
     """The draws that every method has: {task: {method: {seed: (templates, sentences) bool}}}."""
-    by_task = {}
-    for run in runs_of_draws(settings, rates):
-        by_task.setdefault(run.task, {}).setdefault(run.method, []).append(run)
+    runs = runs_of_draws(settings, rates)
     whole = {}
-    for task, runs_by_method in by_task.items():
-        draws = {method: draws_of(runs_made, runs) for method, runs in runs_by_method.items()}
+    for task in TASKS:
+        draws = {method: draws_of(runs_made, runs, task, method) for method in rates}
         seeds = set.intersection(*[set(of_seed) for of_seed in draws.values()])
         if seeds:
             whole[task] = {method: {seed: of_seed[seed] for seed in seeds} for method, of_seed in draws.items()}
@@ -217,7 +214,7 @@ def tables(runs_made, settings, n_values):
 def count_values(base):
     """How many values each method trains on base: {method: a count}."""
     counts = {}
-    for method in TITLES | dict.fromkeys(SITES):
+    for method in (*TITLES, *SITES):
         model = copy.deepcopy(base)
         rivals.attach(model, shots.ADD.get(method, rivals.add_ia3))
         counts[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -262,7 +259,7 @@ def run(argv):
         runs = runs_of_rates(settings)
     else:
         runs = runs_of_draws(settings, choose(accuracies_on_products(runs_made, settings)))
-    left = [run for run in runs if run not in runs_made]
+    left = [one for one in runs if one not in runs_made]
     if left:
         fewshot.make(left, settings, base, out, args, "fewshot_followup.py")
     else:

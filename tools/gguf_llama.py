@@ -28,7 +28,7 @@ from merge import scale
 from tools import bpe
 from tools.files import check_names
 
-NAMES = {  # transformers' and GGUF's
+NAMES = {  # transformers' name: GGUF's
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -57,6 +57,7 @@ SCALES = {  # type: the bytes of a block at which its float16 scales begin; what
     "IQ4_XS": (0,),
 }
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # no blocks: every weight is a float
+# GGUF's code of a type: struct's letter
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
 PATTERNS = {"gpt-2": GPT2, "smollm": SMOLLM2, "llama-bpe": LLAMA3}  # how tokenizer.ggml.pre says a text is cut
@@ -155,7 +156,7 @@ def read_infos(header):
 
 
 def place_tensors(header, infos, about):
-    """Return {name: Tensor}. The tensors must follow each other from the header's end on, up to which it is read."""
+    """Return {name: Tensor}. header has been read to its end; from there the tensors must follow one another."""
     sizes = import_gguf().GGML_QUANT_SIZES
     data = header.data
     alignment = about.get("general.alignment", 32)
@@ -168,11 +169,11 @@ def place_tensors(header, infos, about):
         n_weights, n_bytes = sizes[kind]  # of a block
         if first + place != start or shape[-1] % n_weights:
             raise ValueError(f"{name[:80]!r} is not where the tensor before it ends, or has a row of {shape[-1]}")
-        row = shape[-1] // n_weights * n_bytes
-        end = start + prod(shape[:-1]) * row
+        row_bytes = shape[-1] // n_weights * n_bytes
+        end = start + prod(shape[:-1]) * row_bytes
         if end > len(data):
             raise ValueError(f"it ends before {name[:80]!r} does: is it truncated?")
-        tensors[name] = Tensor(kind.name, shape, start, data[start:end].reshape(*shape[:-1], row))
+        tensors[name] = Tensor(kind.name, shape, start, data[start:end].reshape(*shape[:-1], row_bytes))
         start = aligned(end, alignment)
     return tensors
 
@@ -227,12 +228,13 @@ def read_llama(path):
     """from_gguf without the tokenizer: return the model and the file's metadata."""
     about, tensors = read_header(path)
     try:
-        return llama(about, tensors), about
+        return build_llama(about, tensors), about
     except (ValueError, TypeError, OverflowError, RuntimeError) as e:  # the latter of sizes that no tensor can have
         raise ValueError(f"{path}: {str(e).splitlines()[0]}") from None
 
 
-def llama(about, tensors):
+def build_llama(about, tensors):
+    """The Llama that a header and its tensors describe."""
     config = llama_config(about, tensors)
     model = common.empty_model(Llama, config, len(tensors))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
@@ -287,7 +289,7 @@ def llama_config(about, tensors):
         n_embd=own.get("embedding_length"),
         n_hidden=own.get("feed_forward_length"),
         rope_base=own.get("rope.freq_base", 10000.0),
-        norm_eps=float(str(np.float32(own.get("attention.layer_norm_rms_epsilon")))),  # 1e-5, not its float32
+        norm_eps=float(str(np.float32(own.get("attention.layer_norm_rms_epsilon")))),  # 1e-5, as typed
         tied="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
@@ -424,10 +426,10 @@ def scale_rows(tensor, l):
 
 
 def check_scales(before, product, after):
-    """Raise ValueError where a scale overflows, or one that float16 held in full is rounded by more than 2^-8 of it.
+    """Raise ValueError where a product overflows, or that of a scale of at least 2^-14 is rounded by over 2^-8 of it.
 
-    Below 2^-14, where float16's numbers are 2^-24 apart, a scale is rounded by up to 2^-25. In the K-quants of small
-    weights many a base's own scale is there, and was rounded as much when the file was made. So those pass.
+    Below 2^-14 float16's numbers are 2^-24 apart, so a smaller one is rounded by up to 2^-25. Many scales of K-quants
+    of small weights are that small in the base, and were rounded as much when its file was made. So those pass.
     """
     if not np.isfinite(after).all():
         raise ValueError(f"the scale {np.abs(product).max():.3g} is beyond float16, whose largest number is 65504")
