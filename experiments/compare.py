@@ -10,31 +10,34 @@
     python -m experiments.compare --base data/smollm2.pt --data folio --methods full lora-all ia3 --seeds 2 \
         --lr full=3e-5 lora-all=1e-3 ia3=3e-3 --out out/compare-smollm2
 
-Protocol. Every method (experiments/rivals.py) trains with train.train() on the same windows in the same order: 1× is
-100 steps of 16 windows, AdamW without weight decay, 6 % warmup, cosine decay, gradient norm 1. On folio (IA)³, full
-fine-tuning and LoRA r = 4 also train 4×, 400 steps, at the rate of 1×: the fifth command.
+**What is compared.** Every method (experiments/rivals.py) trains with train.train() on the same windows in the same
+order: 100 steps of 16 windows (1×), AdamW without weight decay, 6 % warmup, cosine decay, gradient norm 1. What is
+reported is the last step, on test, for seeds 1 to 5. A seed draws the batches, and the initial values where a method
+has random ones; (IA)³ starts from ones, so for it seeds vary the batches only. On folio (IA)³, full fine-tuning and
+LoRA r = 4 also train 4×, 400 steps, at the rate of 1×: the fifth command.
 
-The learning rate of a method is chosen for each data on its val (256 windows, 1×, the mean of seeds 0 and 1):
-half-decades until the best has a worse one on either side, then the quarter-decades beside it. Nothing else is chosen.
-The last step is what is reported, on test, by which nothing is chosen, for seeds 1 to 5. A seed draws the batches, and
-the initial values where a method has random ones; (IA)³ starts from ones, so for it seeds vary the batches only.
+**Learning rates.** A method's is chosen for each data on its val (256 windows, 1×, the mean of seeds 0 and 1):
+half-decades until the best has a worse one on either side, then the quarter-decades beside it. Nothing else is chosen,
+and nothing by test.
 
-A test is read work by work, and a loss is the mean of the works'. What is claimed is about these works on this base:
-the sampling unit is the work, so an interval is Student's t over the works' means (five plays: 4 degrees of freedom).
-With fewer than three works there is none, and each is shown by itself. How seeds differ is shown beside it, as t over
-the seeds' means. Where either includes 0, no ranking is claimed. Resampled blocks of 32 windows show how far one work's
-figure moves with the passages read: in the picture, the thin bar of a dot. A run that diverges counts as infinite.
+**Losses and intervals.** A test is read work by work, and a loss is the mean of the works'. What is claimed is about
+these works on this base: the sampling unit is the work, so an interval is Student's t over the works' means (five
+plays: 4 degrees of freedom). With fewer than three works there is none, and each is shown by itself. How seeds differ
+is shown beside it, as t over the seeds' means. Where either includes 0, no ranking is claimed. In the picture, the thin
+bar of a dot shows how far one work's figure moves with the passages read: it is of resampled blocks of 32 windows. A
+run that diverges counts as infinite.
 
-The gap is what full fine-tuning of as many steps gains over the base. Forgetting is how much the loss on --forget's
-test (plays, the base's own text; 256 windows of each work) rises while the task is switched on; switched off, whatever
-leaves the base's tensors alone forgets nothing, by construction.
+**The gap** is what full fine-tuning of as many steps gains over the base.
 
-A Llama has (IA)³, LoRA r = 1 on all linear maps and full fine-tuning only, and steps of 8 windows of 256 tokens. In the
-last command each has two seeds and one rate that was not chosen here (of (IA)³ the paper's, of the others few-shot's),
-on 64 windows a work: a look whether the picture is another on a pretrained model, no ranking. What is frozen is stored
-in bfloat16; full fine-tuning has float32 weights and autocast.
+**Forgetting** is how much the loss on --forget's test (plays, the base's own text; 256 windows of each work) rises
+while the task is switched on. Switched off, whatever leaves the base's tensors alone forgets nothing, by construction.
 
-Writes into --out what lab.py says of a folder of runs (a run's arrays: nats and bytes of every block of the test, and
+**A Llama** has (IA)³, LoRA r = 1 on all linear maps and full fine-tuning only, and steps of 8 windows of 256 tokens.
+What is frozen is stored in bfloat16; full fine-tuning has float32 weights and autocast. The last command is a look at a
+pretrained model, no ranking: two seeds, 64 windows a work, rates not chosen here ((IA)³'s is the paper's, the others'
+few-shot's).
+
+**Files** in --out: what lab.py says of a folder of runs (a run's arrays: nats and bytes of every block of the test, and
 the curve of its loss on val), costs.csv, table.md, and pictures: beside.png, rates.png, curves.png. A folder takes more
 methods, seeds, steps and data later; a second rate of the same method needs another folder.
 """
@@ -106,9 +109,9 @@ class Settings:
 
 
 def measure(settings, job):
-    """One run: train, then look at val or at test and at forgetting. Returns its Result and a test's arrays."""
+    """One run: train, then measure val, or test and forgetting. Returns its Result and a test's arrays."""
     model = settings.model(job.method, job.seed)
-    values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     data = lab.load_data(settings.folders[job.data], model, ("train", "val"))
     config = settings.config()
     history = []
@@ -122,7 +125,7 @@ def measure(settings, job):
             diverged = True
     if job.stage == "lr":
         loss = math.inf if diverged else loss_on_val(model, data["val"], config)
-        return Result(values, loss, None), {}
+        return Result(n_values, loss, None), {}
 
     curve = [(row["step"], row["val_loss"] * lab.tokens_a_byte(data["val"])) for row in history]
     arrays = {"curve": np.array(curve).reshape(-1, 2)}
@@ -132,7 +135,8 @@ def measure(settings, job):
         found = lab.work_losses(model, works, config, n_windows, diverged)
         arrays |= {f"{kind}{name}": array for name, array in found.items()}
         means.append(float(lab.stack_works([arrays], kind).mean()))
-    return Result(values, *means), arrays
+    loss, forgotten = means
+    return Result(n_values, loss, forgotten), arrays
 
 
 def loss_on_val(model, val, config):
@@ -164,8 +168,10 @@ def rates_to_try(losses, middle):
         return {middle - 2, middle, middle + 2}
     tried = {index_of_rate(lr) for lr in losses}
     best = index_of_rate(min(losses, key=losses.get))
-    half_decades = {best - 2, best + 2} if best % 2 == 0 else set()
-    return (half_decades - tried) or ({best - 1, best + 1} - tried)
+    half_decades = {best - 2, best + 2}
+    if best % 2 == 0 and not half_decades <= tried:
+        return half_decades - tried
+    return {best - 1, best + 1} - tried
 
 
 def choose_rates(measure_jobs, data, steps, middles):
@@ -204,9 +210,9 @@ def jobs_on_test(data, rates, steps, seeds):
 
 def check_rates(jobs, results, folder):
     """Raise ValueError where folder's results have one of these runs at another rate: its draws would be mixed."""
-    rates = {job._replace(lr=0.0, seed=0): job.lr for job in results if job.stage == "test"}
+    rates = {(job.data, job.method, job.steps): job.lr for job in results if job.stage == "test"}
     for job in jobs:
-        there = rates.get(job._replace(lr=0.0, seed=0), job.lr)
+        there = rates.get((job.data, job.method, job.steps), job.lr)
         if there != job.lr:
             raise ValueError(f"{folder} holds {job.method} on {job.data} at lr {there}, not {job.lr}: name a new --out")
 
@@ -218,26 +224,28 @@ def print_plan(settings, data_names, methods, given, args, results):
     on the others. results: of the runs that are there.
     """
     model = settings.model(methods[0], 0)
-    done = {job._replace(lr=0.0) for job in results}
-    left = []  # of each run: steps, and windows read
+    done = {job._replace(lr=0.0) for job in results}  # whatever rate the search will choose
+    n_runs = n_steps = n_windows = 0
     for data in data_names:
         losses = mean_losses(results, data, args.steps)
         for method in methods:
             tried = losses.get(method, {})
             if method not in given and rates_to_try(tried, middle_of(FIRST_RATE)):
                 expected = 7 if data == data_names[0] else 5
-                n_runs = max(expected - len(tried), 1) * len(RATE_SEEDS)
-                left += [(args.steps, VAL_WINDOWS + 2 * settings.curve)] * n_runs
-        n_windows = windows_of_test(settings, data, model)
+                n = max(expected - len(tried), 1) * len(RATE_SEEDS)
+                n_runs += n
+                n_steps += n * args.steps
+                n_windows += n * (VAL_WINDOWS + 2 * settings.curve)
         jobs = jobs_on_test(data, dict.fromkeys(methods, 0.0), args.steps, args.seeds)
-        left += [(job.steps, n_windows) for job in jobs if job not in done]
+        left = [job for job in jobs if job not in done]
+        n_runs += len(left)
+        n_steps += sum(job.steps for job in left)
+        n_windows += len(left) * windows_of_test(settings, data, model)
 
-    n_steps = sum(steps for steps, _ in left)
-    n_windows = sum(windows for _, windows in left)
     split = lab.load_data(settings.folders[data_names[0]], model, ("train", "val"))["train"]
     a_step, a_window = clocks.pace(model, split, settings.config())
     hours = (n_steps * a_step + n_windows * a_window) / args.workers / 3600
-    print(f"{len(left)} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
+    print(f"{n_runs} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
     print(f"about {hours:.1f} hours on {args.workers} cores", flush=True)
 
 
@@ -280,7 +288,7 @@ def choose_methods(names, base, is_llama):
     known = ON_LLAMA
     if not is_llama:
         others = [name for name in METHODS if name != "base"]
-        known = [name for name in others if METHODS[name].add(copy.deepcopy(base))]
+        known = [name for name in others if METHODS[name].add(copy.deepcopy(base))]  # add returns what is trained
     for name in names or []:
         if name not in known:
             raise ValueError(f"method {name} is not one that this base can have: {', '.join(known)}")
@@ -311,9 +319,9 @@ def make_settings(args, is_llama):
     """The Settings that the command line asks for."""
     device = common.pick_device(args.device)
     dtype = "bfloat16" if is_llama else common.pick_dtype(device)
-    given = {*args.data, args.forget}
-    folders = {name_of(folder): folder for folder in [*args.data, args.forget]}
-    if len(folders) < len(given):
+    named = [*args.data, args.forget]
+    folders = {name_of(folder): folder for folder in named}
+    if len(folders) < len(set(named)):
         raise ValueError("two of these folders have the same name, and runs go by it: rename one")
     settings = Settings(args.base, folders, name_of(args.forget), str(device), dtype)
     if is_llama:
@@ -339,7 +347,7 @@ def describe(settings, base, quick):
 def search_and_test(settings, data_names, methods, given, args, out):
     """Data by data: search the rates that are not given, then run the tests.
 
-    Returns {data: {method: its rate}} and {job: result} of the tests.
+    A search begins where the data before ended. Returns {data: {method: its rate}} and {job: result} of the tests.
     """
 
     def measure_jobs(jobs):
@@ -348,17 +356,21 @@ def search_and_test(settings, data_names, methods, given, args, out):
     middles = {method: middle_of(FIRST_RATE) for method in methods if method not in given}
     rates = {}
     done = {}
-    there, _ = lab.load_runs(out, Job, Result)
+    earlier, _ = lab.load_runs(out, Job, Result)
     for data in data_names:
-        found = given
-        if middles:
-            found = given | choose_rates(measure_jobs, data, args.steps, middles)
-            middles = {method: middle_of(found[method]) for method in middles}
-        rates[data] = {method: found[method] for method in methods}
+        chosen = choose_rates(measure_jobs, data, args.steps, middles)
+        middles = {method: middle_of(lr) for method, lr in chosen.items()}
+        rates[data] = {method: (given | chosen)[method] for method in methods}
         jobs = jobs_on_test(data, rates[data], args.steps, args.seeds)
-        check_rates(jobs, there, out)
+        check_rates(jobs, earlier, out)
         done |= measure_jobs(jobs)
     return rates, done
+
+
+def one_batch(settings, folder, base):
+    """A training step's batch: what a step costs is counted and timed on it."""
+    split = lab.load_data(folder, base, ("train", "val"))["train"]
+    return datasets.to_device(split.batch(0, 0, settings.batch_size), torch.device(settings.device))
 
 
 def run(argv):
@@ -375,14 +387,10 @@ def run(argv):
     settings = make_settings(args, is_llama)
     settings.config(steps=args.steps)  # a mistake shows before any run
 
-    # what a step costs is counted and timed for a GPT only
-    if args.counts and is_llama:
-        raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
-    if not is_llama:
-        split = lab.load_data(args.data[0], base, ("train", "val"))["train"]
-        batch = datasets.to_device(split.batch(0, 0, settings.batch_size), torch.device(settings.device))
     if args.counts:
-        print(costs.places(settings.model, batch, settings.config()))
+        if is_llama:
+            raise ValueError("--counts is for a GPT: a Llama lacks some of these places")
+        print(costs.places(settings.model, one_batch(settings, args.data[0], base), settings.config()))
         return 0
 
     methods = choose_methods(args.methods, base, is_llama)
@@ -393,7 +401,7 @@ def run(argv):
     about = describe(settings, base, args.quick)
     results, _ = lab.load_runs(out, Job, Result)
     for data in data_names:
-        check_rates(jobs_on_test(data, given, args.steps, args.seeds), results, out)
+        check_rates(jobs_on_test(data, given, args.steps, args.seeds), results, out)  # before any run, where it can be
     print_plan(settings, data_names, methods, given, args, results)
     if args.plan:
         return 0
@@ -403,6 +411,7 @@ def run(argv):
     if not is_llama and args.methods is None and not (out / "costs.csv").exists():
         print("measuring costs", flush=True)
         repeats = 2 if args.quick else REPEATS
+        batch = one_batch(settings, args.data[0], base)
         measured = costs.measure(settings.model, batch, settings.config(), methods, repeats)
         lab.write_csv(out / "costs.csv", [vars(cost) for cost in measured])
     text = compare_tables.write(out)

@@ -81,8 +81,9 @@ def test_three_methods_one_of_them_searched_and_that_the_command_goes_on(texts, 
     out = texts / "out"
     command = [*flags(texts), *"--methods lora4 ia3 full --steps 2 --seeds 2 --lr lora4=0.01 full=1e-3".split()]
     assert compare.main([*command, "--plan"]) == 0
-    # of (IA)³ seven rates by two seeds; two tests of each method, and the base
-    assert capsys.readouterr().out.startswith(f"{7 * 2 + 3 * 2 + 1} runs are left, ") and not out.exists()
+    # of (IA)³ seven rates by two seeds; two tests of each method; and the base, which takes no step
+    n = 7 * 2 + 3 * 2
+    assert capsys.readouterr().out.startswith(f"{n + 1} runs are left, {n * 2} steps, ") and not out.exists()
     assert compare.main(command) == 0
     results, _ = lab.load_runs(out, Job, Result)
     tests = {job: result for job, result in results.items() if job.stage == "test"}
