@@ -5,30 +5,35 @@
     python -m experiments.ablate --sites --lr 0.03 0.1 0.3    # these two axes, each alone
     python -m experiments.ablate --sites k,v ff --lr 0.03 0.1 --cross --out out/crossed    # every pair of them
     python -m experiments.ablate --base my.pt --data path/to/folder --depth --out out/mine
+
+**What is compared.** The reference is (IA)³ in full: k,v,ff in all layers, trained as the --ref flags say. An axis flag
+varies one setting around it, over the values named or, with none named, over those that --help lists. Every run is
+compared with the reference's run of the same seed on the same works.
+
+**Data.** Runs train on train and are measured on all of val, by which ablations may choose; test stays unread. A loss
+is the mean of the works'.
+
+**Interval.** Student's t over the seeds' differences. It says nothing of other works: folio's val is two plays, and the
+difference on each stands beside it.
+
+**Other sites at equal count.** The paper (section 3.3) found by experiments that it does not show that keys, values and
+the MLP's hidden activations are enough. Here one of the three makes room for another site of the same width (sites.py):
+the attention's output behind W_o for values, the MLP before its GELU for the MLP behind it, the residual stream for
+keys; then q, o and pre for all three. These four train 6,912 values, as k,v,ff does. The fifth is all seven sites,
+whether they add anything. (Queries for keys would be k,v,ff again: on GPT-2 l_q and l_k meet in one product.) Each has
+the three rates and the one seed of the crossed ablation of k, v and ff, and is compared at the rate that is best for it
+on val. Written down before any of these runs was made:
+
     python -m experiments.ablate --sites k,o,ff k,v,pre v,ff,x q,o,pre q,k,v,o,pre,ff,x --lr 0.03 0.1 0.3 --cross \
         --out experiments/results/ablation-rates
 
-The reference is (IA)³ in full: k,v,ff in all layers, trained as the --ref flags say. An axis flag varies one setting
-around it, over the values named or, with none named, over those that --help lists. Trained on train and measured on all
-of val, which ablations may choose by; test stays unread. A loss is the mean of the works'. Every run is compared with
-the reference's run of the same seed on the same works: an interval is Student's t over the seeds' differences. How sure
-that makes one of other works, it does not say: folio's val is two plays, and each one's difference stands beside it.
-
-Other sites at equal count, the last command. The paper (section 3.3) found by experiments that it does not show that
-keys, values and the MLP's hidden activations are enough. Here one of the three makes room for another site of the same
-width (sites.py): the attention's output behind W_o for values, the MLP before its GELU for the MLP behind it, the
-residual stream for keys; then q, o and pre for all three. These four train 6,912 values, as k,v,ff does. The fifth is
-all seven sites, whether they add anything. (Queries for keys would be k,v,ff again: on GPT-2 l_q and l_k meet in one
-product.) Each has the three rates and the one seed of the crossed ablation of k, v and ff, and is compared at the rate
-that is best for it on val. Written down before any of these runs was made.
-
-Three seeds of the same, written down when the runs above were known and before any of these was made. 0.1 is the best
-rate of k,v,ff and of all four sets of its size, so each set is trained at it with the seeds 1 to 3:
+**Three seeds of the same**, written down when the runs above were known and before any of these was made. 0.1 is the
+best rate of k,v,ff and of all four sets of its size, so each set is trained at it with the seeds 1 to 3:
 
     python -m experiments.ablate --sites k,v,ff k,o,ff k,v,pre v,ff,x q,o,pre q,k,v,o,pre,ff,x --seeds 3 \
         --out experiments/results/ablation-sites
 
-Writes into --out what lab.py says of a folder of runs (the base's own row has the sites 'none'), table.md, and a
+**Files** in --out: what lab.py says of a folder of runs (the base's own row has the sites 'none'), table.md, and a
 picture an axis.
 """
 
@@ -47,17 +52,12 @@ import torch
 import common
 from experiments import clocks, lab
 from experiments.sites import ORDER, attach_sites
-from ia3 import SITES, attach, fingerprint
+from ia3 import attach, fingerprint
 from tools.plot import plt, save_picture
 from train import TrainConfig, train
 
-SUBSETS = [",".join(some) for n in range(1, len(SITES) + 1) for some in itertools.combinations(SITES, n)]
-HALVES = ["all", "first-half", "second-half"]
 AXES = {"sites": "sites", "depth": "layers", "lr": "learning rate", "steps": "steps"}  # and their names in tables
-DEFAULTS = {"lr": [0.01, 0.03, 0.1, 0.3, 1.0], "steps": [25, 50, 100, 200, 400]}
-QUICK = {"lr": [0.03, 0.1], "steps": [15, 30]}
-UNNAMED = ("sites", "depth", "steps")  # the axes where none is named: the rates are compare's
-SEEDS = 3  # of each point; 1 where axes are crossed
+DEPTHS = ["all", "first-half", "second-half"]  # or a layer's number
 BATCH_SIZE = 16
 
 
@@ -65,7 +65,10 @@ BATCH_SIZE = 16
 
 
 class Job(NamedTuple):
-    """What is known of a run in advance: a value on each of AXES, and the seed. Seed 0 stands for all: a point."""
+    """What is known of a run in advance: a value on each of AXES, and the seed.
+
+    A point is a Job of seed 0: it stands for the runs of all seeds.
+    """
 
     sites: str  # 'none': the base, not trained
     depth: str
@@ -76,7 +79,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Result:
-    values: int  # trained
+    values: int  # how many are trained
     loss: float  # nats a byte, the mean of val's works; infinite where training diverged
 
 
@@ -90,31 +93,30 @@ def in_order(text):
 def layers(depth, n_layer):
     """The layers that 'all', 'first-half', 'second-half' or a number stands for; an odd middle one is in the second."""
     half = n_layer // 2
-    chosen = {"all": range(n_layer), "first-half": range(half), "second-half": range(half, n_layer)}.get(depth)
-    if chosen is None and depth.isdecimal() and int(depth) < n_layer:
+    chosen = {"all": range(n_layer), "first-half": range(half), "second-half": range(half, n_layer)}.get(depth, [])
+    if depth.isdecimal() and int(depth) < n_layer:
         chosen = [int(depth)]
     if not chosen:
-        raise ValueError(f"depth must be {', '.join(HALVES)}, or a layer from 0 to {n_layer - 1}, not {depth}")
+        raise ValueError(f"depth must be {', '.join(DEPTHS)}, or a layer from 0 to {n_layer - 1}, not {depth}")
     return list(chosen)
 
 
 def hold(vectors, chosen):
     """Let only the chosen layers of vectors learn. Returns the number of values trained.
 
-    The others' gradient is made zero, and of a gradient that was never anything else Adam makes no step: they stay
-    ones, that is, no vector at all.
+    The others' gradient is always zero, so Adam never moves them: they stay ones, that is, no vector at all.
     """
     mask = torch.zeros(vectors.config.n_layer, 1, device=next(vectors.parameters()).device)
     mask[chosen] = 1
     for p in vectors.parameters():
         p.register_hook(lambda grad: grad * mask)
-    return vectors.count() // len(mask) * len(chosen)
+    return vectors.count() * len(chosen) // vectors.config.n_layer
 
 
 def measure(settings, job):
     """Train as the job says and measure on val. Returns its Result and lab.work_losses' arrays.
 
-    settings: base, data, device.
+    settings: the command line's base, data and device.
     """
     device = common.pick_device(settings["device"])
     dtype = common.pick_dtype(device)
@@ -123,23 +125,23 @@ def measure(settings, job):
     # what counts is measured below, so the run itself looks at one window of val
     evaluations = {"eval_interval": job.steps, "eval_windows": 1}
     config = TrainConfig(lr=job.lr, steps=job.steps, seed=job.seed, batch_size=BATCH_SIZE, dtype=dtype, **evaluations)
-    values = 0
+    n_values = 0
     diverged = False
     if job.sites != "none":
         vectors = attach_sites(model, job.sites.split(","))
-        values = hold(vectors, layers(job.depth, model.config.n_layer))
+        n_values = hold(vectors, layers(job.depth, model.config.n_layer))
         try:
             train(model, data, config)
         except FloatingPointError:
             diverged = True
     found = lab.work_losses(model, lab.read_works(settings["data"], "val", model), config, diverged=diverged)
-    return Result(values, float(lab.stack_works([found]).mean())), found
+    return Result(n_values, float(lab.stack_works([found]).mean())), found
 
 
 def all_jobs(values_of_axis, reference, n_seeds, cross):
     """Every run once: the base, then the axes' values, each axis alone or all of them crossed; seed by seed.
 
-    To the values of an axis the reference's own is added. reference: a Job of seed 0.
+    To the values of an axis the reference's own is added. reference: a point.
     """
     with_reference = {axis: [*values, getattr(reference, axis)] for axis, values in values_of_axis.items()}
     grids = [with_reference] if cross else [{axis: values} for axis, values in with_reference.items()]
@@ -158,14 +160,14 @@ def all_jobs(values_of_axis, reference, n_seeds, cross):
 class Record:
     """A point's runs, over the seeds that all points of its axis have."""
 
-    point: Job  # of the base: None
-    values: int
+    point: Job | None  # None: the base
+    is_reference: bool
+    n_values: int  # trained
     loss: float  # the mean over works and seeds
     n_seeds: int
     n_diverged: int
     difference: tuple | None  # to the reference, (value, low, high) over the seeds; None where either diverged
     by_work: np.ndarray | None  # (works,) the same by work
-    is_reference: bool = False
 
 
 def place(axis, value):
@@ -174,36 +176,33 @@ def place(axis, value):
         sites = value.split(",")
         return len(sites), [ORDER.index(site) for site in sites]
     if axis == "depth":
-        return HALVES.index(value) if value in HALVES else len(HALVES) + int(value)
+        return DEPTHS.index(value) if value in DEPTHS else len(DEPTHS) + int(value)
     return value
 
 
-def read_points(folder):
+def read_points(folder, reference):
     """Return {point: {seed: losses of the works}}, {point: values trained}, and the losses of the base.
 
     Raises ValueError where the runs are not this command's.
     """
     results, arrays = lab.load_runs(folder, Job, Result)
-    losses = {}
-    if results:
-        stacked = lab.stack_works([lab.arrays_of(job, arrays, folder) for job in results])
-        losses = dict(zip(results, stacked, strict=True))
+    base = reference._replace(sites="none", seed=1)
+    if base not in results or reference._replace(seed=1) not in results:
+        raise ValueError(f"{folder} lacks runs of the base or of the reference: the command measures them")
+    stacked = lab.stack_works([lab.arrays_of(job, arrays, folder) for job in results])
+    losses = dict(zip(results, stacked, strict=True))
     points = {}
-    values = {}
-    base = None
-    for job, of_works in losses.items():
-        if job.sites == "none":
-            base = of_works
+    n_values = {}
+    for job in results:
+        if job == base:
             continue
-        if not set(job.sites.split(",")) <= set(ORDER) or not (job.depth in HALVES or job.depth.isdecimal()):
+        if not set(job.sites.split(",")) <= set(ORDER) or not (job.depth in DEPTHS or job.depth.isdecimal()):
             raise ValueError(f"{folder}/results.csv has a run of sites {job.sites}, depth {job.depth}: remove it")
         point = job._replace(seed=0)
-        points.setdefault(point, {})[job.seed] = of_works
-        values[point] = results[job].values
+        points.setdefault(point, {})[job.seed] = losses[job]
+        n_values[point] = results[job].values
     points = {point: seeds for point, seeds in points.items() if 1 in seeds}  # others: a command that was stopped
-    if base is None or Job(**lab.read_about(folder)["reference"]) not in points:
-        raise ValueError(f"{folder} lacks runs of the base or of the reference: the command measures them")
-    return points, values, base
+    return points, n_values, losses[base]
 
 
 def summarize(folder):
@@ -213,7 +212,7 @@ def summarize(folder):
     """
     about = lab.read_about(folder)
     reference = Job(**about["reference"])
-    points, values, base = read_points(folder)
+    points, n_values, base = read_points(folder, reference)
     changed = {point: changed_axes(point, reference) for point in points}
     varied = [axis for axis in AXES if axis in set.union(*changed.values())]
     groups = [tuple(varied)] if about["crossed"] else [(axis,) for axis in varied]
@@ -223,11 +222,10 @@ def summarize(folder):
         along.sort(key=lambda point: [place(axis, getattr(point, axis)) for axis in AXES])
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
         theirs = np.stack([points[reference][seed] for seed in seeds])  # (seeds, works)
-        records = [record_of(None, 0, np.stack([base] * len(seeds)), theirs)]
+        records = [record_of(None, False, 0, np.stack([base] * len(seeds)), theirs)]
         for point in along:
             ours = np.stack([points[point][seed] for seed in seeds])
-            records.append(record_of(point, values[point], ours, theirs))
-            records[-1].is_reference = point == reference
+            records.append(record_of(point, point == reference, n_values[point], ours, theirs))
         summary[axes] = records
     return summary
 
@@ -237,23 +235,23 @@ def changed_axes(point, reference):
     return {axis for axis in AXES if getattr(point, axis) != getattr(reference, axis)}
 
 
-def record_of(point, values, ours, theirs):
-    """The Record of a point beside the reference's runs. ours, theirs: (seeds, works)."""
+def record_of(point, is_reference, n_values, ours, theirs):
+    """The Record of a point beside the reference's runs. ours, theirs: losses, (seeds, works)."""
     difference = by_work = None
     if np.isfinite(ours).all() and np.isfinite(theirs).all():
         difference = lab.student((ours - theirs).mean(1))
         by_work = (ours - theirs).mean(0)
     n_diverged = int((~np.isfinite(ours).all(1)).sum())
-    return Record(point, values, ours.mean(), len(ours), n_diverged, difference, by_work)
+    return Record(point, is_reference, n_values, ours.mean(), len(ours), n_diverged, difference, by_work)
 
 
 # --- tables and pictures ---
 
 
-def cell(axis, point):
+def value_text(axis, point):
     """A point's value on an axis, as tables and pictures have it."""
     value = getattr(point, axis)
-    if axis == "depth" and value not in HALVES:
+    if axis == "depth" and value not in DEPTHS:
         return f"layer {value}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -262,7 +260,7 @@ def cells(axes, record):
     """A record's line in the table of axes."""
     names = ["the base", *[""] * (len(axes) - 1)]
     if record.point is not None:
-        names = [cell(axis, record.point) for axis in axes]
+        names = [value_text(axis, record.point) for axis in axes]
     loss = f"{record.loss:.4f}"
     change = interval = by_work = ""
     if record.n_diverged:
@@ -277,7 +275,7 @@ def cells(axes, record):
             interval = f"{low:+.4f} to {high:+.4f}"
             if low <= 0 <= high:
                 interval += ", not distinguished"
-    return [*names, f"{record.values:,}", loss, change, interval, by_work]
+    return [*names, f"{record.n_values:,}", loss, change, interval, by_work]
 
 
 def tables(folder):
@@ -290,7 +288,7 @@ def tables(folder):
         head = [*[AXES[axis] for axis in axes], "values trained", "nats a byte", "difference", "95 %, over seeds"]
         pieces.append(lab.markdown([*head, "difference, by work"], [cells(axes, record) for record in records]))
         told = [f"{about['data']}/val ({works}), {lab.count_seeds(records[0].n_seeds)}"]
-        told += [f"{AXES[axis]} {cell(axis, reference)}" for axis in AXES if axis not in axes]
+        told += [f"{AXES[axis]} {value_text(axis, reference)}" for axis in AXES if axis not in axes]
         told.append(f"{BATCH_SIZE} windows of {about['block_size']} tokens a step.")
         pieces.append("; ".join(told))
     return "\n\n".join(pieces)
@@ -307,8 +305,8 @@ def draw_picture(axes, records, path):
     diverged = []
     ticks = {}  # {place on the axis: its name}
     for record in records:
-        label = ", ".join(cell(axis, record.point) for axis in others)
-        name = cell(last, record.point)
+        label = ", ".join(value_text(axis, record.point) for axis in others)
+        name = value_text(last, record.point)
         x = getattr(record.point, last) if numeric else name.replace("-", "\n")  # names stand close together
         loss = record.loss
         if record.n_diverged:
@@ -316,7 +314,8 @@ def draw_picture(axes, records, path):
             diverged.append(x)
         half = 0.0  # of the interval, which is symmetric
         if record.difference is not None and record.n_seeds > 1:
-            half = record.difference[0] - record.difference[1]
+            value, low, _ = record.difference
+            half = value - low
         lines.setdefault(label, []).append((x, loss, half))
         ticks[x] = name
     for label, line in lines.items():
@@ -338,12 +337,16 @@ def draw_picture(axes, records, path):
 
 # --- the command line ---
 
+SUBSETS = ["k", "v", "ff", "k,v", "k,ff", "v,ff", "k,v,ff"]
+DEFAULTS = {"lr": [0.01, 0.03, 0.1, 0.3, 1.0], "steps": [25, 50, 100, 200, 400]}
+QUICK = {"lr": [0.03, 0.1], "steps": [15, 30]}
+
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("axes", "none named: sites, depth and steps").add_argument
     add("--sites", nargs="*", type=in_order, help=f"(default: {' '.join(SUBSETS)})")
-    add("--depth", nargs="*", help=f"which layers (default: {' '.join(HALVES)}, and each one, from 0)")
+    add("--depth", nargs="*", help=f"which layers (default: {' '.join(DEPTHS)}, and each one, from 0)")
     add("--lr", nargs="*", type=float, help="peak learning rate (default: 0.01 to 1, five)")
     add("--steps", nargs="*", type=int, help="optimizer steps (default: 25 to 400, five)")
     add("--cross", action="store_true", help="every combination of the axes named, not each alone")
@@ -362,14 +365,14 @@ def parse(argv):
 
 
 def choose_axes(args, n_layer):
-    """Return {axis: its values}: those named on the command line, or UNNAMED."""
+    """Return {axis: its values}: of those named on the command line, or of all but lr, which compare.py searches."""
     named = [axis for axis in AXES if getattr(args, axis) is not None]
     if args.cross and len(named) < 2:
         raise ValueError("--cross needs two or more named axes")
-    halves = HALVES if n_layer > 1 else HALVES[:1]
-    defaults = {"sites": SUBSETS, "depth": [*halves, *map(str, range(n_layer))]}
+    parts = DEPTHS if n_layer > 1 else ["all"]  # one layer has no halves
+    defaults = {"sites": SUBSETS, "depth": [*parts, *map(str, range(n_layer))]}
     defaults |= QUICK if args.quick else DEFAULTS
-    return {axis: getattr(args, axis) or defaults[axis] for axis in named or UNNAMED}
+    return {axis: getattr(args, axis) or defaults[axis] for axis in named or ("sites", "depth", "steps")}
 
 
 def choose_jobs(args, values_of_axis, reference, n_layer):
@@ -395,7 +398,7 @@ def print_plan(left, workers, model, split, works, config):
 def run(argv):
     args = parse(argv)
     if args.seeds is None:
-        args.seeds = 1 if args.quick or args.cross else SEEDS
+        args.seeds = 1 if args.quick or args.cross else 3
     lab.check_counts(args.workers, args.seeds)
     if args.ref_steps is None:
         args.ref_steps = 30 if args.quick else 100
@@ -407,7 +410,7 @@ def run(argv):
     data = lab.load_data(args.data, model, ("train", "val"))
     works = lab.read_works(args.data, "val", model)
     values_of_axis = choose_axes(args, model.config.n_layer)
-    reference = Job(SUBSETS[-1], HALVES[0], args.ref_lr, args.ref_steps)
+    reference = Job("k,v,ff", "all", args.ref_lr, args.ref_steps)
     jobs = choose_jobs(args, values_of_axis, reference, model.config.n_layer)
     about = {
         "fingerprint": fingerprint(model),
@@ -422,7 +425,7 @@ def run(argv):
     there, _ = lab.load_runs(out, Job, Result)
     left = [job for job in jobs if job not in there]
     config = TrainConfig(lr=args.ref_lr, batch_size=BATCH_SIZE, dtype=dtype)
-    attach(model)
+    attach(model)  # timed as the runs are: with vectors
     print_plan(left, workers, model.to(device), data["train"], works, config)
     if args.plan:
         return 0
