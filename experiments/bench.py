@@ -1,39 +1,45 @@
-"""How fast and how heavy: a step, on text and on completions, a forward pass, a mixed batch, beside PEFT's.
+"""How fast and how heavy (IA)³ is beside full fine-tuning and PEFT: a training step, a forward pass, a mixed batch.
 
     python -m experiments.bench                         # four shapes on a CPU, all six on a GPU; into out/bench
     python -m experiments.bench --shape base --repeats 9
     python -m experiments.bench --quick                 # three rounds of the smallest shape, to see that it works
 
-A training step is forward, backward, AdamW. Its contestants: full fine-tuning and (IA)³ here; PEFT's (IA)³ around our
-model, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its
+A shape has up to four contests. In each the contestants take turns, and every round gives two ratios of times: the
+contestant's over the first one's; and ours over the contestant's, which is below 1 where ours is faster. Tables have
+medians and quartiles.
+
+**training**: a step is forward, backward, AdamW. The first is full fine-tuning; then (IA)³ here; PEFT's (IA)³ around
+our model, which isolates the method; PEFT's (IA)³ and LoRA (r 4, on c_attn) around transformers' GPT-2, once with its
 default GELU (gelu_new, written out in elementary operations) and once with the fused one, ours (gelu_pytorch_tanh).
 transformers runs without dropout, without a key-value cache and with PyTorch's fused attention, as this GPT does.
 SmolLM2's shape is a Llama's: there PEFT's stand around transformers' Llama, LoRA on q_proj and v_proj.
-A forward pass is the base's, the base's with vectors, and the merged model's. Ours run eagerly and compiled. A mixed
-batch is 16 short rows of 8 tokens: under one task, of several tasks at once (ia3.stack), and each task's rows by
-themselves, one after another. A CPU computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and
-full fine-tuning has float32 weights and autocast.
 
-A step on completions (a Llama's shape, on a CPU) has targets at the end of each row only: 8 rows of 56 tokens with 4
+**completions** (a Llama's shape, on a CPU): a step with targets at the end of each row only: 8 rows of 56 tokens with 4
 targets each, as batches of data/sentiment/products/completions have on average. Ours applies the head to the positions
-with targets only; it is raced against the same with the head applied everywhere, and against PEFT's around
-transformers' Llama, which does the latter. Peak memory is that of a process of its own which does two such steps:
-Python, the libraries and the weights are counted.
+with targets only; it is raced against the same with the head applied everywhere, the first, and against PEFT's around
+transformers' Llama, whose head is everywhere, too. Peak memory is that of a process of its own which does two such
+steps: Python, the libraries and the weights are counted.
 
-Clock. The contestants take turns, and every round gives a ratio: over the first of them (full fine-tuning; the base's
-forward; one task), and of our (IA)³ over the contestant, so that below 1 means that ours is faster. Medians, quartiles.
+**inference**: a forward pass of the base, the first; of the base with vectors, which is ours; and of the merged model.
 
-Floor. The FLOPs of linear maps and of attention over those of full fine-tuning (torch's counter: an elementwise
+**mixed**: a forward pass of 16 short rows of 8 tokens: under one task, the first; of several tasks at once (ia3.stack);
+and each task's rows by themselves, one after another.
+
+**How they run.** A CPU computes in float32, a GPU in bfloat16: there frozen bases are stored in it, and full
+fine-tuning has float32 weights and autocast. In training and inference our own contestants, full fine-tuning among
+them, run eagerly and compiled.
+
+**Floor.** The FLOPs of linear maps and of attention over those of full fine-tuning (torch's counter: an elementwise
 operation counts nothing, attention counts the whole square that causality halves). "Time ÷ all FLOPs" is the median
 ratio of times over that of all FLOPs: at 1.00 time would go with FLOPs alone. Compiled ones are counted as they were
 written.
 
-Saved for backward: every storage that autograd keeps in a forward pass, weights left out, in float32 numbers of a token
-and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers. On a GPU
-full fine-tuning keeps autocast's bfloat16 copies of its weights, too, and they count.
+**Saved for backward**: every storage that autograd keeps in a forward pass, weights left out, in float32 numbers of a
+token and layer over n_embd. Nothing is subtracted: what embedding, head and loss keep is spread over the layers. On a
+GPU full fine-tuning keeps autocast's bfloat16 copies of its weights, too, and they count.
 
-Writes results.csv, one row per contestant, and table.md, made of it. A contest that is already there is not run
-again.
+**Files** in --out: results.csv, one row per contestant, and table.md, made of it. A contest that is already there is
+not run again.
 """
 
 import argparse
@@ -62,15 +68,27 @@ from merge import merge
 from model import GPTConfig
 from train import TrainConfig, autocast
 
-WORK = {  # rows and tokens a step, and rounds
-    "cpu": {"base": (16, 128, 25), "6x384": (8, 256, 13), "124M": (2, 256, 15), "SmolLM2": (2, 256, 15)},
+
+class Work(NamedTuple):
+    rows: int
+    tokens: int
+    rounds: int
+
+
+WORK = {  # by device and shape
+    "cpu": {
+        "base": Work(16, 128, 25),
+        "6x384": Work(8, 256, 13),
+        "124M": Work(2, 256, 15),
+        "SmolLM2": Work(2, 256, 15),
+    },
     "cuda": {
-        "base": (16, 128, 51),
-        "6x384": (8, 256, 51),
-        "124M": (8, 1024, 31),
-        "SmolLM2": (8, 1024, 31),
-        "350M": (8, 1024, 21),
-        "1.5B": (4, 1024, 11),
+        "base": Work(16, 128, 51),
+        "6x384": Work(8, 256, 51),
+        "124M": Work(8, 1024, 31),
+        "SmolLM2": Work(8, 1024, 31),
+        "350M": Work(8, 1024, 21),
+        "1.5B": Work(4, 1024, 11),
     },
 }
 BASE, UNMERGED, MERGED = "base", "base with vectors", "merged"
@@ -82,13 +100,6 @@ COMPLETION_TOKENS = 56
 COMPLETION_TARGETS = 4  # in each row
 MIXED_ROWS = 16
 MIXED_TOKENS = 8
-FLOORS = ("FLOPs: linear maps", "all FLOPs", "time ÷ all FLOPs")
-HEADS = {  # the tables' columns
-    "training": ("", "time over full's", *FLOORS, "saved", "ours over it"),
-    "completions": ("", "time over the first's", "peak memory, MB", "over the first's", "ours over it, time"),
-    "inference": ("", "time over the base's", *FLOORS),
-    "mixed": ("", "time over one task's", "milliseconds"),
-}
 
 
 @dataclass
@@ -134,7 +145,7 @@ class Row:
 
 class Contestant(NamedTuple):
     call: Callable  # what is timed
-    counts: dict  # of Row: values, FLOPs, bytes
+    counts: dict  # a Row's fields from values to peak_bytes
 
 
 def make_batch(config, rows, device):
@@ -169,14 +180,14 @@ def trainer(name, config, batch, dtype, compiled):
     with_model = clocks.allocated(device)
     found = {}
     for variant, called in variants(name, model, compiled and name in (peers.FULL, peers.OURS)).items():
-        averages = clocks.allocated(device) - with_model  # AdamW's, of the variant before
+        already = before + clocks.allocated(device) - with_model  # with AdamW's averages of the variant before
         step = clocks.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
         saved = counts["saved_bytes"]
         if called is not model:
             with autocast(called, settings):
                 saved = clocks.count_saved(partial(loss_fn, called, *batch), called)
-        peak = clocks.peak_bytes(step, device, before + averages)
+        peak = clocks.peak_bytes(step, device, already)
         found[variant] = Contestant(step, counts | {"saved_bytes": saved, "peak_bytes": peak})
     return found
 
@@ -279,12 +290,13 @@ def contestants_of(what, config, batch, dtype, compiled):
 
 
 def size_of(what, shape, device):
-    """Rows and tokens of one of CONTESTS."""
+    """Rows and tokens of one of a shape's CONTESTS."""
     if what == "completions":
         return COMPLETION_ROWS, COMPLETION_TOKENS
     if what == "mixed":
         return MIXED_ROWS, MIXED_TOKENS
-    return WORK[device.type][shape][:2]
+    work = WORK[device.type][shape]
+    return work.rows, work.tokens
 
 
 def measure(shape, what, rounds, device, dtype, compiled, about):
@@ -296,7 +308,7 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
     batch = make_completions(config, device) if what == "completions" else make_batch(config, n_rows, device)
     contestants, ours = contestants_of(what, config, batch, dtype, compiled)
     times = clocks.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
-    plain = next(iter(contestants))
+    first = next(iter(contestants))  # what the others are compared with
     found = []
     for name, contestant in contestants.items():
         seconds = statistics.median(times[name])
@@ -305,7 +317,7 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
             what,
             name,
             **contestant.counts,
-            **clocks.ratio("over_plain", times[name], times[plain]),
+            **clocks.ratio("over_plain", times[name], times[first]),
             **clocks.ratio("ours_over", times[ours], times[name]),
             seconds=seconds,
             tokens_per_second=n_rows * tokens / seconds,
@@ -324,40 +336,48 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
 
 # --- tables, from results.csv alone ---
 
+FLOORS = ("FLOPs: linear maps", "all FLOPs", "time ÷ all FLOPs")
+HEADS = {  # the tables' columns
+    "training": ("", "time over full's", *FLOORS, "saved", "ours over it"),
+    "completions": ("", "time over the first's", "peak memory, MB", "over the first's", "ours over it, time"),
+    "inference": ("", "time over the base's", *FLOORS),
+    "mixed": ("", "time over one task's", "milliseconds"),
+}
+
 
 def read_rows(folder):
     return lab.read_rows(folder / "results.csv", Row)
 
 
 def table(rows):
-    """Markdown of one kind of contest, all shapes."""
+    """Markdown of one of CONTESTS. rows: its Rows, shape by shape."""
     what = rows[0].what
     head = list(HEADS[what])
     if what in ("training", "inference") and rows[0].peak_bytes is not None:
         head += ["tokens/s", "peak GiB"]
     lines = []
-    for row in rows:
-        if row.contestant in (peers.FULL, peers.HEAD_EVERYWHERE, BASE, ONE_TASK):  # the first of its shape
-            plain = row
-            about = f"{row.n_layer} layers × {row.n_embd}, {row.rows} × {row.tokens} tokens"
-            lines.append([f"**{row.shape}**: {about}", *[""] * (len(head) - 1)])
-        lines.append(cells(row, plain))
+    for shape, group in itertools.groupby(rows, key=lambda row: row.shape):
+        group = list(group)
+        first = group[0]  # what the others are compared with
+        about = f"{first.n_layer} layers × {first.n_embd}, {first.rows} × {first.tokens} tokens"
+        lines.append([f"**{shape}**: {about}", *[""] * (len(head) - 1)])
+        lines += [cells(row, first) for row in group]
     return lab.markdown(head, lines)
 
 
-def cells(row, plain):
-    """A contestant's line of the table. plain: the Row of what it is compared with."""
+def cells(row, first):
+    """A contestant's line of the table. first: the Row that it is compared with."""
     ours_over = lab.spread(row.ours_over, row.ours_over_low, row.ours_over_high)
     line = [row.contestant, lab.spread(row.over_plain, row.over_plain_low, row.over_plain_high)]
     if row.what == "mixed":
         return [*line, f"{1000 * row.seconds:.2f}"]
     if row.what == "completions":
         memory = ["", ""]
-        if row.peak_bytes and plain.peak_bytes:
-            memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / plain.peak_bytes:.2f}"]
+        if row.peak_bytes and first.peak_bytes:
+            memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.peak_bytes / first.peak_bytes:.2f}"]
         return [*line, *memory, ours_over]
-    linear = row.linear_flops / plain.linear_flops
-    floor = row.flops() / plain.flops()
+    linear = row.linear_flops / first.linear_flops
+    floor = row.flops() / first.flops()
     line += [f"{linear:.3f}", f"{floor:.3f}", f"{row.over_plain / floor:.2f}"]
     if row.what == "training":
         unit = 4 * row.rows * row.tokens * row.n_layer * row.n_embd
@@ -384,7 +404,10 @@ def tables(folder):
     return "\n\n".join(pieces)
 
 
-def run(argv):
+# --- the command line ---
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=peers.SHAPES, help="default: those for the device")
     parser.add_argument("--repeats", type=int, help="rounds of a shape (default: fewer, the larger it is)")
@@ -392,7 +415,17 @@ def run(argv):
     parser.add_argument("--no-compile", action="store_true", help="leave out ours compiled, which needs a C++ compiler")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds of the smallest shape, into OUT/quick")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def contests_of(shape, device):
+    """Those of CONTESTS that a shape has on a device: completions only a Llama's, on a CPU."""
+    is_llama = not isinstance(peers.SHAPES[shape](8), GPTConfig)
+    return [what for what in CONTESTS if what != "completions" or (is_llama and device.type == "cpu")]
+
+
+def run(argv):
+    args = parse(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(device)
     work = WORK[device.type]
@@ -414,12 +447,11 @@ def run(argv):
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
     about["date"] = datetime.date.today().isoformat()
     rows = read_rows(args.out)
-    for shape, what in itertools.product(shapes, CONTESTS):
-        if what == "completions" and (device.type != "cpu" or isinstance(peers.SHAPES[shape](8), GPTConfig)):
-            continue
+    contests = [(shape, what) for shape in shapes for what in contests_of(shape, device)]
+    for shape, what in contests:
         if any((row.shape, row.what) == (shape, what) for row in rows):
             continue
-        rounds = args.repeats or work[shape][2]
+        rounds = args.repeats or work[shape].rounds
         rows += measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile, about)
         gc.collect()  # its models: PEFT's hold themselves in circles
         rows.sort(key=lambda row: (list(peers.SHAPES).index(row.shape), CONTESTS.index(row.what)))

@@ -59,7 +59,7 @@ def tiny(monkeypatch):
     """A shape called tiny, and what a run of it takes on either device."""
     monkeypatch.setitem(peers.SHAPES, "tiny", lambda block_size: CONFIG)
     for device in ("cpu", "cuda"):
-        monkeypatch.setitem(bench.WORK[device], "tiny", (3, TOKENS, 2))
+        monkeypatch.setitem(bench.WORK[device], "tiny", bench.Work(3, TOKENS, 2))
 
 
 @pytest.mark.parametrize("name", peers.TRAINING)
