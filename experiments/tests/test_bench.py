@@ -231,6 +231,8 @@ def test_ratios_point_where_the_table_says(tiny, monkeypatch):
     assert (rows[bench.MERGED].over_plain, rows[bench.MERGED].ours_over) == (4, 1.25)
     assert rows["16 tasks, mixed"].over_plain == 2
     assert rows[peers.FULL].tokens_per_second == 3 * TOKENS / 8
+    assert (rows[peers.FULL].rows, rows[peers.FULL].tokens) == (3, TOKENS)
+    assert (rows[bench.ONE_TASK].rows, rows[bench.ONE_TASK].tokens) == (bench.MIXED_ROWS, bench.MIXED_TOKENS)
 
 
 def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
