@@ -11,6 +11,7 @@ import pytest
 import torch
 from gpt2 import SIZES, as_ours, make_batch, make_both, make_theirs
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS
 from torch.nn import functional as F
 
 import common
@@ -202,6 +203,17 @@ def test_their_lora_is_refused_and_an_adapter_of_one_layer_leaves_the_others_at_
     vectors, l_q = convert.from_peft(tmp_path / "one", ours)
     assert (vectors.l_k[0] == 1).all() and (vectors.l_v[0] == 1).all() and vectors.l_ff is None
     assert torch.equal(vectors.l_v[1], scales[2 * C :, 0]) and torch.equal(l_q[1], scales[:C, 0].double())
+
+
+def test_what_peft_scales_by_default_is_what_the_page_says():
+    """docs/peft.md, on other models: the attention's part of each type's targets."""
+    assert TARGETS["llama"] == ["k_proj", "v_proj", "down_proj"]
+    for name in ("gpt_neo", "bart", "gemma", "qwen2", "qwen3", "llama4", "phi", "gptj"):
+        assert TARGETS[name][:2] == ["q_proj", "v_proj"]
+    assert TARGETS["opt"][:2] == ["q_proj", "k_proj"]
+    for name in ("bloom", "gpt_neox", "falcon"):
+        assert TARGETS[name][0] == "query_key_value"
+    assert TARGETS.keys().isdisjoint({"gemma3", "llama4_text", "qwen3_moe", "smollm3"})
 
 
 @pytest.mark.slow
