@@ -83,13 +83,6 @@ class Result:
     loss: float  # nats a byte, the mean of val's works; infinite where training diverged
 
 
-def in_order(text):
-    """The sites of 'ff,k' in the order of ORDER: 'k,ff'."""
-    if not set(text.split(",")) <= set(ORDER):
-        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(ORDER)}")
-    return ",".join(site for site in ORDER if site in text.split(","))
-
-
 def layers(depth, n_layer):
     """The layers that 'all', 'first-half', 'second-half' or a number stands for; an odd middle one is in the second."""
     half = n_layer // 2
@@ -134,7 +127,8 @@ def measure(settings, job):
             train(model, data, config)
         except FloatingPointError:
             diverged = True
-    found = lab.work_losses(model, lab.read_works(settings["data"], "val", model), config, diverged=diverged)
+    works = lab.read_works(settings["data"], "val", model)
+    found = lab.work_losses(model, works, config, diverged=diverged)
     return Result(n_values, float(lab.stack_works([found]).mean())), found
 
 
@@ -148,9 +142,10 @@ def all_jobs(values_of_axis, reference, n_seeds, cross):
     jobs = [reference._replace(sites="none", seed=1)]
     for grid in grids:
         for seed in range(1, n_seeds + 1):
-            for point in itertools.product(*grid.values()):
-                jobs.append(reference._replace(seed=seed, **dict(zip(grid, point, strict=True))))
-    return list(dict.fromkeys(jobs))
+            for values in itertools.product(*grid.values()):
+                changes = dict(zip(grid, values, strict=True))
+                jobs.append(reference._replace(seed=seed, **changes))
+    return list(dict.fromkeys(jobs))  # the reference is on every axis
 
 
 # --- comparing, from the files alone ---
@@ -168,16 +163,6 @@ class Record:
     n_diverged: int
     difference: tuple | None  # to the reference, (value, low, high) over the seeds; None where either diverged
     by_work: np.ndarray | None  # (works,) the same by work
-
-
-def place(axis, value):
-    """Where a value stands on its axis: fewer sites first, all layers, halves, then single layers."""
-    if axis == "sites":
-        sites = value.split(",")
-        return len(sites), [ORDER.index(site) for site in sites]
-    if axis == "depth":
-        return DEPTHS.index(value) if value in DEPTHS else len(DEPTHS) + int(value)
-    return value
 
 
 def read_points(folder, reference):
@@ -222,7 +207,8 @@ def summarize(folder):
         along.sort(key=lambda point: [place(axis, getattr(point, axis)) for axis in AXES])
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
         theirs = np.stack([points[reference][seed] for seed in seeds])  # (seeds, works)
-        records = [record_of(None, False, 0, np.stack([base] * len(seeds)), theirs)]
+        of_base = np.stack([base] * len(seeds))  # it is not trained: its one run stands for every seed
+        records = [record_of(None, is_reference=False, n_values=0, ours=of_base, theirs=theirs)]
         for point in along:
             ours = np.stack([points[point][seed] for seed in seeds])
             records.append(record_of(point, point == reference, n_values[point], ours, theirs))
@@ -233,6 +219,16 @@ def summarize(folder):
 def changed_axes(point, reference):
     """The axes on which a point has another value than the reference."""
     return {axis for axis in AXES if getattr(point, axis) != getattr(reference, axis)}
+
+
+def place(axis, value):
+    """Where a value stands on its axis: fewer sites first, all layers, halves, then single layers."""
+    if axis == "sites":
+        sites = value.split(",")
+        return len(sites), [ORDER.index(site) for site in sites]
+    if axis == "depth":
+        return DEPTHS.index(value) if value in DEPTHS else len(DEPTHS) + int(value)
+    return value
 
 
 def record_of(point, is_reference, n_values, ours, theirs):
@@ -270,7 +266,7 @@ def cells(axes, record):
     elif record.difference is not None:
         value, low, high = record.difference
         change = f"{value:+.4f}"
-        by_work = ", ".join(f"{value:+.4f}" for value in record.by_work)
+        by_work = ", ".join(f"{of_work:+.4f}" for of_work in record.by_work)
         if record.n_seeds > 1:
             interval = f"{low:+.4f} to {high:+.4f}"
             if low <= 0 <= high:
@@ -340,6 +336,13 @@ def draw_picture(axes, records, path):
 SUBSETS = ["k", "v", "ff", "k,v", "k,ff", "v,ff", "k,v,ff"]
 DEFAULTS = {"lr": [0.01, 0.03, 0.1, 0.3, 1.0], "steps": [25, 50, 100, 200, 400]}
 QUICK = {"lr": [0.03, 0.1], "steps": [15, 30]}
+
+
+def in_order(text):
+    """The sites of 'ff,k' in the order of ORDER: 'k,ff'."""
+    if not set(text.split(",")) <= set(ORDER):
+        raise argparse.ArgumentTypeError(f"{text!r} is not some of {','.join(ORDER)}")
+    return ",".join(site for site in ORDER if site in text.split(","))
 
 
 def parse(argv):

@@ -177,17 +177,17 @@ def trainer(name, config, batch, dtype, compiled):
     model, loss_fn = peers.build(name, config, device, dtype)
     settings = TrainConfig(lr=1e-5, dtype=str(dtype).removeprefix("torch."))
     counts = clocks.count_step(model, batch, loss_fn, settings)
-    with_model = clocks.allocated(device)
+    model_bytes = clocks.allocated(device) - before
     found = {}
     for variant, called in variants(name, model, compiled and name in (peers.FULL, peers.OURS)).items():
-        already = before + clocks.allocated(device) - with_model  # with AdamW's averages of the variant before
+        others = clocks.allocated(device) - model_bytes  # among them AdamW's averages of the variant before
         step = clocks.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
         saved = counts["saved_bytes"]
-        if called is not model:
+        if called is not model:  # compiled, it may keep something else
             with autocast(called, settings):
                 saved = clocks.count_saved(partial(loss_fn, called, *batch), called)
-        peak = clocks.peak_bytes(step, device, already)
+        peak = clocks.peak_bytes(step, device, others)
         found[variant] = Contestant(step, counts | {"saved_bytes": saved, "peak_bytes": peak})
     return found
 
@@ -274,7 +274,7 @@ def mixers(config, batch, dtype):
 
 
 def contestants_of(what, config, batch, dtype, compiled):
-    """Return {name: Contestant} of one of CONTESTS, what all are compared with first; and the name of ours."""
+    """Return {name: Contestant} of one of CONTESTS, and which name is ours. All are compared with the first."""
     found = {}
     if what == "training":
         for name in peers.TRAINING if isinstance(config, GPTConfig) else peers.TRAINING_LLAMA:
@@ -308,7 +308,7 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
     batch = make_completions(config, device) if what == "completions" else make_batch(config, n_rows, device)
     contestants, ours = contestants_of(what, config, batch, dtype, compiled)
     times = clocks.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
-    first = next(iter(contestants))  # what the others are compared with
+    first = next(iter(contestants))
     found = []
     for name, contestant in contestants.items():
         seconds = statistics.median(times[name])
@@ -358,7 +358,7 @@ def table(rows):
     lines = []
     for shape, group in itertools.groupby(rows, key=lambda row: row.shape):
         group = list(group)
-        first = group[0]  # what the others are compared with
+        first = group[0]
         about = f"{first.n_layer} layers × {first.n_embd}, {first.rows} × {first.tokens} tokens"
         lines.append([f"**{shape}**: {about}", *[""] * (len(head) - 1)])
         lines += [cells(row, first) for row in group]
@@ -380,7 +380,7 @@ def cells(row, first):
     floor = row.flops() / first.flops()
     line += [f"{linear:.3f}", f"{floor:.3f}", f"{row.over_plain / floor:.2f}"]
     if row.what == "training":
-        unit = 4 * row.rows * row.tokens * row.n_layer * row.n_embd
+        unit = 4 * row.rows * row.tokens * row.n_layer * row.n_embd  # n_embd float32 numbers a token and layer
         line += [f"{row.saved_bytes / unit:.1f}", ours_over]
     if row.peak_bytes is not None:  # of a GPU's memory
         line += [f"{row.tokens_per_second:,.0f}", f"{row.peak_bytes / 2**30:.2f}"]
@@ -428,6 +428,7 @@ def run(argv):
     args = parse(argv)
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(device)
+    compiled = not args.no_compile
     work = WORK[device.type]
     shapes = args.shape or list(work)
     if args.quick:
@@ -439,12 +440,12 @@ def run(argv):
             raise ValueError(f"shape {shape} is for a GPU; for a CPU there are {', '.join(work)}")
     if args.repeats is not None and args.repeats < 2:
         raise ValueError(f"repeats must be at least 2, for quartiles, not {args.repeats}")
-    if not args.no_compile and not shutil.which(os.environ.get("CXX", "g++")):
+    if compiled and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("torch.compile needs a C++ compiler (g++, or CXX): --no-compile leaves it out")
     peft, transformers = peers.their_packages()
     about = {"hardware": clocks.device_name(device), "dtype": dtype, "torch": torch.__version__}
     about |= {"transformers": transformers.__version__, "peft": peft.__version__}
-    lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": not args.no_compile})
+    lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": compiled})
     about["date"] = datetime.date.today().isoformat()
     rows = read_rows(args.out)
     contests = [(shape, what) for shape in shapes for what in contests_of(shape, device)]
@@ -452,7 +453,7 @@ def run(argv):
         if any((row.shape, row.what) == (shape, what) for row in rows):
             continue
         rounds = args.repeats or work[shape].rounds
-        rows += measure(shape, what, rounds, device, getattr(torch, dtype), not args.no_compile, about)
+        rows += measure(shape, what, rounds, device, getattr(torch, dtype), compiled, about)
         gc.collect()  # its models: PEFT's hold themselves in circles
         rows.sort(key=lambda row: (list(peers.SHAPES).index(row.shape), CONTESTS.index(row.what)))
         lab.write_csv(args.out / "results.csv", [vars(row) for row in rows])

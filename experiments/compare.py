@@ -16,7 +16,7 @@ reported is the last step, on test, for seeds 1 to 5. A seed draws the batches, 
 has random ones; (IA)³ starts from ones, so for it seeds vary the batches only. On folio (IA)³, full fine-tuning and
 LoRA r = 4 also train 4×, 400 steps, at the rate of 1×: the fifth command.
 
-**Learning rates.** A method's is chosen for each data on its val (256 windows, 1×, the mean of seeds 0 and 1):
+**Learning rates.** A method's rate is chosen for each data on its val (256 windows, 1×, mean of seeds 0 and 1):
 half-decades until the best has a worse one on either side, then the quarter-decades beside it. Nothing else is chosen,
 and nothing by test.
 
@@ -46,7 +46,7 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -62,13 +62,8 @@ from ia3 import fingerprint
 from model import GPT
 from train import TrainConfig, train
 
-STEPS = 100
-SEEDS = 5
-FIRST_RATE = 0.03  # where the search begins
-ON_LLAMA = ("full", "lora-all", "ia3")  # the methods that a Llama can have
-QUICK_RATE = 3e-3
-VAL_WINDOWS = 256  # to choose a learning rate
-REPEATS = 25  # of what is timed
+FIRST_RATE = 0.03  # where the search for a learning rate begins
+VAL_WINDOWS = 256  # by which it chooses
 
 
 # --- a run ---
@@ -92,7 +87,7 @@ class Settings:
 
     def config(self, **fields):
         """A TrainConfig. Where the dtype is bfloat16, weights that are float32 compute under autocast."""
-        fields = {"lr": FIRST_RATE, "weight_decay": 0.0, "dtype": self.dtype} | fields  # without lr, nothing is trained
+        fields = {"lr": FIRST_RATE, "weight_decay": 0.0, "dtype": self.dtype} | fields  # it needs an lr even to measure
         return TrainConfig(batch_size=self.batch_size, grad_accum=self.grad_accum, eval_windows=self.curve, **fields)
 
     def model(self, method, seed):
@@ -113,11 +108,11 @@ def measure(settings, job):
     model = settings.model(job.method, job.seed)
     n_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
     data = lab.load_data(settings.folders[job.data], model, ("train", "val"))
-    config = settings.config()
+    config = settings.config()  # of the base, which is not trained
     history = []
     diverged = False
     if job.method != "base":
-        every = job.steps if job.stage == "lr" else max(job.steps // 20, 1)
+        every = job.steps if job.stage == "lr" else max(job.steps // 20, 1)  # of 100 steps, 21 points of a curve
         config = settings.config(steps=job.steps, lr=job.lr, seed=job.seed, eval_interval=every)
         try:
             history = train(model, data, config)
@@ -179,15 +174,15 @@ def choose_rates(measure_jobs, data, steps, middles):
 
     measure_jobs(jobs) returns {job: Result} of these jobs; middles: {method: rates_to_try's middle}.
     """
-    losses = {name: {} for name in middles}
+    losses = {method: {} for method in middles}
     results = {}
     while True:
         jobs = []
-        for name, middle in middles.items():
-            for i in sorted(rates_to_try(losses[name], middle)):
-                jobs += [Job("lr", data, name, rate(i), steps, seed) for seed in RATE_SEEDS]
+        for method, middle in middles.items():
+            for i in sorted(rates_to_try(losses[method], middle)):
+                jobs += [Job("lr", data, method, rate(i), steps, seed) for seed in RATE_SEEDS]
         if not jobs:
-            return {name: min(of_lr, key=of_lr.get) for name, of_lr in losses.items()}
+            return {method: min(of_lr, key=of_lr.get) for method, of_lr in losses.items()}
         results |= measure_jobs(jobs)
         losses |= mean_losses(results, data, steps)
 
@@ -224,7 +219,7 @@ def print_plan(settings, data_names, methods, given, args, results):
     on the others. results: of the runs that are there.
     """
     model = settings.model(methods[0], 0)
-    done = {job._replace(lr=0.0) for job in results}  # whatever rate the search will choose
+    done = {job._replace(lr=0.0) for job in results}  # as jobs has them: a search has yet to choose
     n_runs = n_steps = n_windows = 0
     for data in data_names:
         losses = mean_losses(results, data, args.steps)
@@ -252,13 +247,17 @@ def print_plan(settings, data_names, methods, given, args, results):
 def windows_of_test(settings, data, model):
     """How many windows a run on data's test reads: val's for the curve, 21 times, and those of both texts."""
     n = 21 * settings.curve
-    for _, text, most in settings.tests(data):
+    for _, text, n_windows in settings.tests(data):
         works = lab.read_works(settings.folders[text], "test", model)
-        n += sum(min(len(work), most or len(work)) for work in works.values())
+        n += sum(min(len(work), n_windows or len(work)) for work in works.values())
     return n
 
 
 # --- the command line ---
+
+ON_LLAMA = ("full", "lora-all", "ia3")  # the methods that a Llama can have
+QUICK_RATE = 3e-3
+REPEATS = 25  # of what is timed
 
 
 def parse(argv):
@@ -268,8 +267,8 @@ def parse(argv):
     add("--data", nargs="+", default=["folio", "kjv"], help="names under data/ or folders with a test")
     add("--forget", default="plays", help="whose test shows forgetting (default: %(default)s)")
     add("--methods", nargs="+", metavar="NAME", help="of METHODS in rivals.py (default: all; of a Llama, three)")
-    add("--seeds", type=int, default=SEEDS, help="runs of each method, at most 10 (default: %(default)s)")
-    add("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
+    add("--seeds", type=int, default=5, help="runs of each method, at most 10 (default: %(default)s)")
+    add("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
     add("--lr", nargs="+", metavar="RATE", help="a rate for all, or METHOD=RATE (default: searched on val)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda or cpu")
     add("--workers", type=int, default=2, help="runs at once, a thread each (default: %(default)s)")
@@ -323,14 +322,13 @@ def make_settings(args, is_llama):
     folders = {name_of(folder): folder for folder in named}
     if len(folders) < len(set(named)):
         raise ValueError("two of these folders have the same name, and runs go by it: rename one")
-    settings = Settings(args.base, folders, name_of(args.forget), str(device), dtype)
+    sizes = {}
     if is_llama:
         # half the rows of twice the tokens, as many at once as its logits leave room for
-        settings = replace(settings, is_llama=True, batch_size=8, grad_accum=2, curve=8)
-        settings = replace(settings, test_windows=64, forget_windows=64)
+        sizes = {"batch_size": 8, "grad_accum": 2, "curve": 8, "test_windows": 64, "forget_windows": 64}
     if args.quick:
-        settings = replace(settings, curve=2, test_windows=8, forget_windows=8)
-    return settings
+        sizes |= {"curve": 2, "test_windows": 8, "forget_windows": 8}
+    return Settings(args.base, folders, name_of(args.forget), str(device), dtype, is_llama, **sizes)
 
 
 def describe(settings, base, quick):
