@@ -1,14 +1,16 @@
 """How fast text is written, beside transformers with its cache, and beside what memory allows.
 
     python -m experiments.generation --out experiments/results/generation     # minutes, on a quiet machine
+    python -m experiments.generation --dtype bfloat16 --out experiments/results/generation-bfloat16
     python -m experiments.generation --quick                                  # a small shape, to try it
 
-32 tokens are read and 256 written, greedily, in float32, by random weights in the shapes of GPT-2 124M and of
-SmolLM2-135M: one row at a time and eight. Ours run with weights as they are loaded and, as sample.py does on a CPU,
-with weights stored column by column. Contestants take turns; a ratio is taken round by round. To write a token
-every weight is read once, however few rows there are. So the floor is the bytes of the weights (an embedding that is
-only looked up left out) over the memory's bandwidth, measured by summing a tensor of 1 GiB before each shape; the
-fastest counts, since whatever else runs can only slow it. Needs requirements-dev.txt.
+32 tokens are read and 256 written, greedily, by random weights in the shapes of GPT-2 124M and of SmolLM2-135M, or in
+bfloat16 of the latter alone, which was published in it: one row at a time and eight. Ours run with weights as they are
+loaded and, as sample.py has them on a CPU in float32, with weights stored column by column. Contestants take turns; a
+ratio is taken round by round. To write a token every weight is read once, however few rows there are. So the floor is
+the bytes of the weights (an embedding that is only looked up left out) over the memory's bandwidth, measured by summing
+a tensor of 1 GiB before each shape; the fastest counts, since whatever else runs can only slow it. Needs requirements-
+dev.txt.
 """
 
 import argparse
@@ -74,14 +76,14 @@ def bandwidth():
 
 
 @torch.no_grad()
-def measure(shape, n_rows, about):
+def measure(shape, n_rows, dtype, about):
     """Return the Rows of a shape. about: a Row's last fields, a dict from bytes_per_second on."""
     config = SHAPES[shape]
-    model = peers.our_model(config).eval()
+    model = peers.our_model(config).to(dtype).eval()
     for l in attach(model).parameters():
         torch.nn.init.normal_(l, mean=1.0, std=0.3)
     merged = merge(model)
-    theirs = peers.their_model(config).eval()
+    theirs = peers.their_model(config).to(dtype).eval()
     idx = torch.randint(0, config.vocab_size, (n_rows, READ), generator=torch.Generator().manual_seed(0))
     length = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN}
     write = partial(
@@ -118,10 +120,11 @@ def read_rows(folder):
 def tables(folder):
     """Return Markdown, made of results.csv in folder alone."""
     rows = read_rows(folder)
+    dtype = lab.read_about(folder)["dtype"]
     first = rows[0]
     fastest = max(row.bytes_per_second for row in rows)
     about = (
-        f"{first.hardware}, float32, torch {first.torch}, transformers {first.transformers}, {first.date}; "
+        f"{first.hardware}, {dtype}, torch {first.torch}, transformers {first.transformers}, {first.date}; "
         f"{READ} tokens read, {WRITTEN} written; medians (quartiles) of {first.rounds} rounds. "
         f"Memory is read at {fastest / 1e9:.1f} GB a second."
     )
@@ -137,10 +140,16 @@ def tables(folder):
 def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant, 2 or more (default: 7)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("out/generation"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a small shape and two rounds, into OUT/quick")
     args = parser.parse_args(argv)
-    shapes = ["small"] if args.quick else ["GPT-2 124M", "SmolLM2-135M"]
+    if args.quick:
+        shapes = ["small"]
+    elif args.dtype == "bfloat16":
+        shapes = ["SmolLM2-135M"]
+    else:
+        shapes = ["GPT-2 124M", "SmolLM2-135M"]
     rounds = 2 if args.quick else args.rounds
     out = args.out / "quick" if args.quick else args.out
     if not 2 <= rounds <= 1000:
@@ -148,7 +157,7 @@ def run(argv):
     _, transformers = peers.their_packages()
     shared = {"rounds": rounds, "hardware": clocks.device_name(torch.device("cpu")), "torch": torch.__version__}
     shared |= {"transformers": transformers.__version__}
-    lab.open_folder(out, shared)
+    lab.open_folder(out, shared | {"dtype": args.dtype})
     shared["date"] = datetime.date.today().isoformat()
     rows = read_rows(out)
     for shape in shapes:
@@ -158,7 +167,7 @@ def run(argv):
                 continue
             print(f"{shape}, rows: {n_rows}", flush=True)
             rows = [row for row in rows if row not in there]
-            rows += measure(shape, n_rows, {"bytes_per_second": bandwidth()} | shared)
+            rows += measure(shape, n_rows, getattr(torch, args.dtype), {"bytes_per_second": bandwidth()} | shared)
             lab.write_csv(out / "results.csv", [vars(row) for row in rows])
     text = tables(out)
     lab.save_text(text, out / "table.md")

@@ -371,6 +371,10 @@ def test_generation_writes_its_table_and_goes_on(tmp_path, monkeypatch, capsys):
     model = make_gpt()
     everything = sum(p.numel() for p in model.parameters())
     assert generation.weight_bytes(model) == 4 * (everything - model.transformer.wpe.weight.numel())
+    halves = ["--quick", "--dtype=bfloat16", "--out"]
+    assert generation.main([*halves, str(tmp_path)]) == 2 and "dtype float32" in capsys.readouterr().err
+    assert generation.main([*halves, str(tmp_path / "halves")]) == 0 and "bfloat16" in capsys.readouterr().out
+    assert 2 * generation.read_rows(tmp_path / "halves/quick")[0].weight_bytes == rows[0].weight_bytes
     before = (tmp_path / "quick/results.csv").read_bytes()
     assert generation.main(["--quick", "--out", str(tmp_path)]) == 0  # nothing is left to measure
     assert (tmp_path / "quick/results.csv").read_bytes() == before
