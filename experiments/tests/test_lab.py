@@ -136,6 +136,7 @@ MAKERS = {
     "compare-smollm2": compare_tables,
     "edge": edge,
     "generation": generation,
+    "generation-bfloat16": generation,
     "quantized": quantized,
 }
 
