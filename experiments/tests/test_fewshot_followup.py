@@ -1,5 +1,7 @@
 """The two later questions, on a tiny random Llama and made sentences: no test says who wins."""
 
+from dataclasses import replace
+
 import numpy as np
 from here import Here
 from test_fewshot import write_sets
@@ -65,3 +67,11 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
     assert (out / "draws.png").stat().st_size > 1000
     results, _ = lab.load_runs(out, shots.Run, shots.Result)
     assert len(results) == 5 + 12 + 3  # of sites, rates and draws
+
+
+def test_the_committed_table_is_made_of_the_committed_runs():
+    folder = lab.RESULTS / "fewshot-followup"
+    about, runs_made = fewshot_followup.read_folder(folder)
+    settings = replace(shots.Settings(), seeds=fewshot_followup.SEEDS)
+    text, _ = fewshot_followup.tables(runs_made, settings, about["values"])
+    assert (folder / "table.md").read_text(encoding="utf-8") == text + "\n"
