@@ -181,13 +181,12 @@ def pick_dtype(device, frozen=None):
 
     frozen: the model, if its weights are not trained.
     """
-    if device.type == "cuda":
-        in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and frozen is not None and not isinstance(frozen, GPT):
-        in_bfloat16 = frozen.lm_head.weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16()
-    else:
-        in_bfloat16 = False
-    return "bfloat16" if in_bfloat16 else "float32"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    stored = None if frozen is None or isinstance(frozen, GPT) else frozen.lm_head.weight.dtype  # a Llama's
+    if device.type == "cpu" and stored == torch.bfloat16 and cpu_multiplies_bfloat16():
+        return "bfloat16"
+    return "float32"
 
 
 def cpu_multiplies_bfloat16():

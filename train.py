@@ -438,6 +438,25 @@ def compile_model(args, model):
         print("there is no C++ compiler here, so a step is slower than it could be", file=sys.stderr)
 
 
+def train_until_interrupted(model, data, config):
+    """train(), but Ctrl-C lets the step finish, so that what is saved is whole. A second one stops at once."""
+    _, world = ranks()
+    if world > 1:  # each process would stop at a step of its own
+        return train(model, data, config)
+    stop = threading.Event()
+    usual = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        return train(model, data, config, should_stop=stop.is_set)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 def run(argv):
     """One run: from flags to a folder of files."""
     args = parse(argv)
@@ -449,7 +468,7 @@ def run(argv):
         gpu = device if device.type == "cuda" else None
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
-    rank, world = ranks()
+    rank, _ = ranks()
     if rank == 0:
         n = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"{n:,} values learn {args.data} on {args.base} ({model.lm_head.weight.device}, {args.dtype})")
@@ -457,20 +476,7 @@ def run(argv):
     prompt = data["val"].prompt(64)
     before = complete(model, prompt, temperature=0.5)
 
-    # Ctrl-C lets the step finish, so that what is saved is whole; a second one stops at once
-    stop = threading.Event()
-    usual = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(*_):
-        stop.set()
-        signal.signal(signal.SIGINT, usual)
-
-    if world == 1:  # of several processes each would stop at a step of its own
-        signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        history = train(model, data, config, should_stop=stop.is_set)
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    history = train_until_interrupted(model, data, config)
     if history[-1]["step"] < config.steps:
         print(f"train.py: stopped; --resume continues from {args.out}/last.pt", file=sys.stderr)
         return 130

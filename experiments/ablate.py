@@ -86,12 +86,11 @@ class Result:
 def layers(depth, n_layer):
     """The layers that 'all', 'first-half', 'second-half' or a number stands for; an odd middle one is in the second."""
     half = n_layer // 2
-    chosen = {"all": range(n_layer), "first-half": range(half), "second-half": range(half, n_layer)}.get(depth, [])
-    if depth.isdecimal() and int(depth) < n_layer:
-        chosen = [int(depth)]
-    if not chosen:
+    parts = {"all": range(n_layer), "first-half": range(half), "second-half": range(half, n_layer)}
+    parts |= {str(i): [i] for i in range(n_layer)}
+    if not parts.get(depth):  # one layer has no first half
         raise ValueError(f"depth must be {', '.join(DEPTHS)}, or a layer from 0 to {n_layer - 1}, not {depth}")
-    return list(chosen)
+    return list(parts[depth])
 
 
 def hold(vectors, chosen):
@@ -409,7 +408,7 @@ def run(argv):
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(device)
     workers = 1 if device.type == "cuda" else args.workers
-    model = common.load(args.base)
+    model = common.load(args.base, getattr(torch, dtype))
     data = lab.load_data(args.data, model, ("train", "val"))
     works = lab.read_works(args.data, "val", model)
     values_of_axis = choose_axes(args, model.config.n_layer)

@@ -26,9 +26,9 @@ RATE = 3e-3  # the paper's
 PLACE = 0  # of the template: "Sentence: ...\nSentiment: negative"
 
 
-def share_right(model, rows, shots=()):
-    """The share of rows that the model answers rightly, behind the examples shots."""
-    best = score_template(model, rows, PLACE, shots=shots).argmax(-1).tolist()
+def share_right(model, rows, examples=()):
+    """The share of rows that the model answers rightly, behind the examples."""
+    best = score_template(model, rows, PLACE, examples=examples).argmax(-1).tolist()
     return sum(answer == row.label for answer, row in zip(best, rows, strict=True)) / len(rows)
 
 

@@ -65,21 +65,24 @@ def open_folder(folder, about):
     ValueError where others' runs are.
     """
     path = folder / "about.json"
-    found = None
-    merged = about
-    if path.exists():
-        found = read_about(folder)
-        merged = {}
-        for name in found | about:
-            theirs = found.get(name, {})
-            ours = about.get(name, {})
-            if contradict(theirs, ours):
-                difference = f"{name} {found.get(name)}, not {about.get(name)}"
-                raise ValueError(f"{folder} holds runs with {difference}: name a new --out")
-            merged[name] = theirs | ours if isinstance(ours, dict) else ours
+    found = read_about(folder) if path.exists() else None
+    merged = about if found is None else merge_abouts(found, about, folder)
     if merged != found:
         with replace_file(path, text=True) as f:
             f.write(json.dumps(merged, indent=1) + "\n")
+
+
+def merge_abouts(found, about, folder):
+    """Return what folder's about.json becomes. Raises ValueError where found, what it says, contradicts about."""
+    merged = {}
+    for name in found | about:
+        theirs = found.get(name, {})
+        ours = about.get(name, {})
+        if contradict(theirs, ours):
+            difference = f"{name} {found.get(name)}, not {about.get(name)}"
+            raise ValueError(f"{folder} holds runs with {difference}: name a new --out")
+        merged[name] = theirs | ours if isinstance(ours, dict) else ours
+    return merged
 
 
 def contradict(theirs, ours):
@@ -115,23 +118,21 @@ def read_csv(path, columns):
             if reader.fieldnames != list(columns):
                 raise ValueError("other columns")
             return [parse_row(cells, columns) for cells in reader]
-        except (csv.Error, TypeError, ValueError) as e:  # TypeError: too few cells
+        except (csv.Error, ValueError) as e:
             why = f"line {max(reader.line_num, 1)}: {e}"
             raise ValueError(f"{path} is not what this command wrote ({why}): remove it to measure again") from None
 
 
 def parse_row(cells, columns):
     """The values of a CSV's row. cells: {name: text}; columns: {name: type}."""
-    if None in cells:
+    if None in cells:  # how csv names the cells beyond the columns
         raise ValueError("too many cells")
+    if None in cells.values():  # and how it fills those that are missing
+        raise ValueError("too few cells")
     row = {}
     for name, kind in columns.items():
-        kinds = get_args(kind) or (kind,)  # of float | None: both
-        may_be_empty = len(kinds) > 1
-        if may_be_empty and cells[name] == "":
-            row[name] = None
-        else:
-            row[name] = kinds[0](cells[name])
+        first, *others = get_args(kind) or (kind,)  # of float | None: both
+        row[name] = None if others and cells[name] == "" else first(cells[name])
     return row
 
 

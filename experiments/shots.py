@@ -194,16 +194,16 @@ def context(tokenizer, form, examples, template):
 # --- scores ---
 
 
-def score_template(model, sentences, template, form="plain", shots=(), soft=()):
+def score_template(model, sentences, template, form="plain", examples=(), soft=()):
     """β of every choice in one template, (sentences, N). Before each question stand the ids soft and the examples."""
     split = ranking.SharedPrompts([ask(model.tokenizer, form, sentence, template) for sentence in sentences])
-    prefix = [*soft, *context(model.tokenizer, form, shots, template)]
+    prefix = [*soft, *context(model.tokenizer, form, examples, template)]
     return ranking.scores(model, split, prefix)
 
 
-def score_templates(model, sentences, form="plain", shots=(), soft=()):
+def score_templates(model, sentences, form="plain", examples=(), soft=()):
     """score_template for every template: (templates, sentences, N) float64."""
-    found = [score_template(model, sentences, t, form, shots, soft) for t in range(N_TEMPLATES)]
+    found = [score_template(model, sentences, t, form, examples, soft) for t in range(N_TEMPLATES)]
     return torch.stack(found).numpy()
 
 
@@ -358,10 +358,10 @@ def soft_prompt(model, run):
 
 def learned_model(settings, run):
     """The base after it has learned what the run says, if anything; and whether its training diverged."""
-    dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, settings.dtype)  # in which it answers
     full = run.method == "full"
-    # steps of 1e-5 would vanish in bfloat16 weights
-    model = common.load(settings.base, torch.float32 if full else dtype).to(settings.device)
+    held = torch.float32 if full else dtype  # in which it learns: steps of 1e-5 would vanish in bfloat16 weights
+    model = common.load(settings.base, held).to(settings.device)
     if run.steps == 0:
         return model, False
 
@@ -376,10 +376,10 @@ def learned_model(settings, run):
         lessons.append(draw(other_sets(settings, run.task), settings.n_source, run.seed))
     if run.k > 0:
         lessons.append(draw(read_task(settings.data, run.task, "train"), run.k, run.seed))
+    losses = LOSSES.get(run.method, ranking.LOSSES)
     diverged = False
     for sentences in lessons:
         split = pairs_to_learn(model.tokenizer, sentences, soft_prompt(model, run))
-        losses = LOSSES.get(run.method, ranking.LOSSES)
         try:
             train_on(model, split, run.lr, run.steps, run.seed, losses, settings.dtype)
         except FloatingPointError:
@@ -398,13 +398,13 @@ def measure(settings, run):
     started = time.time()
     torch.manual_seed(run.seed)  # initial values, where they are random
     model, diverged = learned_model(settings, run)
-    shots = examples_in_context(settings, run)
+    examples = examples_in_context(settings, run)
     sentences = read_task(settings.data, run.task, run.split)[: settings.items]
-    beta = score_templates(model, sentences, run.form, shots, soft_prompt(model, run))
+    beta = score_templates(model, sentences, run.form, examples, soft_prompt(model, run))
     beta = np.where(np.isnan(beta), -np.inf, beta)
     arrays = {"beta": beta, "labels": np.array([sentence.label for sentence in sentences])}
     if run.steps == 0:
-        arrays["free"] = score_templates(model, content_free(run.task), run.form, shots)
+        arrays["free"] = score_templates(model, content_free(run.task), run.form, examples)
     if run.method == "zero" and run.form == "plain":
         arrays |= floors(model, sentences, beta, settings, run.task)
     return Result(accuracy_of([right(arrays)]), int(diverged), time.time() - started), arrays

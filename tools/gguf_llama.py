@@ -369,9 +369,11 @@ def to_gguf(source, vectors, path):
     and ValueError as from_gguf does, for vectors of another base, for stacked ones, and as scale_rows does.
     """
     disk.check_output(path, [source])
-    base = fingerprint(read_llama(source)[0])
-    if vectors.is_stacked() or vectors.fingerprint not in (None, base):
+    model, _ = read_llama(source)
+    fits = (vectors.config.n_layer, vectors.config.widths) == (model.config.n_layer, model.config.widths)
+    if vectors.is_stacked() or not fits or vectors.fingerprint not in (None, fingerprint(model)):
         raise ValueError(f"these vectors are stacked, or of another base than {source}")
+    del model
     _, tensors = read_header(source)
     with disk.replace_file(path) as out:
         with open(source, "rb") as f:

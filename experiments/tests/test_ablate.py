@@ -42,6 +42,9 @@ def test_two_halves_make_the_whole(n_layer):
     assert halves[0] + halves[1] == ablate.layers("all", n_layer) == list(range(n_layer))
     assert 0 <= len(halves[1]) - len(halves[0]) <= 1
     assert [ablate.layers(str(i), n_layer) for i in range(n_layer)] == [[i] for i in range(n_layer)]
+    for depth in ("01", str(n_layer), "-1"):  # "01" would be layer 1 a second time, with a row of its own
+        with pytest.raises(ValueError, match="depth must be"):
+            ablate.layers(depth, n_layer)
 
 
 @pytest.mark.parametrize("sites, depth", [("k,v,ff", "first-half"), ("ff", "2"), ("k,v", "second-half"), ("v", "all")])

@@ -239,6 +239,12 @@ def test_a_csv_that_is_edited_empty_or_foreign_is_one_clear_line(tmp_path, text,
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_text_that_is_missing_at_the_end_of_a_row_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("seed,name\n1,x\n2\n")
+    with pytest.raises(ValueError, match="line 3: too few cells"):
+        lab.read_csv(tmp_path / "a.csv", {"seed": int, "name": str})
+
+
 def test_a_small_file_that_unfolds_to_gigabytes_is_not_read(tmp_path):
     np.savez_compressed(tmp_path / "windows.npz", **{"x/nats": np.zeros(10**8 + 1, dtype=bool)})
     assert (tmp_path / "windows.npz").stat().st_size < 10**6

@@ -292,7 +292,11 @@ def test_vectors_of_another_base_and_vectors_twice(small, capsys):
     vectors = make_ia3(make_model(n_embd=32, n_hidden=32))
     with pytest.raises(ValueError, match="another base"):
         to_gguf(small / "base.gguf", vectors, small / "other.gguf")
-    vectors = IA3.load(small / "ia3.npz", convert.from_gguf(small / "base.gguf"))
+    base = convert.from_gguf(small / "base.gguf")
+    deeper = dataclasses.replace(base.config, n_layer=base.config.n_layer + 1)
+    with pytest.raises(ValueError, match="another base"):  # of no known base, and a layer too many
+        to_gguf(small / "base.gguf", IA3(deeper), small / "other.gguf")
+    vectors = IA3.load(small / "ia3.npz", base)
     with pytest.raises(ValueError, match="would replace"):
         to_gguf(small / "base.gguf", vectors, small / "base.gguf")
 
