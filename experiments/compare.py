@@ -222,19 +222,13 @@ def print_plan(settings, data_names, methods, given, args, results):
     done = {job._replace(lr=0.0) for job in results}  # as jobs has them: a search has yet to choose
     n_runs = n_steps = n_windows = 0
     for data in data_names:
-        losses = mean_losses(results, data, args.steps)
-        for method in methods:
-            tried = losses.get(method, {})
-            if method not in given and rates_to_try(tried, middle_of(FIRST_RATE)):
-                expected = 7 if data == data_names[0] else 5
-                n = max(expected - len(tried), 1) * len(RATE_SEEDS)
-                n_runs += n
-                n_steps += n * args.steps
-                n_windows += n * (VAL_WINDOWS + 2 * settings.curve)
+        expected = 7 if data == data_names[0] else 5
+        n = len(RATE_SEEDS) * rates_left(mean_losses(results, data, args.steps), methods, given, expected)
         jobs = jobs_on_test(data, dict.fromkeys(methods, 0.0), args.steps, args.seeds)
         left = [job for job in jobs if job not in done]
-        n_runs += len(left)
-        n_steps += sum(job.steps for job in left)
+        n_runs += n + len(left)
+        n_steps += n * args.steps + sum(job.steps for job in left)
+        n_windows += n * (VAL_WINDOWS + 2 * settings.curve)
         n_windows += len(left) * windows_of_test(settings, data, model)
 
     split = lab.load_data(settings.folders[data_names[0]], model, ("train", "val"))["train"]
@@ -242,6 +236,19 @@ def print_plan(settings, data_names, methods, given, args, results):
     hours = (n_steps * a_step + n_windows * a_window) / args.workers / 3600
     print(f"{n_runs} runs are left, {n_steps:,} steps, {n_windows:,} windows read: ", end="")
     print(f"about {hours:.1f} hours on {args.workers} cores", flush=True)
+
+
+def rates_left(losses, methods, given, expected):
+    """How many rates the searches have still to try, about: each tries as many as expected, and at least one more.
+
+    losses: mean_losses'.
+    """
+    n = 0
+    for method in methods:
+        tried = losses.get(method, {})
+        if method not in given and rates_to_try(tried, middle_of(FIRST_RATE)):
+            n += max(expected - len(tried), 1)
+    return n
 
 
 def windows_of_test(settings, data, model):

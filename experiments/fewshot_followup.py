@@ -147,26 +147,25 @@ def rate_table(tried, rates):
     return lab.markdown(["method", "rate", "accuracy on products' val", "by draw", ""], lines)
 
 
-def whole_draws(runs_made, settings, rates):
-    """The draws that every method has: {task: {method: {seed: (templates, sentences) bool}}}."""
-    runs = runs_of_draws(settings, rates)
+def whole_draws(runs_made, runs):
+    """The draws that every method has: {task: {method: {seed: (templates, sentences) bool}}}. runs: runs_of_draws'."""
     whole = {}
     for task in TASKS:
-        draws = {method: draws_of(runs_made, runs, task, method) for method in rates}
-        seeds = set.intersection(*[set(of_seed) for of_seed in draws.values()])
+        by_method = {method: draws_of(runs_made, runs, task, method) for method in TITLES}
+        seeds = set.intersection(*[set(draws) for draws in by_method.values()])
         if seeds:
-            whole[task] = {method: {seed: of_seed[seed] for seed in seeds} for method, of_seed in draws.items()}
+            whole[task] = {method: {seed: draws[seed] for seed in seeds} for method, draws in by_method.items()}
     return whole
 
 
 def rival_table(whole, rates, n_values):
     """One line per task and method; (IA)³'s difference from each rival. whole: whole_draws'."""
     lines = []
-    for task, draws in whole.items():
-        for method, of_seed in draws.items():
+    for task, by_method in whole.items():
+        for method, draws in by_method.items():
             line = [task, TITLES[method], f"{n_values[method]:,}", f"{rates[method]:g}"]
-            line.append(fewshot_tables.range_of_draws(of_seed.values()))
-            line += [""] * 4 if method == "ia3" else compared(draws["ia3"], of_seed)
+            line.append(fewshot_tables.range_of_draws(draws.values()))
+            line += [""] * 4 if method == "ia3" else compared(by_method["ia3"], draws)
             lines.append(line)
     head = ["task", "method", "values", "rate", "accuracy (lowest to highest draw), draws"]
     head += [f"(IA)³ less it: {name}" for name in fewshot_tables.DIFFERENCE] + fewshot_tables.ON_FIRST
@@ -176,9 +175,9 @@ def rival_table(whole, rates, n_values):
 def picture(whole, path):
     """A dot per draw, lines between the same draw's, a panel per task. whole: whole_draws'."""
     figure, panels = plt.subplots(1, len(whole), figsize=(4 * len(whole), 3.2), squeeze=False)
-    for panel, (task, draws) in zip(panels[0], whole.items(), strict=True):
-        for seed in draws["ia3"]:
-            accuracies = [100 * shots.accuracy_of([of_seed[seed]]) for of_seed in draws.values()]
+    for panel, (task, by_method) in zip(panels[0], whole.items(), strict=True):
+        for seed in by_method["ia3"]:
+            accuracies = [100 * shots.accuracy_of([draws[seed]]) for draws in by_method.values()]
             panel.plot(list(TITLES.values()), accuracies, "o-", color="tab:blue", alpha=0.4)
         panel.set_title(task)
         panel.tick_params(axis="x", labelrotation=15)
@@ -197,7 +196,7 @@ def tables(runs_made, settings, n_values):
     tried = accuracies_on_products(runs_made, settings)
     rates = choose(tried)
     wanted = runs_of_draws(settings, rates)
-    whole = whole_draws(runs_made, settings, rates)
+    whole = whole_draws(runs_made, wanted)
     pieces += [
         "**The rivals at their best**, each at the rate that products chose; a difference is clear where both of its "
         f"intervals exclude 0. {sum(run in runs_made for run in wanted)} of {len(wanted)} runs are made.",

@@ -225,6 +225,19 @@ def start_worker():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - train()'s progress, of several processes at once
 
 
+def submit(pool, measure, jobs):
+    """Hand the jobs to the pool's workers. Returns {future: job}.
+
+    Ctrl-C reaches every process of a terminal's command: workers inherit that they ignore it, and this one ends them.
+    Else it would now and then see a dead worker before it heard of the Ctrl-C itself.
+    """
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return {pool.submit(measure, job): job for job in jobs}
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
     """Call measure(job) for every job that folder lacks, in so many processes, and write each run down at once.
 
@@ -237,17 +250,11 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
     left = [job for job in dict.fromkeys(jobs) if job not in results]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
-        # Ctrl-C reaches every process of a terminal's command: workers inherit that they ignore it, and this one ends
-        # them. Else it would now and then see a dead worker before it heard of the Ctrl-C itself
-        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            running = {pool.submit(measure, job): job for job in left}
-        finally:
-            signal.signal(signal.SIGINT, usual)
+        running = submit(pool, measure, left)
         start = time.time()
         n = 0
         for future in as_completed(running):
-            if future.cancelled():
+            if future.cancelled():  # below: the minutes were over
                 continue
             n += 1
             job = running[future]

@@ -162,12 +162,12 @@ def place_tensors(header, infos, about):
     alignment = about.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"an alignment of {alignment!r}")
-    first = aligned(header.at, alignment)  # places are counted from here
-    start = first
+    data_start = aligned(header.at, alignment)
+    start = data_start
     tensors = {}
-    for name, (kind, shape, place) in infos.items():
+    for name, (kind, shape, offset) in infos.items():  # offset: from data_start
         n_weights, n_bytes = sizes[kind]  # of a block
-        if first + place != start or shape[-1] % n_weights:
+        if data_start + offset != start or shape[-1] % n_weights:
             raise ValueError(f"{name[:80]!r} is not where the tensor before it ends, or has a row of {shape[-1]}")
         row_bytes = shape[-1] // n_weights * n_bytes
         end = start + prod(shape[:-1]) * row_bytes
@@ -238,22 +238,20 @@ def build_llama(about, tensors):
     config = llama_config(about, tensors)
     model = common.empty_model(Llama, config, len(tensors))
     shapes = {name: t.shape for name, t in model.state_dict().items()}
-    names = {gguf_name(name): name for name in shapes}
+    ours_of = {gguf_name(name): name for name in shapes}
     if config.tied:
-        del names["output.weight"]
+        del ours_of["output.weight"]
     tensors = {name: t for name, t in tensors.items() if name != "rope_freqs.weight"}  # llama_config has read it
-    check_names(tensors, names, "LLaMA", config.n_layer)
+    check_names(tensors, ours_of, "LLaMA", config.n_layer)
+    heads = {"attn_q": config.n_head, "attn_k": config.n_kv_head}  # of the sites whose rows GGUF has in another order
     weights = {}
     for theirs, tensor in tensors.items():
-        ours = names[theirs]
+        ours = ours_of[theirs]
         if tensor.shape != list(shapes[ours]):  # before it is unpacked: a small file may claim any shape
             raise ValueError(f"{theirs} is {tuple(tensor.shape)}, not {tuple(shapes[ours])}")
         t = disk.check_weight(dequantize(tensor), theirs)
-        if ".attn_q." in theirs:
-            t = from_interleaved(t, config.n_head)
-        elif ".attn_k." in theirs:
-            t = from_interleaved(t, config.n_kv_head)
-        weights[ours] = t
+        site = theirs.split(".")[-2]  # of blk.0.attn_q.weight: attn_q
+        weights[ours] = from_interleaved(t, heads[site]) if site in heads else t
     if config.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     common.load_weights(model, weights)

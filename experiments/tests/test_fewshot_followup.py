@@ -28,7 +28,7 @@ def test_the_draws_of_all_methods_are_compared_and_no_others():
     assert len(set(runs)) == len(runs) == 60 and {run.split for run in runs} == {"test"}
     arrays = {"beta": np.zeros((3, 4, 2)), "labels": np.zeros(4)}
     found = dict.fromkeys(runs[:11], arrays)  # draw 0 of both tasks, draw 1 of movies, two methods of news
-    whole = fewshot_followup.whole_draws(found, settings, rates)
+    whole = fewshot_followup.whole_draws(found, runs)
     assert whole.keys() == {"movies", "news"} and whole["movies"].keys() == whole["news"].keys() == rates.keys()
     assert all(of_seed.keys() == {0, 1} for of_seed in whole["movies"].values())
     assert all(of_seed.keys() == {0} for of_seed in whole["news"].values())
