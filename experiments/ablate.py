@@ -202,12 +202,11 @@ def summarize(folder):
     groups = [tuple(varied)] if about["crossed"] else [(axis,) for axis in varied]
     summary = {}
     for axes in groups:
-        along = [point for point in points if changed[point] <= set(axes)]
-        along.sort(key=lambda point: [place(axis, getattr(point, axis)) for axis in AXES])
+        along = sorted((point for point in points if changed[point] <= set(axes)), key=order)
         seeds = sorted(set.intersection(*[set(points[point]) for point in along]))
         theirs = np.stack([points[reference][seed] for seed in seeds])  # (seeds, works)
-        of_base = np.stack([base] * len(seeds))  # it is not trained: its one run stands for every seed
-        records = [record_of(None, is_reference=False, n_values=0, ours=of_base, theirs=theirs)]
+        of_base = np.tile(base, (len(seeds), 1))  # not trained: its one run stands for every seed
+        records = [record_of(None, False, 0, of_base, theirs)]
         for point in along:
             ours = np.stack([points[point][seed] for seed in seeds])
             records.append(record_of(point, point == reference, n_values[point], ours, theirs))
@@ -220,14 +219,11 @@ def changed_axes(point, reference):
     return {axis for axis in AXES if getattr(point, axis) != getattr(reference, axis)}
 
 
-def place(axis, value):
-    """Where a value stands on its axis: fewer sites first, all layers, halves, then single layers."""
-    if axis == "sites":
-        sites = value.split(",")
-        return len(sites), [ORDER.index(site) for site in sites]
-    if axis == "depth":
-        return DEPTHS.index(value) if value in DEPTHS else len(DEPTHS) + int(value)
-    return value
+def order(point):
+    """The key by which points are sorted, axis by axis: fewer sites first; all layers, halves, then single layers."""
+    sites = point.sites.split(",")
+    depth = DEPTHS.index(point.depth) if point.depth in DEPTHS else len(DEPTHS) + int(point.depth)
+    return len(sites), [ORDER.index(site) for site in sites], depth, point.lr, point.steps
 
 
 def record_of(point, is_reference, n_values, ours, theirs):
@@ -253,13 +249,12 @@ def value_text(axis, point):
 
 def cells(axes, record):
     """A record's line in the table of axes."""
-    names = ["the base", *[""] * (len(axes) - 1)]
-    if record.point is not None:
+    if record.point is None:
+        names = ["the base", *[""] * (len(axes) - 1)]
+    else:
         names = [value_text(axis, record.point) for axis in axes]
-    loss = f"{record.loss:.4f}"
+    loss = f"diverged, {record.n_diverged} of {record.n_seeds}" if record.n_diverged else f"{record.loss:.4f}"
     change = interval = by_work = ""
-    if record.n_diverged:
-        loss = f"diverged, {record.n_diverged} of {record.n_seeds}"
     if record.is_reference:
         change = "reference"
     elif record.difference is not None:
@@ -289,35 +284,43 @@ def tables(folder):
     return "\n\n".join(pieces)
 
 
+def half_width(record):
+    """Half of the difference's interval, which is symmetric; 0 where there is none."""
+    if record.difference is None or record.n_seeds == 1:
+        return 0.0
+    value, low, _ = record.difference
+    return value - low
+
+
+def lines_of(axes, records, numeric):
+    """Return {label: [(x, loss, half of the interval)]} and {x: its name}. What diverged has the loss NaN."""
+    *others, last = axes
+    lines = {}
+    ticks = {}
+    for record in records:
+        label = ", ".join(value_text(axis, record.point) for axis in others)
+        name = value_text(last, record.point)
+        x = getattr(record.point, last) if numeric else name.replace("-", "\n")  # names stand close together
+        loss = math.nan if record.n_diverged else record.loss
+        lines.setdefault(label, []).append((x, loss, half_width(record)))
+        ticks[x] = name
+    return lines, ticks
+
+
 def draw_picture(axes, records, path):
     """The loss along the last of the axes, a line for every point of the others; bars: 95 % of the difference."""
     base, *records = records
     *others, last = axes
     numeric = last in ("lr", "steps")
+    lines, ticks = lines_of(axes, records, numeric)
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
     panel.axhline(base.loss, color="k", ls="--", lw=1, label="the base")
-    lines = {}
-    diverged = []
-    ticks = {}  # {place on the axis: its name}
-    for record in records:
-        label = ", ".join(value_text(axis, record.point) for axis in others)
-        name = value_text(last, record.point)
-        x = getattr(record.point, last) if numeric else name.replace("-", "\n")  # names stand close together
-        loss = record.loss
-        if record.n_diverged:
-            loss = math.nan
-            diverged.append(x)
-        half = 0.0  # of the interval, which is symmetric
-        if record.difference is not None and record.n_seeds > 1:
-            value, low, _ = record.difference
-            half = value - low
-        lines.setdefault(label, []).append((x, loss, half))
-        ticks[x] = name
     for label, line in lines.items():
         xs, losses, halves = zip(*line, strict=True)
         panel.errorbar(xs, losses, halves, fmt="o-" if numeric or others else "o", ms=4, capsize=3, label=label)
-    for x in diverged:
-        panel.plot(x, 0.5, "kx", transform=panel.get_xaxis_transform())
+    for x, loss, _ in itertools.chain(*lines.values()):
+        if math.isnan(loss):
+            panel.plot(x, 0.5, "kx", transform=panel.get_xaxis_transform())
     if numeric:
         panel.set_xscale("log")
         panel.minorticks_off()

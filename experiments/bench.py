@@ -155,9 +155,9 @@ def make_batch(config, rows, device):
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
 
-def make_completions(config, device):
+def make_completions(config, rows, device):
     """make_batch's for peers.COMPLETIONS: the last COMPLETION_TARGETS positions of each row have targets, others -1."""
-    x, y = make_batch(config, COMPLETION_ROWS, device)
+    x, y = make_batch(config, rows, device)
     y[:, :-COMPLETION_TARGETS] = -1
     return x, y
 
@@ -180,21 +180,21 @@ def trainer(name, config, batch, dtype, compiled):
     model_bytes = clocks.allocated(device) - before
     found = {}
     for variant, called in variants(name, model, compiled and name in (peers.FULL, peers.OURS)).items():
-        others = clocks.allocated(device) - model_bytes  # among them AdamW's averages of the variant before
+        without_model = clocks.allocated(device) - model_bytes  # such as AdamW's averages of the variant before
         step = clocks.training_step(called, batch, loss_fn, settings)
         step()  # compiles; makes AdamW's averages
-        saved = counts["saved_bytes"]
+        own = dict(counts)
         if called is not model:  # compiled, it may keep something else
             with autocast(called, settings):
-                saved = clocks.count_saved(partial(loss_fn, called, *batch), called)
-        peak = clocks.peak_bytes(step, device, others)
-        found[variant] = Contestant(step, counts | {"saved_bytes": saved, "peak_bytes": peak})
+                own["saved_bytes"] = clocks.count_saved(partial(loss_fn, called, *batch), called)
+        own["peak_bytes"] = clocks.peak_bytes(step, device, without_model)
+        found[variant] = Contestant(step, own)
     return found
 
 
 def peak_of_steps(name, config):
     """The peak of this process's memory, in bytes, after two steps of one of peers.COMPLETIONS on a CPU, or None."""
-    batch = make_completions(config, torch.device("cpu"))
+    batch = make_completions(config, COMPLETION_ROWS, torch.device("cpu"))
     model, loss_fn = peers.build(name, config, "cpu", torch.float32)
     step = clocks.training_step(model, batch, loss_fn, TrainConfig(lr=1e-5))
     step()
@@ -273,40 +273,50 @@ def mixers(config, batch, dtype):
     return {name: Contestant(call, counts) for name, call in calls.items()}
 
 
-def contestants_of(what, config, batch, dtype, compiled):
+# --- the contests ---
+
+
+def contests_of(shape, device):
+    """Those of CONTESTS that a shape has on a device: completions only a Llama's, on a CPU."""
+    is_llama = not isinstance(peers.SHAPES[shape](8), GPTConfig)
+    return [contest for contest in CONTESTS if contest != "completions" or (is_llama and device.type == "cpu")]
+
+
+def size_of(contest, shape, device):
+    """Rows and tokens of one of a shape's CONTESTS."""
+    if contest == "completions":
+        return COMPLETION_ROWS, COMPLETION_TOKENS
+    if contest == "mixed":
+        return MIXED_ROWS, MIXED_TOKENS
+    work = WORK[device.type][shape]
+    return work.rows, work.tokens
+
+
+def make_contestants(contest, config, batch, dtype, compiled):
     """Return {name: Contestant} of one of CONTESTS, and which name is ours. All are compared with the first."""
     found = {}
-    if what == "training":
+    if contest == "training":
         for name in peers.TRAINING if isinstance(config, GPTConfig) else peers.TRAINING_LLAMA:
             found |= trainer(name, config, batch, dtype, compiled)
         return found, peers.OURS
-    if what == "completions":
+    if contest == "completions":
         return completers(config, batch, dtype), peers.OURS
-    if what == "inference":
+    if contest == "inference":
         for name in INFERENCE:
             found |= reader(name, config, batch, dtype, compiled)
         return found, UNMERGED
     return mixers(config, batch, dtype), ONE_TASK
 
 
-def size_of(what, shape, device):
-    """Rows and tokens of one of a shape's CONTESTS."""
-    if what == "completions":
-        return COMPLETION_ROWS, COMPLETION_TOKENS
-    if what == "mixed":
-        return MIXED_ROWS, MIXED_TOKENS
-    work = WORK[device.type][shape]
-    return work.rows, work.tokens
-
-
-def measure(shape, what, rounds, device, dtype, compiled, about):
+def measure(shape, contest, rounds, device, dtype, compiled, about):
     """Return the Rows of one of a shape's CONTESTS. about: a Row's last fields, a dict from hardware on."""
     torch.compiler.reset()  # it gives up on a forward that it has compiled for eight models
-    print(f"{shape}, {what}: {rounds} rounds", flush=True)
-    n_rows, tokens = size_of(what, shape, device)
+    print(f"{shape}, {contest}: {rounds} rounds", flush=True)
+    n_rows, tokens = size_of(contest, shape, device)
     config = peers.SHAPES[shape](tokens)
-    batch = make_completions(config, device) if what == "completions" else make_batch(config, n_rows, device)
-    contestants, ours = contestants_of(what, config, batch, dtype, compiled)
+    make = make_completions if contest == "completions" else make_batch
+    batch = make(config, n_rows, device)
+    contestants, ours = make_contestants(contest, config, batch, dtype, compiled)
     times = clocks.interleave({name: contestant.call for name, contestant in contestants.items()}, rounds, device)
     first = next(iter(contestants))
     found = []
@@ -314,7 +324,7 @@ def measure(shape, what, rounds, device, dtype, compiled, about):
         seconds = statistics.median(times[name])
         row = Row(
             shape,
-            what,
+            contest,
             name,
             **contestant.counts,
             **clocks.ratio("over_plain", times[name], times[first]),
@@ -397,10 +407,10 @@ def tables(folder):
     dates = " and ".join(sorted({row.date for row in rows}))
     rounds = ", ".join(str(n) for n in dict.fromkeys(row.repeats for row in rows))
     pieces = [f"{made}, {dates}; medians (quartiles) of {rounds} rounds' ratios"]
-    for what in CONTESTS:
-        contest = [row for row in rows if row.what == what]
-        if contest:
-            pieces.append(table(contest))
+    for contest in CONTESTS:
+        group = [row for row in rows if row.what == contest]
+        if group:
+            pieces.append(table(group))
     return "\n\n".join(pieces)
 
 
@@ -416,12 +426,6 @@ def parse(argv):
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three rounds of the smallest shape, into OUT/quick")
     return parser.parse_args(argv)
-
-
-def contests_of(shape, device):
-    """Those of CONTESTS that a shape has on a device: completions only a Llama's, on a CPU."""
-    is_llama = not isinstance(peers.SHAPES[shape](8), GPTConfig)
-    return [what for what in CONTESTS if what != "completions" or (is_llama and device.type == "cpu")]
 
 
 def run(argv):
@@ -448,12 +452,12 @@ def run(argv):
     lab.open_folder(args.out, about | {"repeats": args.repeats or "by shape", "compiled": compiled})
     about["date"] = datetime.date.today().isoformat()
     rows = read_rows(args.out)
-    contests = [(shape, what) for shape in shapes for what in contests_of(shape, device)]
-    for shape, what in contests:
-        if any((row.shape, row.what) == (shape, what) for row in rows):
+    contests = [(shape, contest) for shape in shapes for contest in contests_of(shape, device)]
+    for shape, contest in contests:
+        if any((row.shape, row.what) == (shape, contest) for row in rows):
             continue
         rounds = args.repeats or work[shape].rounds
-        rows += measure(shape, what, rounds, device, getattr(torch, dtype), compiled, about)
+        rows += measure(shape, contest, rounds, device, getattr(torch, dtype), compiled, about)
         gc.collect()  # its models: PEFT's hold themselves in circles
         rows.sort(key=lambda row: (list(peers.SHAPES).index(row.shape), CONTESTS.index(row.what)))
         lab.write_csv(args.out / "results.csv", [vars(row) for row in rows])

@@ -252,7 +252,7 @@ def test_a_llamas_shape_has_contestants_of_its_own(tiny, monkeypatch):
 
 @pytest.mark.parametrize("name", peers.COMPLETIONS)
 def test_where_the_head_is_applied_changes_no_loss_and_no_gradient(name):
-    batch = bench.make_completions(LLAMA_CONFIG, CPU)
+    batch = bench.make_completions(LLAMA_CONFIG, bench.COMPLETION_ROWS, CPU)
     base = peers.our_model(LLAMA_CONFIG).double()
     attach(base)
     model, loss_fn = make(name, torch.float64, base, LLAMA_CONFIG)
