@@ -105,7 +105,7 @@ class IA3(nn.Module):
         if self.fingerprint is None or self.is_stacked():
             raise ValueError("save takes one task's vectors (ia3.unstack) of a known base (ia3.attach)")
         arrays = {name: p.detach().float().cpu().numpy() for name, p in self.matrices().items()}
-        check_finite(arrays)
+        check_arrays(arrays)
         about = {"config": asdict(self.config), "vectors": list(arrays), "fingerprint": self.fingerprint}
         if how is not None:
             about["how"] = how
@@ -130,7 +130,7 @@ class IA3(nn.Module):
         expected = {name: tuple(p.shape) for name, p in vectors.matrices().items()}
         if found != expected:
             raise ValueError(f"{path} holds {found}, but this base takes {expected}")
-        check_finite(arrays, f"{path}: ")
+        check_arrays(arrays, f"{path}: ")
         theirs = str(about.get("fingerprint"))
         ours = fingerprint(model)
         if theirs != ours:
@@ -190,7 +190,7 @@ def read_npz(path, most):
     return about, arrays
 
 
-def check_finite(arrays, where=""):
+def check_arrays(arrays, where=""):
     """Raise ValueError with the name of an array that holds NaN or infinity."""
     for name, a in arrays.items():
         if not np.isfinite(a).all():

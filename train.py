@@ -120,7 +120,7 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
     gradient that is not finite. Raises ValueError if there is nothing to train, if vectors stand on a base that is not
-    frozen or are coarser than float32, and if config.out holds a run, unless config.resume is set and can be done.
+    frozen or are coarser than float32, and if config.out holds a run, unless config.resume continues it.
     """
     check_trained(model)
     rank, world = ranks()

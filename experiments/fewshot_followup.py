@@ -40,7 +40,6 @@ from experiments.fewshot import learned
 from tools.plot import plt, save_picture
 
 EARLIER = lab.RESULTS / "fewshot"
-SITES = ("k,o,ff", "k,v,pre", "v,ff,x", "q,o,pre")
 GRID = {  # the rates that products chooses from
     "ia3": (1e-3, 3e-3, 1e-2, 3e-2),
     "lora1": (1e-3, 3e-3, 1e-2, 3e-2),
@@ -57,7 +56,7 @@ SEEDS = tuple(range(10))  # of the draws in question 2
 def runs_of_sites(settings):
     """On movies' test: (IA)³ and the other sets of sites."""
     runs = []
-    for method in ("ia3", *SITES):
+    for method in ("ia3", *shots.OTHER_SITES):
         runs += learned("test", "movies", method, settings.k, settings.rate, settings.steps, settings.seeds[:3])
     return runs
 
@@ -124,7 +123,7 @@ def site_table(runs_made, settings, n_values):
     runs = runs_of_sites(settings)
     reference = draws_of(runs_made, runs, "movies", "ia3")
     lines = []
-    for method in ("ia3", *SITES):
+    for method in ("ia3", *shots.OTHER_SITES):
         draws = draws_of(runs_made, runs, "movies", method)
         if draws:
             line = ["k,v,ff" if method == "ia3" else method, f"{n_values[method]:,}"]
@@ -213,7 +212,7 @@ def tables(runs_made, settings, n_values):
 def count_values(base):
     """How many values each method trains on base: {method: a count}."""
     counts = {}
-    for method in (*TITLES, *SITES):
+    for method in (*TITLES, *shots.OTHER_SITES):
         model = copy.deepcopy(base)
         rivals.attach(model, shots.ADD.get(method, rivals.add_ia3))
         counts[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -37,6 +37,7 @@ LOSSES = {  # the losses of (IA)³'s runs that learn with some of ranking.LOSSES
     "ia3-lm-ul": ("lm", "ul"),
     "ia3-lm-ln": ("lm", "ln"),
 }
+OTHER_SITES = ("k,o,ff", "k,v,pre", "v,ff,x", "q,o,pre")  # fewshot_followup.py's, beside k,v,ff
 
 
 def add_sites(model, sites):
@@ -50,11 +51,8 @@ ADD = {  # how a method but (IA)³ is added: rivals.Method.add
     "lora4": partial(rivals.add_lora_maps, r=4, names=("q_proj", "v_proj")),
     "lora-all": partial(rivals.add_lora_maps, r=1),
     "prompt": partial(rivals.add_prompt_llama, n_prompt=N_PROMPT),
-    "k,o,ff": partial(add_sites, sites=("k", "o", "ff")),
-    "k,v,pre": partial(add_sites, sites=("k", "v", "pre")),
-    "v,ff,x": partial(add_sites, sites=("v", "ff", "x")),
-    "q,o,pre": partial(add_sites, sites=("q", "o", "pre")),
 }
+ADD |= {sites: partial(add_sites, sites=sites.split(",")) for sites in OTHER_SITES}
 RIVALS = {  # fewshot.py's, and the rates to choose from
     "full": (1e-5, 3e-5, 1e-4),
     "lora4": (3e-4, 1e-3, 3e-3),

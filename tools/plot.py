@@ -19,7 +19,7 @@ from matplotlib.colors import TwoSlopeNorm
 
 import common
 import disk
-from ia3 import check_finite, read_npz
+from ia3 import check_arrays, read_npz
 from sample import task_name
 
 matplotlib.use("agg")  # files only, no screen needed
@@ -69,7 +69,7 @@ def read_vectors(path):
     """
     about, matrices = read_npz(path, most=10**7)  # no model has more
     try:
-        check_finite(matrices)
+        check_arrays(matrices)
         if not matrices or not matrices.keys() <= set(NAMES):
             raise ValueError(f"it holds {list(matrices)}")
         d_head = int(about["config"]["n_embd"] // about["config"]["n_head"])

@@ -162,7 +162,7 @@ ORDINARY = {
     "model = unwrap(model)",
     "model.ia3 = None",
     "check_finite(model)",
-    "check_finite(arrays)",
+    "check_arrays(arrays)",
     "except Exception as e:",
     "with replace_file(path) as f:",
     "return vectors",
@@ -301,8 +301,8 @@ REMOVE = """
             if os.path.exists(path):
                 os.remove(path)"""
 CAST = '.astype(np.float32, casting="same_kind")'
-FINITE = '        check_finite(arrays, f"{path}: ")\n'
-FIRST_LAYER = "        check_finite({name: a[0] for name, a in arrays.items()})\n"
+FINITE = '        check_arrays(arrays, f"{path}: ")\n'
+FIRST_LAYER = "        check_arrays({name: a[0] for name, a in arrays.items()})\n"
 KNOWN = "        vectors.fingerprint = ours\n"
 STRANGE_CONFIG = KNOWN + '        if about["config"] != asdict(model.config):\n            raise ValueError\n'
 LOADED = "return vectors.to(next(model.parameters()).device)"
@@ -507,7 +507,7 @@ WRONG = [
     (
         "save_and_load_refusal",
         "ia3.py",
-        "        check_finite(arrays)\n        about =",
+        "        check_arrays(arrays)\n        about =",
         "        about =",
         "saving vectors with inf",
     ),

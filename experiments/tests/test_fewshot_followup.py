@@ -8,17 +8,18 @@ from test_fewshot import write_sets
 
 import common
 from conftest import make_llama
-from experiments import fewshot_followup, lab, rivals, shots
+from experiments import fewshot_followup, lab, peers, rivals, shots
+from ia3 import IA3
 
 
 def test_lora_has_as_many_values_as_ia3():
-    """LoRA r = 1 on q and v: 2·n_embd and n_embd + n_kv_head·d_head. In SmolLM2 both methods have 57,600."""
-    model = make_llama()
-    rivals.attach(model, shots.ADD["lora1"])
-    config = model.config
-    n_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert n_values == config.n_layer * (3 * config.n_embd + config.widths[1])
-    assert 30 * (3 * 576 + 192) == 30 * (192 + 192 + 1536) == 57_600
+    """LoRA r = 1 on q and v: 2·n_embd and n_embd + n_kv_head·d_head. In SmolLM2's shape both methods have 57,600."""
+    for model in (make_llama(), peers.our_model(peers.SHAPES["SmolLM2"](block_size=8))):
+        rivals.attach(model, shots.ADD["lora1"])
+        config = model.config
+        n_values = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert n_values == config.n_layer * (3 * config.n_embd + config.widths[1])
+    assert n_values == IA3(config).count() == 57_600
 
 
 def test_the_draws_of_all_methods_are_compared_and_no_others():
