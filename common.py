@@ -55,7 +55,7 @@ FOREIGN = (
 
 
 def check_whose(checkpoint, path):
-    """Raise ValueError unless checkpoint, what path contains, has the form of ours; another library's is named."""
+    """Raise ValueError unless checkpoint, read from path, has our form or nanoGPT's; a known library's is named."""
     if isinstance(checkpoint, dict):
         weights = checkpoint.get("model", checkpoint)
         names = [str(name) for name in weights] if isinstance(weights, dict) else []
@@ -175,7 +175,7 @@ def pick_device(name="auto"):
 def pick_dtype(device, frozen=None):
     """Return the name of the dtype to compute in, 'float32' or 'bfloat16'.
 
-        on a GPU        bfloat16 if it has that
+        on CUDA         bfloat16 if the GPU has it
         on a CPU        bfloat16 if it multiplies that natively and frozen is a Llama that is stored in it
         everywhere else float32; a GPT's figures are thus the same on every CPU
 
@@ -183,8 +183,9 @@ def pick_dtype(device, frozen=None):
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    stored = None if frozen is None or isinstance(frozen, GPT) else frozen.lm_head.weight.dtype  # a Llama's
-    if device.type == "cpu" and stored == torch.bfloat16 and cpu_multiplies_bfloat16():
+    if device.type != "cpu" or frozen is None or isinstance(frozen, GPT):
+        return "float32"
+    if frozen.lm_head.weight.dtype == torch.bfloat16 and cpu_multiplies_bfloat16():
         return "bfloat16"
     return "float32"
 

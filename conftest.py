@@ -20,21 +20,19 @@ from llama import Llama, LlamaConfig
 from model import GPT, GPTConfig
 from sample import generate
 
-# shapes are tiny here: threads would only wait for each other, ten times as long as they work where others run, too
+# models are tiny here: several threads would mostly wait for each other
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
 
 ROOT = Path(__file__).parent
-# without its room nothing reads the weights that transformers and peft write
+# without tools/ nothing reads the weights that the oracles, transformers and peft, write
 collect_ignore_glob = [] if (ROOT / "tools").is_dir() else ["tests/oracles/*"]
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def pytest_report_header():
-    return f"devices: {', '.join(DEVICES)}" + (
-        "" if "cuda" in DEVICES else " (no CUDA here, so its tests are not made)"
-    )
+    return f"devices: {', '.join(DEVICES)}"
 
 
 @pytest.fixture

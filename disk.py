@@ -36,7 +36,7 @@ def load_file(path):
 def check_size(tensors, path):
     """Raise ValueError if copies of {name: tensor} would take more than twice as much memory as the file at path.
 
-    Twice, because a tied head is stored once and copied twice. A damaged file may expand one number to a matrix, or
+    Twice, because a tied head has two names but is stored once. A damaged file may expand one number to a matrix, or
     give one matrix many names; once copied, they would fill memory.
     """
     claimed = sum(t.numel() * t.element_size() for t in tensors.values() if isinstance(t, torch.Tensor))

@@ -54,12 +54,6 @@ class IA3(nn.Module):
         """Return {'l_k': l_k, ...}, without the sites left out."""
         return dict(self.named_parameters())
 
-    def extra_repr(self):
-        """What print(vectors) shows: each matrix with its shape, and the base that they belong to."""
-        shapes = [f"{name} {tuple(p.shape)}" for name, p in self.matrices().items()]
-        base = "no base yet" if self.fingerprint is None else f"base {self.fingerprint[:8]}"
-        return ", ".join([*shapes, base])
-
     def count(self):
         """The number of entries: a task of all sites has n_layer · (d_k + d_v + d_ff) (section 3.3)."""
         return sum(p.numel() for p in self.parameters())
@@ -75,9 +69,8 @@ class IA3(nn.Module):
         """
         if self.is_stacked() != (task_ids is not None):
             raise ValueError("stacked vectors need task_ids, one per row; vectors of one task take none")
-        on_gpu = getattr(task_ids, "is_cuda", False)  # False also for a list, which the check refuses
-        if task_ids is not None and not on_gpu:
-            self.check_task_ids(task_ids)
+        if task_ids is not None:
+            self.check_task_ids(task_ids, in_range=not getattr(task_ids, "is_cuda", False))
         layers = []
         for i in range(self.config.n_layer):
             l_k = layer_vector(self.l_k, i, task_ids)
@@ -86,12 +79,12 @@ class IA3(nn.Module):
             layers.append((l_k, l_v, l_ff))
         return layers
 
-    def check_task_ids(self, task_ids):
-        """Raise ValueError unless task_ids is (B,) long and names tasks that are here."""
+    def check_task_ids(self, task_ids, in_range=True):
+        """Raise ValueError unless task_ids is (B,) long and, where in_range is asked, names tasks that are here."""
         n_tasks = next(self.parameters()).size(0)
         if not isinstance(task_ids, torch.Tensor) or task_ids.dtype != torch.long or task_ids.dim() != 1:
             raise ValueError("task_ids must be a tensor (B,) of dtype long, one id per row")
-        if len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < n_tasks:
+        if in_range and len(task_ids) and not 0 <= task_ids.min() <= task_ids.max() < n_tasks:
             raise ValueError(f"task_ids must be from 0 to {n_tasks - 1}")
 
     def save(self, path, how=None):

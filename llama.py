@@ -7,9 +7,9 @@
 
 The vectors are a value that this file only reads: Llama.ia3 is None (the plain base) or an ia3.IA3.
 
-What differs from GPT-2 (Touvron et al. 2023, arXiv:2302.13971), with transformers' names: the queries and keys of every
-layer are rotated by their positions, and none is added to the embedding; several heads of queries share one of keys and
-values; RMSNorm, which subtracts no mean; a gated MLP; as a rule no biases; no dropout. The head may be its own matrix.
+What differs from GPT-2 (Touvron et al. 2023, arXiv:2302.13971), with transformers' names: positions rotate the queries
+and keys of every layer and are not added to the embedding; several heads of queries share one of keys and values;
+RMSNorm, which subtracts no mean; a gated MLP; as a rule no biases; no dropout. The head may be its own matrix.
 """
 
 import math
@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         k = self.k_proj(x)  # (B, T, n_kv_head · d_head)
         v = self.v_proj(x)
 
-        # (IA)³: scale the keys before the rotation. It mixes channels, so after it l_k would not fold into W_k. Queries
+        # (IA)³: scale the keys before the rotation, which mixes channels: after it l_k would not fold into W_k. Queries
         # stay as they are. l_k and l_v are (width,), or (B, 1, width) in a batch of several tasks. They are float32
         # even if the base is bfloat16: multiply in the wider dtype, then round once.
         if l_k is not None:
@@ -183,7 +183,7 @@ class Llama(nn.Module):
     """A LLaMA. `ia3` holds the vectors of a task, or None.
 
     Assign an IA3 to switch tasks, None for the base. Assigning freezes nothing: ia3.attach does.
-    `tokenizer` is an object with encode_ordinary and decode, or None; the model only carries it.
+    `tokenizer` is a data.tokenizer.Tokenizer, or None; the model only carries it.
     """
 
     def __init__(self, config):
@@ -221,7 +221,7 @@ class Llama(nn.Module):
 
         Returns the logits, (B, T, vocab_size), and the mean cross-entropy in nats per target, or None without targets.
         If some targets are -1, the logits are those of the n positions that have one, (n, vocab_size). Raises
-        ValueError for a sequence that is too long, task_ids that do not fit the vectors, or targets that are all -1.
+        ValueError for a sequence that is empty or too long, task_ids that do not fit the vectors, or targets all -1.
         """
         x = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
         if targets is None:
@@ -243,11 +243,15 @@ class Llama(nn.Module):
         cache: a sample.Cache that holds the tokens before idx and is extended by idx; None if there are none.
         """
         layers = layers_of(self, task_ids, len(idx))  # n_layer × (l_k, l_v, l_ff)
-        # tokens read before; n_read refuses a cache that was made for something else
-        start = 0 if cache is None else cache.n_read(self, task_ids)
-        caches = [None] * self.config.n_layer if cache is None else cache.layers
+        start = 0  # tokens that the cache holds
+        caches = [None] * self.config.n_layer
+        if cache is not None:
+            start = cache.n_read(self, task_ids)  # refuses a cache that was made for something else
+            caches = cache.layers
         end = start + idx.size(1)
-        if not start < end <= self.config.block_size:
+        if idx.size(1) == 0:
+            raise ValueError("idx is empty: there is nothing to predict from")
+        if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens does not fit block_size {self.config.block_size}")
 
         x = self.model.embed_tokens(idx)  # (B, T, C)

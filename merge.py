@@ -8,7 +8,7 @@
 
 (Liu et al. 2022, section 3.3: no cost at inference.) That is GPT-2. In a Llama the rows of k_proj and v_proj take l_k
 and l_v, and the rows of up_proj take l_ff: l_ff ⊙ silu(W_gate x) ⊙ (W_up x) = silu(W_gate x) ⊙ (diag(l_ff) W_up x).
-The result is a plain model of the same class, with the base's names of weights, shapes and FLOPs.
+The result is a plain model of the same class, with the base's weight names, shapes and FLOPs.
 """
 
 import argparse
@@ -32,8 +32,8 @@ def merge(model):
     """Return a plain model of model's class with model.ia3 folded in. model stays as it was: there is no unmerge.
 
     Products are taken in float64, then rounded to the weights' dtype. Raises ValueError if model has no vectors,
-    stacked ones or another base's (vectors without a fingerprint fit any), and, with its name, for a weight, vector or
-    product that is not finite.
+    stacked ones, or another base's (vectors without a fingerprint fit any base). It also raises one, with the tensor's
+    name, for a weight, vector or product that is not finite.
     """
     model = unwrap(model)
     if model.ia3 is None or model.ia3.is_stacked():
@@ -115,7 +115,8 @@ class Report:
         """Whether merged is as near to the truth as unmerged, and folding changes a float64 copy by at most 1e-11.
 
         Both distances are rounding noise of the same size. The largest ratio we have seen is 1.35 (a very narrow
-        Llama), so 1.5 leaves a margin. A float64 model is its own truth, at distance 0: hence the 1e-11 there, too.
+        Llama), so 1.5 leaves a margin. A float64 model is its own truth, at distance 0, and no ratio of it can be
+        taken: there merged may be up to 1e-11 away.
         """
         is_near_truth = self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11)
         is_folded_right = self.float64_difference <= 1e-11
@@ -137,9 +138,10 @@ def verify(model, merged, idx, lengths=None):
 
     Both models round. The truth that they approximate is the unmerged model run in float64, and the question is whether
     merged is further from it than unmerged is. That float64 copy is then folded itself, which reveals a mistake in
-    fold. Memory: the copy, and the float64 logits of idx. The proof with powers of two, where nothing rounds, is
-    tests/test_merge.py.
+    fold. Memory: the copy, and the float64 logits of idx. tests/test_merge.py has the proof with powers of two, where
+    folding rounds nothing.
     """
+    model = unwrap(model)
     if lengths is None:
         lengths = [idx.size(1)] * idx.size(0)
     rows = [row[:, :n] for row, n in zip(idx.split(1), lengths, strict=True)]  # (1, n) each
@@ -189,7 +191,7 @@ def run(argv):
     val = datasets.load(args.data, model.tokenizer, model.config.vocab_size, window, ["val"])["val"]
     merged = merge(model)
 
-    ids = datasets.evenly_spaced(val, max(1024 // window, 1))  # some 1024 tokens
+    ids = datasets.evenly_spaced(val, max(1024 // window, 1))  # at most 1024 tokens
     idx, targets = val.windows(ids)
     lengths = [int((row >= 0).nonzero().max()) + 1 for row in targets]  # up to the last target; the rest is padding
     report = verify(model, merged, idx, lengths)

@@ -118,7 +118,7 @@ class GPT(nn.Module):
     """A GPT-2. `ia3` holds the vectors of a task, or None.
 
     Assign an IA3 to switch tasks, None for the base. Assigning freezes nothing: ia3.attach does.
-    `tokenizer` is an object with encode_ordinary and decode, or None; the model only carries it.
+    `tokenizer` is a data.tokenizer.Tokenizer, or None; the model only carries it.
     """
 
     def __init__(self, config):
@@ -159,7 +159,7 @@ class GPT(nn.Module):
 
         Returns the logits, (B, T, vocab_size), and the mean cross-entropy in nats per target, or None without targets.
         If some targets are -1, the logits are those of the n positions that have one, (n, vocab_size). Raises
-        ValueError for a sequence that is too long, task_ids that do not fit the vectors, or targets that are all -1.
+        ValueError for a sequence that is empty or too long, task_ids that do not fit the vectors, or targets all -1.
         """
         x = self.hidden(idx, task_ids, cache)  # (B, T, n_embd)
         if targets is None:
@@ -181,11 +181,15 @@ class GPT(nn.Module):
         cache: a sample.Cache that holds the tokens before idx and is extended by idx; None if there are none.
         """
         layers = layers_of(self, task_ids, len(idx))  # n_layer × (l_k, l_v, l_ff)
-        # tokens read before; n_read refuses a cache that was made for something else
-        start = 0 if cache is None else cache.n_read(self, task_ids)
-        caches = [None] * self.config.n_layer if cache is None else cache.layers
+        start = 0  # tokens that the cache holds
+        caches = [None] * self.config.n_layer
+        if cache is not None:
+            start = cache.n_read(self, task_ids)  # refuses a cache that was made for something else
+            caches = cache.layers
         end = start + idx.size(1)
-        if not start < end <= self.config.block_size:
+        if idx.size(1) == 0:
+            raise ValueError("idx is empty: there is nothing to predict from")
+        if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens does not fit block_size {self.config.block_size}")
 
         pos = torch.arange(start, end, device=idx.device)

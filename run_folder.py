@@ -93,8 +93,7 @@ class RunFolder:
         """Put back AdamW's state of every trained tensor, once it is checked. The file's rates are ignored."""
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # AdamW numbers its tensors 0, 1, ... in the order of params, and has no states before its first step
-        n_states = len(params) if step > 0 else 0
+        n_states = len(params) if step > 0 else 0  # AdamW makes them in its first step, numbered in params' order
         if states.keys() != set(range(n_states)):
             raise ValueError(f"its optimizer has {len(states)} states after {step} steps, for {len(params)} tensors")
         for i, state in states.items():

@@ -78,8 +78,8 @@ class LayerCache:
 def store_by_columns(model):
     """Lay the weights of all linear maps out in memory column by column: the same values, shapes and names.
 
-    This way a CPU writes one row in float32 faster. Eight rows of SmolLM2 took longer (experiments/results/generation),
-    and in bfloat16 nothing is gained (generation-bfloat16).
+    On a CPU in float32 this writes a single text faster. Eight at once took longer on SmolLM2
+    (experiments/results/generation), and in bfloat16 nothing is gained (generation-bfloat16).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -91,8 +91,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, task_ids=N
     """Continue idx (B, T) long by max_new_tokens, each drawn from the prediction of the last block_size tokens.
 
     temperature 0 takes the likeliest token; top_k draws among the k likeliest only. task_ids (B,) long: the task of
-    each row if the vectors are stacked. end: ids that end a text; generating stops once every row has one. What follows
-    the first one in a row is not part of its text.
+    each row if the vectors are stacked. end: ids that end a text; generating stops once every row has written one. A
+    row's tokens after its first end id are not part of its text.
 
     Returns (B, T + max_new_tokens) or fewer columns. Raises ValueError for an empty idx and for numbers that make no
     sense, and, on a CPU, FloatingPointError for logits that are not finite.

@@ -114,8 +114,8 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     data: {'train': split, 'val': split} as data.load returns it: a batch is inputs, targets (-1 for none), and whatever
     else the split adds. loss_fn(model, *batch): the mean loss over the batch's targets; any other mean is only
     approximated where a batch is read in parts or by several processes. should_stop(): called before every step; if it
-    returns True, the run is saved and ends there. Under torchrun every process must give the same answer. With
-    config.out, every evaluation writes last.pt and metrics.csv there.
+    returns True, the run ends there. Under torchrun every process must give the same answer. With config.out, every
+    evaluation and such an end write last.pt and metrics.csv there.
 
     Returns the history, a list of one dict per evaluation; train_loss is the mean over the steps since the one before.
     The model ends in eval mode. Seeds torch's random generator at every step. Raises FloatingPointError for a loss or a
@@ -151,7 +151,7 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
     while True:
         # every eval_interval steps and at the end: the loss on val, a line, a checkpoint
         due = step % config.eval_interval == 0 or step == config.steps
-        is_new = not history or history[-1]["step"] < step  # False right after a resume: the last row is this step's
+        is_new = not history or history[-1]["step"] < step  # a run resumed at an evaluation has its row
         if due and is_new:
             seconds = max(time.time() - started, 1e-9)
             train_loss = sum(losses) / len(losses) if losses else math.nan
@@ -191,7 +191,7 @@ def train(model, data, config, loss_fn=lm_loss, should_stop=None):
                 part_loss = loss_fn(model, *part) * share  # the sum over all parts and processes is the batch's mean
             part_loss.backward()
             loss += part_loss.detach()
-            n_tokens += part[0].numel() * world
+            n_tokens += part[0].numel() * world  # with padding; every process has about as many
 
         # with several processes: the sums over all of them
         if world > 1:
@@ -233,7 +233,9 @@ def check_trained(model):
 
 def ranks():
     """Return this process's rank and the number of processes: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def get_batch(split, step, config, device):
@@ -298,7 +300,7 @@ def progress(row, steps, steps_per_second):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # TrainConfig's defaults, set before the flags so that %(default)s shows them; lr and dtype depend on the model
+    # the defaults stand once, in TrainConfig, and %(default)s shows them; build() settles lr and dtype
     defaults = {f.name: f.default for f in fields(TrainConfig)} | {"lr": None, "dtype": "auto"}
     parser.set_defaults(**defaults)
 
@@ -381,6 +383,13 @@ def check_flags(args):
     check_bounds("seed", args.seed, 0, 2**63 - 1)
 
 
+def make_vectors(args, model):
+    """The vectors of --ia3, or ones at --sites."""
+    if args.ia3 is not None:
+        return IA3.load(args.ia3, model)
+    return IA3(model.config, SITES if args.sites is None else args.sites.split(","))
+
+
 def build(args):
     """Return the model and the data that the flags ask for, and set those flags that depend on the model or machine."""
     model = new_model(args) if args.base == "scratch" else common.load(args.base, dtype=None)
@@ -395,10 +404,7 @@ def build(args):
     if args.method == "full":
         model.to(device, torch.float32)  # under autocast if --dtype is bfloat16
     else:
-        if args.ia3 is not None:
-            vectors = IA3.load(args.ia3, model)
-        else:
-            vectors = IA3(model.config, SITES if args.sites is None else args.sites.split(","))
+        vectors = make_vectors(args, model)
         model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
         attach(model, vectors)  # float32
     if args.lr is None:

@@ -174,22 +174,25 @@ def cut_all(file, source, exercises):
     return source
 
 
-def first_table(path):
-    """Return the first table, or the first block of code, of a Markdown file. Raises ValueError where it has none."""
+def first_table(path, heading=""):
+    """Return the first table, or block of code, behind heading in a Markdown file. ValueError where there is none."""
     text = path.read_text(encoding="utf-8")
-    found = re.search(r"(?m)^(\|.*\n)+|^```.*\n(?s:.*?)^```\n", text)
-    if found is None:
-        raise ValueError(f"HANDOUT.md needs a table of {path}, which has none")
-    return found[0]
+    if heading:
+        text = text.partition(f"# {heading}")[2]
+    table = re.search(r"(?m)^(\|.*\n)+|^```.*\n(?s:.*?)^```\n", text)
+    if table is None:
+        raise ValueError(f"HANDOUT.md needs a table of {path}, {heading!r}, and there is none")
+    return table[0]
 
 
 def handout(text, exercises):
     """Return the handout: the exercises' sections in the table's order, numbered anew, and the tables put in.
 
     A section starts with '### N. TITLE (P points, ...)'; one that the table does not have is left out. A line
-    '*(table: PATH)*' becomes first_table of the repository's file PATH.
+    '*(table: PATH, "HEADING")*' becomes first_table of the repository's file PATH; the heading may be left out.
     """
-    text = re.sub(r"(?m)^\*\(table: (.*)\)\*\n", lambda line: first_table(ROOT / line[1]), text)
+    line = r'(?m)^\*\(table: (\S+?)(?:, "(.*)")?\)\*\n'
+    text = re.sub(line, lambda found: first_table(ROOT / found[1], found[2] or ""), text)
     pattern = re.compile(r"### \d+\. (.*) \(\d+ points, (.*)\)\n")
     before = []
     sections = {}  # title: what stands behind the points, and what follows

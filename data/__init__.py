@@ -57,7 +57,7 @@ class Stream:
         return digest.hexdigest()
 
     def prompt(self, n):
-        """The first n tokens, (1, n) long."""
+        """The first n tokens, (1, n) long; fewer if there are fewer."""
         return torch.from_numpy(self.tokens[:n].astype(np.int64)).unsqueeze(0)
 
     def _cut(self, starts):
@@ -75,8 +75,6 @@ class Examples:
 
     def __init__(self, examples):
         self.examples = examples  # [(prompt ids, completion ids)]
-        # tokens that can be predicted: all but the very first of a text
-        self.n_tokens = sum(len(c) if p else len(c) - 1 for p, c in examples)
         self.n_bytes = None
 
     def __len__(self):
@@ -130,19 +128,25 @@ def to_device(batch, device):
     return [t.to(device, non_blocking=True) for t in batch]
 
 
+def kind_of(folder, split):
+    """The first kind of file that folder has of a split, or None."""
+    for kind in ("jsonl", "bin", "txt"):
+        if (folder / f"{split}.{kind}").is_file():
+            return kind
+    return None
+
+
 def find(name_or_path, splits=("train", "val")):
     """Return {split: Path} of a data folder, by its name under data/ or by its path. OSError where one is missing."""
     names = sorted(path.parent.name for path in HERE.glob("*/train.txt"))
     folder = HERE / name_or_path if name_or_path in names else Path(name_or_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no data called {name_or_path!r}: there are {', '.join(names)}, or a folder's path")
-    # train's kind, if there is a train: then merge.py, which reads val alone, reads the val that train.py read
-    kinds = []
-    for split in ("train", splits[0]):
-        kinds += [kind for kind in ("jsonl", "bin", "txt") if (folder / f"{split}.{kind}").is_file()]
-    if not kinds:
+    # train decides, if it is there: then merge.py, which reads val alone, reads the val that train.py read
+    kind = kind_of(folder, "train") or kind_of(folder, splits[0])
+    if kind is None:
         raise FileNotFoundError(f"{folder} holds no {splits[0]}.jsonl, {splits[0]}.bin or {splits[0]}.txt")
-    paths = {split: folder / f"{split}.{kinds[0]}" for split in splits}
+    paths = {split: folder / f"{split}.{kind}" for split in splits}
     for path in paths.values():
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing")

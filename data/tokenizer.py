@@ -15,7 +15,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-PATTERNS = (GPT2, SMOLLM2, LLAMA3)  # and none of a file's own: some regular expressions never end on a short text
+PATTERNS = (GPT2, SMOLLM2, LLAMA3)  # a file's own is refused: some regular expressions never end on a short text
 
 
 class Tokenizer:
@@ -161,6 +161,8 @@ def check_bpe(about, vocab_size):
             raise ValueError(f"a tokenizer's ids must be {allowed}, but {token[:40]!r} has {str(i)[:40]}")
     if not set(about.get("plain_tokens", [])) <= special.keys():
         raise ValueError("a tokenizer's plain_tokens must be special_tokens, too")
+    if about.get("plain_tokens") and any(bytes([i]) not in ranks for i in range(256)):
+        raise ValueError("a tokenizer with plain_tokens must have a token for every byte")
     ids = [*ranks.values(), *special.values()]
     if len(set(ids)) < len(ids):
         raise ValueError("two of a tokenizer's tokens have the same id")

@@ -5,7 +5,7 @@ the file is opened, one thing in it is replaced by a wrong one (another type, an
 it is written anew, as another program or another version would. Each file is given to the command that reads it, in
 this process, under a limit on its memory, so that nothing but SystemExit may leave main().
 
-FUZZ=2000 python -m pytest -m slow tests/test_fuzz.py */tests/test_fuzz_*.py   damages each 2000 times
+FUZZ=2000 python -m pytest -m "slow or not slow" tests/test_fuzz.py */tests/test_fuzz_*.py   damages each 2000 times
 """
 
 import copy

@@ -67,7 +67,7 @@ TRAIN = "--base base.pt --data text --device cpu --out run --steps 2".split()
     [
         ("--data psalms", "no data called 'psalms': there are folio, kjv, plays, sonnets"),
         ("--base nowhere.pt", "nowhere.pt"),
-        ("--base text", "text"),
+        ("--base text", "text is not a checkpoint"),
         ("--ia3 nowhere.npz", "nowhere.npz"),
         ("--ia3=", "No such file"),
         ("--ia3 other_base.npz", "another base"),

@@ -78,7 +78,7 @@ def test_a_step_and_a_merge_of_124m(gpt2, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_compiled_step_of_124m_in_bfloat16(gpt2):
-    """The CPU twin, on a small shape in float32, is in test_train.py."""
+    """The CPU twin, on a small shape in float32, is in test_train_slow.py."""
     gpt2.ia3 = None
     model = gpt2.to("cuda", torch.bfloat16)
     vectors = make_ia3(model)

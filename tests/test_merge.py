@@ -1,7 +1,7 @@
 """The merge: exact by proof where it can be, by the merged tensors, and by distance to the truth where it rounds.
 
-Logits cannot see everything (the value of b_k never reaches them: softmax forgets what is the same for every key), so
-the merged tensors are looked at too.
+Logits cannot see everything (in a GPT-2 b_k never reaches them: softmax forgets what is the same for every key), so the
+merged tensors are looked at too.
 """
 
 import copy

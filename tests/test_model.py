@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import common
 from conftest import make_gpt, make_ia3, make_idx
 from ia3 import IA3, attach, fingerprint, stack
-from merge import merge
+from merge import merge, verify
 from model import GPT, GPTConfig
 from sample import Cache, generate
 
@@ -335,11 +335,21 @@ def test_impossible_sizes_are_refused(sizes):
         make_gpt(**sizes)
 
 
-@pytest.mark.parametrize("length", [0, 17])
-def test_a_sequence_that_is_empty_or_beyond_block_size_is_refused(make_model, length):
-    with pytest.raises(ValueError, match=rf"{length} tokens .*block_size 16"):
-        make_model()(torch.zeros(1, length, dtype=torch.long))
-    make_model()(torch.zeros(1, 16, dtype=torch.long))
+def test_a_sequence_that_is_empty_or_beyond_block_size_is_refused(make_model):
+    model = make_model()
+    idx = torch.zeros(1, 17, dtype=torch.long)
+    cache = Cache(model, 1, 16)
+    with torch.no_grad():
+        model(idx[:, :9], cache=cache)
+        for given in (None, cache):
+            with pytest.raises(ValueError, match="idx is empty"):
+                model(idx[:, :0], cache=given)
+        with pytest.raises(ValueError, match=r"17 tokens .*block_size 16"):
+            model(idx[:, :8], cache=cache)
+        model(idx[:, :7], cache=cache)
+    with pytest.raises(ValueError, match=r"17 tokens .*block_size 16"):
+        model(idx)
+    model(idx[:, :16])
 
 
 # torch.compile
@@ -358,6 +368,7 @@ def test_a_compiled_model_is_the_model_inside_it(make_model, tmp_path):
     assert torch.equal(IA3.load(tmp_path / "ia3.npz", compiled).l_v, vectors.l_v)
     merged = merge(compiled)
     assert type(merged) is type(model) and torch.equal(merged(make_idx(model))[0], model(make_idx(model))[0])
+    assert verify(compiled, merged, make_idx(model)) == verify(model, merged, make_idx(model))
     idx = make_idx(model)[:, :2]
     assert torch.equal(generate(compiled, idx, 5, temperature=0), generate(model, idx, 5, temperature=0))
     common.save(compiled, tmp_path / "base.pt")

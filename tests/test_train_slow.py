@@ -1,4 +1,4 @@
-"""The long rest of test_train.py: processes, kills, a compiler, and the bundled task. Run by make test-all."""
+"""The long rest of test_train.py: processes, Ctrl-C, a compiler, and the bundled task. Run by make test-all."""
 
 import json
 import signal

@@ -90,7 +90,7 @@ def from_merges(pattern, vocabulary, merges, special, whole_pieces=False, plain=
     check_merges(ranks, [(as_bytes(a), as_bytes(b)) for a, b in merges], whole_pieces)
     about = {"pattern": pattern, "ranks": ranks, "special_tokens": special}
     if plain:
-        check_plain(plain, special, ranks)
+        check_plain(plain, special)
         about["plain_tokens"] = list(plain)
     return about
 
@@ -122,14 +122,12 @@ def check_merges(ranks, pairs, whole_pieces):
             raise ValueError(f"the merges do not make the token {token!r} as the ids do")
 
 
-def check_plain(plain, special, ranks):
+def check_plain(plain, special):
     """Raise ValueError where two tokens can share a letter: which is found would then depend on the library."""
     for text in plain:
         for other in special:
             if other != text and (can_overlap(text, other) or can_overlap(other, text)):
                 raise ValueError(f"the added tokens {text!r} and {other!r} overlap")
-    if any(bytes([i]) not in ranks for i in range(256)):
-        raise ValueError(f"{plain[0]!r} is an added token that is not special, and not every byte has a token")
 
 
 def can_overlap(a, b):
