@@ -282,20 +282,22 @@ def to_int8(l):
 
 
 def small_versions(vectors):
-    """{how vectors are kept: (bytes that takes, {name: the matrix that comes back})}, as they are first."""
+    """{how vectors are kept: (bytes that takes, {name: the matrix that comes back})}; in float32 they are unchanged."""
     matrices = {name: p.detach().clone() for name, p in vectors.matrices().items()}
     coarse = {name: l.bfloat16().float() for name, l in matrices.items()}
     n = vectors.count()
     place = 2 if n <= 2**16 else 4  # bytes that say which of n values
     n_scales = len(matrices) * vectors.config.n_layer
     versions = {"float32": (4 * n, matrices), "bfloat16": (2 * n, coarse)}
-    versions["int8"] = n + 4 * n_scales, {name: to_int8(l) for name, l in matrices.items()}
+    versions["int8"] = (n + 4 * n_scales, {name: to_int8(l) for name, l in matrices.items()})
     distances = torch.cat([(l - 1).abs().flatten() for l in matrices.values()]).sort().values
     for share in (0.5, 0.75, 0.9, 0.95, 0.99):
         least = distances[round(share * n)]
-        version = {name: torch.where((l - 1).abs() >= least, coarse[name], 1.0) for name, l in matrices.items()}
+        version = {}
+        for name, l in matrices.items():
+            version[name] = torch.where((l - 1).abs() >= least, coarse[name], 1.0)
         kept = (distances >= least).sum().item()
-        versions[f"{share:.0%} reset"] = (2 + place) * kept, version  # a bfloat16 and its place
+        versions[f"{share:.0%} reset"] = ((2 + place) * kept, version)  # a bfloat16 and its place
     return versions
 
 

@@ -38,8 +38,9 @@ pretrained model, no ranking: two seeds, 64 windows a work, rates not chosen her
 few-shot's).
 
 **Files** in --out: what lab.py says of a folder of runs (a run's arrays: nats and bytes of every block of the test, and
-the curve of its loss on val), costs.csv, table.md, and pictures: beside.png, rates.png, curves.png. A folder takes more
-methods, seeds, steps and data later; a second rate of the same method needs another folder.
+the curve of its loss on val), costs.csv (of a GPT, without --methods), table.md, and pictures: beside.png, rates.png,
+curves.png. A folder takes more methods, seeds, steps and data later; a second rate of the same method needs another
+folder.
 """
 
 import argparse

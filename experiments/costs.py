@@ -128,7 +128,7 @@ def table(costs):
         value = getattr(cost, what)
         return "" if value is None else f"{value / getattr(full, what):.3f}"
 
-    def time(cost, what):
+    def ratio(cost, what):
         value = getattr(cost, what)
         return "" if value is None else lab.spread(value, getattr(cost, f"{what}_low"), getattr(cost, f"{what}_high"))
 
@@ -146,11 +146,11 @@ def table(costs):
             verdict = "equivalent" if cost.is_equivalent() else "not shown to be equivalent"
             equal = f"{cost.equal_low:.3f} to {cost.equal_high:.3f}, {verdict}"
         line = [METHODS[name].title, f"{cost.values:,}", f"{100 * cost.values / full.values:.3g}", flops]
-        line += [time(cost, "step"), over_full(cost, "saved_bytes")]
+        line += [ratio(cost, "step"), over_full(cost, "saved_bytes")]
         if gpu:
             line.append(over_full(cost, "peak_bytes"))
-        line += [time(cost, "unmerged"), time(cost, "merged") or "does not merge", equal]
-        lines.append([*line, time(cost, "mixed") or f"not measured ({METHODS[name].mixes})"])
+        line += [ratio(cost, "unmerged"), ratio(cost, "merged") or "does not merge", equal]
+        lines.append([*line, ratio(cost, "mixed") or f"not measured ({METHODS[name].mixes})"])
     return (
         f"What they cost ({full.device}, torch {full.torch}, {full.date}; medians and quartiles):\n\n"
         f"{lab.markdown(head, lines)}\n\n"

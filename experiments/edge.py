@@ -162,8 +162,8 @@ def tables(folder):
     rows = read_rows(folder)
     theirs = rows[THEIRS]
     about = f"{theirs.hardware}, {THREADS} thread, {theirs.versions}, {theirs.date}; one row, {READ} tokens read"
-    about += f" and {WRITTEN} written; medians (quartiles) of {theirs.rounds} rounds. Other programs took turns with"
-    about += f" these: {theirs.load:.1f} processes were running, on the average of the last minutes."
+    about += f" and {WRITTEN} written; medians (quartiles) of {theirs.rounds} rounds. Other programs ran too:"
+    about += f" over the last minutes, {theirs.load:.1f} processes on average."
     head = ["contestant", "tokens a second", "speed over transformers'", "peak memory, MB", "of transformers'"]
     lines = []
     for row in rows.values():

@@ -3,8 +3,9 @@
     make fewshot                          # fetches the model and the sentences first
     python -m experiments.fewshot_demo    # where data/smollm2.pt and data/sentiment are made
 
-Is a sentence from a movie review negative or positive? 200 sentences of val, half of each, in one template and for one
-draw of examples: a demonstration. fewshot.py measures the same on test, on six tasks, over five draws.
+Is a sentence from a movie review negative or positive? 200 sentences of val, half of each, asked in one template, for
+one draw of examples: a demonstration. ((IA)³ learns from them in all three templates.) fewshot.py measures the same on
+test, on six tasks, over five draws.
 """
 
 import argparse

@@ -133,7 +133,7 @@ def difference(ours, theirs):
 
 
 def on_first(draws):
-    """The draws on the first template alone, whose answers are single tokens in most tasks."""
+    """The draws on the first template alone, whose answers are single tokens."""
     return [draw[:1] for draw in draws]
 
 
@@ -217,39 +217,53 @@ def beside_rivals(whole, settings, chosen):
 def pairs_to_compare(settings, chosen):
     """The pairs of rows whose differences are shown, in the order in which they are shown."""
     k = settings.k
-    papers, in_context = primary(settings, chosen)  # (IA)³ at the paper's rate
-    best = papers._replace(lr=best_rate(settings, chosen))  # (IA)³ at the rate that products chose
-    by_batch = in_context._replace(by="beta")
+    at_paper_rate, in_context = primary(settings, chosen)
+    at_chosen_rate = at_paper_rate._replace(lr=best_rate(settings, chosen))  # that products chose
+    batch_calibrated = in_context._replace(by="beta")
     probe = Row("probe", k=k)
     zero = Row("zero", chosen.form)
 
     # the floors, zero-shot, the other rate, the other calibration
-    pairs = [(papers, probe), (best, probe), (best, papers), (papers, Row("biases", k=k))]
-    pairs += [(in_context, zero._replace(by=chosen.by)), (in_context, zero), (papers, zero), (best, in_context)]
-    pairs += [(papers, by_batch), (best, by_batch), (by_batch, zero._replace(by="beta"))]
+    pairs = [
+        (at_paper_rate, probe),
+        (at_chosen_rate, probe),
+        (at_chosen_rate, at_paper_rate),
+        (at_paper_rate, Row("biases", k=k)),
+        (in_context, zero._replace(by=chosen.by)),
+        (in_context, zero),
+        (at_paper_rate, zero),
+        (at_chosen_rate, in_context),
+        (at_paper_rate, batch_calibrated),
+        (at_chosen_rate, batch_calibrated),
+        (batch_calibrated, zero._replace(by="beta")),
+    ]
 
     # other K
     for other in settings.ks:
         if other != k:
             ours, theirs = primary(settings, chosen, other)
             pairs += [(ours, theirs), (ours, Row("probe", k=other))]
-    most = in_context._replace(k=max(settings.ks))
-    fewest = in_context._replace(k=min(settings.ks))
-    pairs.append((most, fewest))
+    largest_k = in_context._replace(k=max(settings.ks))
+    smallest_k = in_context._replace(k=min(settings.ks))
+    pairs.append((largest_k, smallest_k))
 
     # other orders
     orders = [in_context._replace(order=order) for order in (1, 2)]
     pairs += [(in_context, other) for other in orders]
-    pairs += [(papers, other) for other in orders]
+    pairs += [(at_paper_rate, other) for other in orders]
 
     # losses, transfer, more steps
-    pairs += [(papers, papers._replace(method=method)) for method in LOSSES]
-    transfer = papers._replace(method="transfer")
+    pairs += [(at_paper_rate, at_paper_rate._replace(method=method)) for method in LOSSES]
+    transfer = at_paper_rate._replace(method="transfer")
     pairs.append((transfer._replace(k=0), in_context._replace(method="icl-other")))
-    pairs += [(transfer, papers), (transfer, best)]
-    long = papers._replace(steps=10 * settings.steps)
-    pairs += [(long, other) for other in (papers, best, in_context, by_batch, probe)]
-    return [(ours, theirs) for ours, theirs in dict.fromkeys(pairs) if ours != theirs]  # best may be the paper's
+    pairs += [(transfer, at_paper_rate), (transfer, at_chosen_rate)]
+    ten_times_longer = at_paper_rate._replace(steps=10 * settings.steps)
+    pairs += [
+        (ten_times_longer, other) for other in (at_paper_rate, at_chosen_rate, in_context, batch_calibrated, probe)
+    ]
+    return [
+        (ours, theirs) for ours, theirs in dict.fromkeys(pairs) if ours != theirs
+    ]  # the chosen rate may be the paper's
 
 
 def other_differences(whole, settings, chosen):
@@ -362,10 +376,10 @@ def tables(rows, whole, settings, chosen):
         "many questions at once, and here these are balanced. The last three columns are the paper's summary. Unlike "
         "the paper's, our draws are balanced by label, and an epoch of training passes through all templates:",
         other_counts(whole, settings, chosen),
-        "Beside the rivals, each at the rate that products chose, on the same draws; descriptive. Neither interval "
-        "covers all: the first is too narrow for few draws, the second takes test's sentences as given. A difference "
-        "is clear where both exclude 0. (IA)³'s rate was chosen among four, by three draws, the rivals' among three, "
-        "by two:",
+        "Beside the rivals, each at the rate that products chose, on the same draws; descriptive. Each interval "
+        "leaves something out: the first is too narrow for few draws, the second takes test's sentences as given. A "
+        "difference is clear where both exclude 0. (IA)³'s rate was chosen among four, by three draws, the rivals' "
+        "among three, by two:",
         beside_rivals(whole, settings, chosen),
         "Other differences between rows of the tables below, in points; descriptive. Nothing is corrected for their "
         "number, so some intervals exclude 0 by chance:",

@@ -75,7 +75,7 @@ def open_folder(folder, about):
 def merge_abouts(found, about, folder):
     """Return what folder's about.json becomes. Raises ValueError where found, what it says, contradicts about."""
     merged = {}
-    for name in found | about:
+    for name in found | about:  # a name that one lacks counts as {}: only dicts can be added to
         theirs = found.get(name, {})
         ours = about.get(name, {})
         if contradict(theirs, ours):
@@ -254,8 +254,8 @@ def make_runs(jobs, measure, result_type, folder, workers, minutes=math.inf):
         start = time.time()
         n = 0
         for future in as_completed(running):
-            if future.cancelled():  # below: the minutes were over
-                continue
+            if future.cancelled():
+                continue  # cancelled further down, once the minutes were over
             n += 1
             job = running[future]
             results[job], arrays[job] = future.result()

@@ -1,8 +1,8 @@
 """(IA)³'s rivals, each from its paper, added from outside so that model.py stays (IA)³'s alone.
 
-A method is a function that takes a frozen GPT, adds what it adds, and returns the parameters to train; attach() sees to
-the rest, and train.train() needs no more. Where it merges, a second function returns a plain GPT that computes the
-same. METHODS, at the end, lists them. None comes with a learning rate: the published ones are for another optimizer
+A method is a function that takes a frozen model, adds what it adds, and returns the parameters to train; attach() sees
+to the rest, and train.train() needs no more. Where it merges, a second function returns a plain GPT that computes the
+same. METHODS, at the end, lists a GPT's. None comes with a learning rate: the published ones are for another optimizer
 (docs/training.md), so whoever compares chooses one for each.
 """
 

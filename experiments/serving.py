@@ -71,7 +71,7 @@ def serve(args):
         vectors.save(path)
         wide.ia3 = IA3.load(path, wide)
         narrow.ia3 = IA3.load(path, narrow)
-        own = mixed.task_ids == task_id
+        own = mixed.task_ids == task_id  # the questions of this task
         examples = [mixed.examples[i] for i in own.nonzero().flatten()]
         found = scores(wide, alone)
         row = {

@@ -1,6 +1,7 @@
 """Sites that the paper leaves alone, scaled from outside by forward hooks, so that the core keeps the paper's three.
 
-A site is one line in OTHER. ablate.py trains it like k, v and ff; nothing else here knows it, and it is not merged.
+A site is a line in OTHER and its place in ORDER; one that is not n_embd wide also needs its width in attach_sites.
+ablate.py trains it like k, v and ff. It is not merged.
 """
 
 from functools import partial

@@ -35,12 +35,16 @@ def as_letters(token):
 
 
 def split(token, ranks):
-    """What merging by ranks, {bytes: id}, leaves of token before it makes token itself: two parts, or more if never."""
+    """Merge token's bytes by the ranks, {bytes: id}, below its own. Returns what is left.
+
+    Two parts are token's last merge. More are left if ranks never make it.
+    """
+    own = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
-        joined = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
+        joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
         lowest = min(joined)
-        if lowest >= ranks[token]:
+        if lowest >= own:
             break
         i = joined.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]

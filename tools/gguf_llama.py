@@ -148,8 +148,10 @@ def read_infos(header):
     for _ in range(n_tensors):
         name = header.text()
         n_dims = header.number("I")
-        if name in infos or not 1 <= n_dims <= 2:
-            raise ValueError(f"the tensor {name[:80]!r} is there twice, or has {n_dims} axes")
+        if name in infos:
+            raise ValueError(f"the tensor {name[:80]!r} is there twice")
+        if not 1 <= n_dims <= 2:
+            raise ValueError(f"the tensor {name[:80]!r} has {n_dims} axes")
         shape = [header.number("Q") for _ in range(n_dims)][::-1]  # GGUF names the input axis first
         infos[name] = (types(header.number("I")), shape, header.number("Q"))
     return about, infos
@@ -167,8 +169,10 @@ def place_tensors(header, infos, about):
     tensors = {}
     for name, (kind, shape, offset) in infos.items():  # offset: from data_start
         n_weights, n_bytes = sizes[kind]  # of a block
-        if data_start + offset != start or shape[-1] % n_weights:
-            raise ValueError(f"{name[:80]!r} is not where the tensor before it ends, or has a row of {shape[-1]}")
+        if data_start + offset != start:
+            raise ValueError(f"{name[:80]!r} is not where the tensor before it ends")
+        if shape[-1] % n_weights:
+            raise ValueError(f"{name[:80]!r} has a row of {shape[-1]}, not of whole blocks of {n_weights}")
         row_bytes = shape[-1] // n_weights * n_bytes
         end = start + prod(shape[:-1]) * row_bytes
         if end > len(data):
@@ -369,8 +373,10 @@ def to_gguf(source, vectors, path):
     disk.check_output(path, [source])
     model, _ = read_llama(source)
     fits = (vectors.config.n_layer, vectors.config.widths) == (model.config.n_layer, model.config.widths)
-    if vectors.is_stacked() or not fits or vectors.fingerprint not in (None, fingerprint(model)):
-        raise ValueError(f"these vectors are stacked, or of another base than {source}")
+    if vectors.is_stacked():
+        raise ValueError("to_gguf takes one task's vectors, and these are stacked: ia3.unstack")
+    if not fits or vectors.fingerprint not in (None, fingerprint(model)):
+        raise ValueError(f"these vectors are of another base than {source}")
     del model
     _, tensors = read_header(source)
     with disk.replace_file(path) as out:

@@ -55,7 +55,7 @@ def shards(index_path):
 def input_files(path):
     """Every file that from_hf may read."""
     folder, files = find_weights(path)
-    names = ["config.json", *tokenizer_files(folder)]
+    names = ["config.json", "generation_config.json", "chat_template.jinja", *tokenizer_files(folder)]
     names += [name for name in WEIGHTS if name.endswith(".index.json")]
     return [path, *files, *[f"{folder}/{name}" for name in names]]
 

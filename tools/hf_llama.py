@@ -23,8 +23,8 @@ def llama_config(about):
         about = {"num_key_value_heads": 32, "attention_bias": True} | about
         if not about.get("use_sliding_window"):
             about["sliding_window"] = None
-    rope = {"rope_theta": about.get("rope_theta", 10000.0)}
-    rope |= about.get("rope_scaling") or about.get("rope_parameters") or {}
+    theirs = about.get("rope_scaling") or about.get("rope_parameters") or {}
+    rope = {"rope_theta": about.get("rope_theta", 10000.0)} | theirs
     kind = rope.get("rope_type", rope.get("type", "default"))  # the latter is an older spelling yet
     if rope.get("type", kind) != kind:
         raise ValueError(f"the rotation is {kind!r} by rope_type and {rope['type']!r} by type")

@@ -164,8 +164,8 @@ def from_vocab(vocabulary, folder, settings):
 def control_ids(name, special, config, settings, known):
     """The ids that begin ('bos') or end ('eos') a text: first the tokenizer's own, by settings, then the model's.
 
-    config: config.json's object with generation_config.json's over it. An id that is not known, the tokenizer's, is
-    left out: a config of another vocabulary's defaults may name it.
+    config: config.json's object with generation_config.json's over it. known: the tokenizer's ids; another one is
+    left out, since a config may name ids of another vocabulary's defaults.
     """
     token = settings.get(f"{name}_token")
     if isinstance(token, dict):

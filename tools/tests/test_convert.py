@@ -178,6 +178,8 @@ def test_a_command_that_is_none(capsys):
         "hf hf --out hf/pytorch_model.bin",
         "hf hf --out hf/../hf/config.json",
         "hf hf --out hf/tokenizer.json",
+        "hf hf --out hf/generation_config.json",
+        "hf hf --out hf/chat_template.jinja",
         "hf shards --out shards/model.safetensors.index.json",
         "hf shards/model.safetensors.index.json --out shards/model-1.safetensors",
         "gguf base.gguf --out base.gguf",
