@@ -173,13 +173,12 @@ def rival_table(whole, rates, n_values):
 
 def picture(whole, path):
     """A dot per draw, lines between the same draw's, a panel per task. whole: whole_draws'."""
-    figure, panels = plt.subplots(1, len(whole), figsize=(4 * len(whole), 3.2), squeeze=False)
+    figure, panels = plt.subplots(1, len(whole), figsize=(5 * len(whole), 3.2), squeeze=False, layout="constrained")
     for panel, (task, by_method) in zip(panels[0], whole.items(), strict=True):
         for seed in by_method["ia3"]:
             accuracies = [100 * shots.accuracy_of([draws[seed]]) for draws in by_method.values()]
             panel.plot(list(TITLES.values()), accuracies, "o-", color="tab:blue", alpha=0.4)
         panel.set_title(task)
-        panel.tick_params(axis="x", labelrotation=15)
     panels[0][0].set_ylabel("accuracy, %; a line per draw")
     save_picture(figure, path)
 
