@@ -373,8 +373,6 @@ def to_gguf(source, vectors, path):
     disk.check_output(path, [source])
     model, _ = read_llama(source)
     fits = (vectors.config.n_layer, vectors.config.widths) == (model.config.n_layer, model.config.widths)
-    if vectors.is_stacked():
-        raise ValueError("to_gguf takes one task's vectors, and these are stacked: ia3.unstack")
     if not fits or vectors.fingerprint not in (None, fingerprint(model)):
         raise ValueError(f"these vectors are of another base than {source}")
     del model
