@@ -112,15 +112,17 @@ class Report:
     argmax_agreement: float  # share of positions at which both predict the same token
 
     def is_exact(self):
-        """Whether merged is as near to the truth as unmerged, and folding changes a float64 copy by at most 1e-11.
+        """Whether merged is as near to the truth as unmerged, and nothing but rounding changes in a float64 copy.
 
-        Both distances are rounding noise of the same size. The largest ratio we have seen is 1.35 (a very narrow
-        Llama), so 1.5 leaves a margin. A float64 model is its own truth, at distance 0, and no ratio of it can be
-        taken: there merged may be up to 1e-11 away.
+        Both distances are rounding noise, most of it at the few tokens where a model magnifies rounding. With large
+        vectors either can be over twice the other. A mistake is far larger: one unscaled row of the bundled base's W_k
+        comes to thousands of times. So 10 times are allowed. From float32 to float64 rounding shrinks 2^29 times, and a
+        mistake not at all, so a difference must shrink a million times. A float64 model is its own truth, at distance
+        0, and has no finer copy: there 1e-11 is allowed.
         """
-        is_near_truth = self.merged_distance <= max(1.5 * self.unmerged_distance, 1e-11)
-        is_folded_right = self.float64_difference <= 1e-11
-        return is_near_truth and is_folded_right
+        is_near_truth = self.merged_distance <= max(10 * self.unmerged_distance, 1e-11)
+        is_only_rounding = self.float64_difference <= max(1e-6 * self.max_difference, 1e-11)
+        return is_near_truth and is_only_rounding
 
     def __str__(self):
         return (
