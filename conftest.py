@@ -134,8 +134,8 @@ def write_run(folder, model):
     (folder / "text").mkdir()
     (folder / "text/train.txt").write_text("In the beginning God created the heaven and the earth. " * 20)
     (folder / "text/val.txt").write_text("And God saw the light, that it was good. " * 5)
-    flags = f"--base {folder}/base.pt --data {folder}/text --steps 4 --batch-size 4 --eval-interval 2 --device cpu"
-    return folder, flags.split()
+    flags = "--steps 4 --batch-size 4 --eval-interval 2 --device cpu"
+    return folder, ["--base", f"{folder}/base.pt", "--data", f"{folder}/text", *flags.split()]
 
 
 def load_vectors(path):

@@ -4,6 +4,7 @@ load() refuses a damaged last.pt, and one of another run: of other settings, ano
 """
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -32,6 +33,11 @@ class RunFolder:
         # a run is resumed only under the settings that it was started with, all but these two
         self.settings = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
         self.settings |= {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
+        first_vectors = hashlib.sha256()  # what --ia3 gave, or ones; the fingerprint is of the base alone
+        for name, p in trained.items():
+            if name.startswith("ia3."):
+                first_vectors.update(p.detach().cpu().numpy())
+        self.settings["first_vectors"] = first_vectors.hexdigest()
         if self.holds_a_run() and not config.resume:
             raise ValueError(f"{self.out} holds a run: resume it, remove it, or choose another folder")
 
@@ -65,14 +71,14 @@ class RunFolder:
         path = f"{self.out}/last.pt"
         state = disk.load_file(path)
         try:
+            if state["trained"].keys() != self.trained.keys():
+                raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(self.trained)}")
             self.check_settings(state["settings"])
             step = state["step"]
             history = [{name: row[name] for name in COLUMNS} for row in state["history"]]
             losses = [float(loss) for loss in state["losses"]]
             if type(step) is not int or not 0 <= step <= self.settings["steps"] or not history:
                 raise ValueError(f"its step is {step}, of {self.settings['steps']}, after {len(history)} evaluations")
-            if state["trained"].keys() != self.trained.keys():
-                raise ValueError(f"it trained {', '.join(state['trained'])}, not {', '.join(self.trained)}")
             for name, p in self.trained.items():
                 p.data.copy_(disk.check_weight(state["trained"][name], name, p.shape))
             self.load_optimizer(state["optimizer"]["state"], step)
@@ -112,9 +118,11 @@ def write_run_json(path, script, arguments, model, data_hash, figures):
     arguments, figures: dicts of plain values. data_hash: of the training data, or None. Raises OSError if it cannot be
     written.
     """
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    # the commit of our own repository, not of one that holds a copy of these files; with -dirty if a file was changed
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "--git-dir", ".git"]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run([*git, *describe], capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git here
         commit = None
     device = model.lm_head.weight.device

@@ -13,6 +13,7 @@ of the seed, the step and the process, so a resumed run sees what an uninterrupt
 import argparse
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -407,6 +408,8 @@ def build(args):
         vectors = make_vectors(args, model)
         model.to(device, getattr(torch, args.dtype))  # frozen, so it is stored in the dtype it computes in
         attach(model, vectors)  # float32
+        args.sites = ",".join(name.removeprefix("l_") for name in vectors.matrices())
+    args.device = str(device)
     if args.lr is None:
         args.lr = default_lr(model)
     return model, data
@@ -515,11 +518,14 @@ def report(args, model, data, loss, before, after):
         bits = f", {loss * val.n_tokens / val.n_bytes / math.log(2):.4f} bits per byte"
     print(f"\nbefore:\n{before[0]}\n\nafter:\n{after[0]}\n")
     print(f"val, all of it: {loss:.4f} nats per token{bits}")
-    print(f"next: python -m tools.plot {args.out}")
+    out = shlex.quote(args.out)
+    print(f"next: python -m tools.plot {out}")
     if args.method == "ia3":
+        task = f"--base {shlex.quote(args.base)} --ia3 {out}/ia3.npz"
+        text = f"--data {shlex.quote(args.data)} --block-size {args.block_size}"
         if model.tokenizer is not None:
-            print(f"      python sample.py --base {args.base} --ia3 {made}")
-        print(f"      python merge.py --base {args.base} --ia3 {made} --data {args.data} --out {args.out}/merged.pt")
+            print(f"      python sample.py {task}")
+        print(f"      python merge.py {task} {text} --out {out}/merged.pt")
 
 
 def main(argv=None):

@@ -7,6 +7,8 @@ import copy
 import io
 import json
 import math
+import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -21,6 +23,7 @@ import torch
 import common
 import data as datasets
 import merge
+import run_folder
 import sample
 from conftest import (
     ROOT,
@@ -338,12 +341,28 @@ def test_a_run_says_what_it_was(done):
         saved = json.loads(file["about"].item())
     given = about["arguments"]
     assert given["seed"] == 7 and given["steps"] == 4
+    assert given["sites"] == "k,v,ff" and given["device"] == "cpu"  # though no flag said so
     assert about["fingerprint"] == saved["fingerprint"] == fingerprint(model)
     assert saved["how"] == {"lr": given["lr"], "steps": 4, "seed": 7, "data_hash": about["data_hash"]}
     assert about["figures"]["n_values"] == model.ia3.count() and about["figures"]["val_loss"] > 0
     assert about["versions"]["torch"] == torch.__version__
-    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert about["commit"] == (head or None)
+    if (ROOT / ".git").exists():
+        head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        assert (about["commit"] or "").removesuffix("-dirty") == head
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_of_a_repository_that_holds_a_copy_is_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "copy").mkdir()
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a paper"]):
+        subprocess.run([*git, *command], check=True)
+    commits = []
+    for folder in (tmp_path, tmp_path / "copy"):
+        monkeypatch.setattr(run_folder, "__file__", f"{folder}/run_folder.py")
+        write_run_json(tmp_path / "run.json", "x.py", {}, make_gpt(), None, {})
+        commits.append(json.loads((tmp_path / "run.json").read_text())["commit"])
+    assert len(commits[0]) == 40 and commits[1] is None
 
 
 def test_a_run_json_is_json_whatever_a_run_found(tmp_path):
@@ -358,17 +377,20 @@ def test_a_run_json_is_json_whatever_a_run_found(tmp_path):
 
 @pytest.mark.parametrize("vocab_size", [257, 99])
 def test_what_a_run_names_as_next_can_be_run(tmp_path, short_texts, capsys, vocab_size):
-    """With its own data; of a base whose tokenizer is not known there is nothing to sample."""
-    folder, flags = write_run(tmp_path, make_gpt(vocab_size=vocab_size))
+    """With its own data and windows; of a base whose tokenizer is not known there is nothing to sample."""
+    (tmp_path / "two words").mkdir()
+    folder, flags = write_run(tmp_path / "two words", make_gpt(vocab_size=vocab_size))
+    (folder / "text/val.txt").write_text("And God saw")  # too short for a window of the base's 16
     if vocab_size == 99:
-        for split in ("train", "val"):
-            (np.arange(400, dtype=np.uint16) % 99).tofile(folder / f"text/{split}.bin")
-    assert main([*flags, "--out", f"{folder}/run"]) == 0
+        for n, split in ((400, "train"), (11, "val")):
+            (np.arange(n, dtype=np.uint16) % 99).tofile(folder / f"text/{split}.bin")
+    assert main([*flags, "--out", f"{folder}/run", "--block-size", "8"]) == 0
     _, *commands = capsys.readouterr().out.split("next: ")[1].splitlines()  # the first makes pictures
-    assert [command.split()[1] for command in commands] == ["sample.py", "merge.py"][vocab_size == 99 :]
+    commands = [shlex.split(command) for command in commands]
+    assert [command[1] for command in commands] == ["sample.py", "merge.py"][vocab_size == 99 :]
     for command in commands:
-        script = {"sample.py": sample, "merge.py": merge}[command.split()[1]]
-        assert script.main(command.split()[2:]) == 0
+        script = {"sample.py": sample, "merge.py": merge}[command[1]]
+        assert script.main(command[2:]) == 0
 
 
 @pytest.mark.parametrize(
@@ -631,6 +653,9 @@ def test_a_run_is_not_resumed_on_other_data_another_base_or_other_settings(text,
     some = make_gpt()
     attach(some, sites=["k"])
     resume(some, text, "it trained ia3.l_k, ia3.l_v, ia3.l_ff, not ia3.l_k")
+    given = fresh()
+    given.ia3.l_v.data[0, 3] = 2
+    resume(given, text, "it is another run's: its first_vectors is")
 
 
 @pytest.fixture(scope="module")
