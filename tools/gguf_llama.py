@@ -304,6 +304,7 @@ def llama_config(about, tensors):
         "attention.sliding_window": 0,
         "expert_count": 0,
         "rope.scaling.type": "none",  # Llama 3's is a tensor, rope_freqs
+        "rope.scaling.factor": 1.0,  # llama.cpp scales by it where no type is given
         "rope.scale_linear": 1.0,
     }
     for key, value in computed.items():

@@ -335,6 +335,7 @@ def test_a_type_without_float_scales(tmp_path, capsys):
     [
         ({"general.architecture": "qwen2"}, "qwen2"),
         ({"llama.rope.scaling.type": "yarn"}, "yarn"),
+        ({"llama.rope.scaling.factor": 2.0}, "scaling.factor"),
         ({"llama.expert_count": 8}, "expert_count"),
         ({"llama.attention.key_length": 64}, "key_length"),
         ({"llama.block_count": 2}, "blk.1"),
