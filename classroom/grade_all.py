@@ -68,7 +68,7 @@ def collect(submission, names):
                     found[path.name] = depth, read()
                 elif depth == found[path.name][0]:
                     notes.append(f"{path.name} is there more than once")
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as e:  # damaged, or with a password
+        except Exception as e:  # damaged, or with a password: zipfile, zlib, lzma and bz2 each raise their own
             notes.append(f"{file.name} could not be read ({type(e).__name__})")
     for name in names:
         if name not in found:

@@ -47,6 +47,11 @@ def test_submissions_are_found_graded_and_kept_apart(starter, tmp_path):
     with zipfile.ZipFile(submissions / "ben.zip", "w") as archive:
         archive.writestr("hand in/ia3.py", solution("ia3.py").replace(COUNT, "0"))
         archive.writestr("__MACOSX/hand in/ia3.py", "not Python")
+    with zipfile.ZipFile(submissions / "dan.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ia3.py", solution("ia3.py"))
+    damaged = bytearray((submissions / "dan.zip").read_bytes())
+    damaged[30 + len("ia3.py")] = 0xFF  # the first compressed byte: no such kind of block, so a zlib.error
+    (submissions / "dan.zip").write_bytes(damaged)
     (submissions / "eve").mkdir()
     left = tmp_path / "left"
     spoil = f"""
@@ -66,11 +71,14 @@ pathlib.Path({str(left)!r}).write_text(str(subprocess.Popen(["sleep", "600"]).pi
     assert [(row["submission"], row["total"], row["count"]) for row in table] == [
         ("ada", str(points), str(points)),
         ("ben.zip", "0", "0"),
+        ("dan.zip", "0", "0"),
         ("eve", str(points), str(points)),
     ]
     missing = [[name for name in make.FILES if f"{name} is missing" in row["notes"]] for row in table]
     cut = {where for exercise in make.EXERCISES for where, *_ in exercise.cuts}
-    assert [set(names) for names in missing] == [cut - {"ia3.py", "model.py"}, cut - {"ia3.py"}, cut - {"ia3.py"}]
+    there = [{"ia3.py", "model.py"}, {"ia3.py"}, set(), {"ia3.py"}]
+    assert [set(names) for names in missing] == [cut - names for names in there]
+    assert ["dan.zip could not be read" in row["notes"] for row in table] == [False, False, True, False]
     told = json.loads((tmp_path / "graded/ben.zip.json").read_text())
     assert told["tests"][0]["score"] == 0 and "count() says 0" in told["tests"][0]["output"]
     assert "merge.py is missing" in told["output"]
