@@ -40,7 +40,7 @@ def files_with_exercises(starter):
 def members(path):
     """Yield (path, size, function that reads it) for a file; and, where it is a .zip, for every file in it."""
     yield path, path.stat().st_size, path.read_bytes
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 yield path / info.filename, info.file_size, lambda info=info: archive.read(info)

@@ -44,7 +44,7 @@ def test_submissions_are_found_graded_and_kept_apart(starter, tmp_path):
     (submissions / "ada/homework/solution").mkdir(parents=True)
     for file in ("ia3.py", "model.py"):
         (submissions / "ada/homework/solution" / file).write_text(solution(file))
-    with zipfile.ZipFile(submissions / "ben.zip", "w") as archive:
+    with zipfile.ZipFile(submissions / "ben.ZIP", "w") as archive:
         archive.writestr("hand in/ia3.py", solution("ia3.py").replace(COUNT, "0"))
         archive.writestr("__MACOSX/hand in/ia3.py", "not Python")
     with zipfile.ZipFile(submissions / "dan.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -70,7 +70,7 @@ pathlib.Path({str(left)!r}).write_text(str(subprocess.Popen(["sleep", "600"]).pi
     points = next(row["points"] for row in SHEET if row["name"] == "count")
     assert [(row["submission"], row["total"], row["count"]) for row in table] == [
         ("ada", str(points), str(points)),
-        ("ben.zip", "0", "0"),
+        ("ben.ZIP", "0", "0"),
         ("dan.zip", "0", "0"),
         ("eve", str(points), str(points)),
     ]
@@ -79,7 +79,7 @@ pathlib.Path({str(left)!r}).write_text(str(subprocess.Popen(["sleep", "600"]).pi
     there = [{"ia3.py", "model.py"}, {"ia3.py"}, set(), {"ia3.py"}]
     assert [set(names) for names in missing] == [cut - names for names in there]
     assert ["dan.zip could not be read" in row["notes"] for row in table] == [False, False, True, False]
-    told = json.loads((tmp_path / "graded/ben.zip.json").read_text())
+    told = json.loads((tmp_path / "graded/ben.ZIP.json").read_text())
     assert told["tests"][0]["score"] == 0 and "count() says 0" in told["tests"][0]["output"]
     assert "merge.py is missing" in told["output"]
 
