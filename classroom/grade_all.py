@@ -102,7 +102,7 @@ def run(argv):
         raise ValueError(f"{args.starter} is not a starter: make.py writes one")
     if not args.submissions.is_dir():
         raise ValueError(f"{args.submissions} is not a folder")
-    todo = [args.submissions] if args.one else sorted(args.submissions.iterdir())
+    todo = [args.submissions] if args.one else sorted(args.submissions.glob("[!.]*"))  # not .DS_Store
 
     sys.path.insert(0, str(starter))
     import grade

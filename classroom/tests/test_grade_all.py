@@ -52,6 +52,7 @@ def test_submissions_are_found_graded_and_kept_apart(starter, tmp_path):
     damaged = bytearray((submissions / "dan.zip").read_bytes())
     damaged[30 + len("ia3.py")] = 0xFF  # the first compressed byte: no such kind of block, so a zlib.error
     (submissions / "dan.zip").write_bytes(damaged)
+    (submissions / ".DS_Store").touch()
     (submissions / "eve").mkdir()
     left = tmp_path / "left"
     spoil = f"""
