@@ -273,16 +273,18 @@ def make(out, exercises=EXERCISES):
         shutil.copyfile(here, out / there)
 
 
-def check_private(variant):
-    """Raise ValueError where a private test of a variant is that of no row of its sheet: it would never be run."""
+def check_tests(variant):
+    """Raise ValueError where a test of a variant is that of no row of its sheet: it would never be run."""
+    folders = (variant / "grading", variant / PRIVATE)
     rows = score_sheet(EXERCISES)
-    for sheet in (variant / "grading/exercises.json", variant / PRIVATE / "exercises.json"):
-        if sheet.exists():
-            rows = json.loads(sheet.read_text(encoding="utf-8"))
+    for folder in folders:
+        if (folder / "exercises.json").exists():
+            rows = json.loads((folder / "exercises.json").read_text(encoding="utf-8"))
     names = [f"test_{row['name']}.py" for row in rows]
-    for path in sorted((variant / PRIVATE).rglob("test_*.py")):
-        if str(path.relative_to(variant / PRIVATE)) not in names:
-            raise ValueError(f"{path} is the test of no exercise: give it the name of the test that it replaces")
+    for folder in folders:
+        for path in sorted(folder.rglob("test_*.py")):
+            if str(path.relative_to(folder)) not in names:
+                raise ValueError(f"{path} is the test of no exercise: give it the name of the test that it replaces")
 
 
 def add_variant(out, variant, for_grader=False):
@@ -311,7 +313,7 @@ def main(argv=None):
         if args.variant is not None:
             if not args.variant.is_dir():
                 raise ValueError(f"{args.variant} is not a folder")
-            check_private(args.variant)
+            check_tests(args.variant)
         make(out)
         if args.variant is not None:
             add_variant(out, args.variant, args.grader)

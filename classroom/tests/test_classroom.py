@@ -737,17 +737,18 @@ def test_a_variants_private_tests_are_in_the_graders_starter_only(tmp_path):
     assert make.main(["--out", str(tmp_path / "other"), "--variant", str(tmp_path / "none")]) == 2
 
 
+@pytest.mark.parametrize("folder", ["grading", "private"])
 @pytest.mark.parametrize("sheet", ["grading/exercises.json", "private/exercises.json"])
-def test_a_private_test_of_no_exercise_is_refused(tmp_path, capsys, sheet):
+def test_a_test_of_no_exercise_is_refused(tmp_path, capsys, folder, sheet):
     """grade.py would never run it, and pytest's exercise5 would not know whose it is."""
     variant = tmp_path / "variant"
-    for name in ("private/helper.py", "private/test_extra.py"):
+    for name in (f"{folder}/helper.py", f"{folder}/test_extra.py"):
         (variant / name).parent.mkdir(parents=True, exist_ok=True)
         (variant / name).touch()
     command = ["--out", str(tmp_path / "grader"), "--variant", str(variant), "--grader"]
     assert make.main(command) == 2 and make.main(command[:-1]) == 2
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all("private/test_extra.py" in line for line in told)
+    assert len(told) == 2 and all(f"{folder}/test_extra.py" in line for line in told)
     assert not (tmp_path / "grader").exists()
 
     (variant / sheet).parent.mkdir(exist_ok=True)  # a sheet of the variant's own may have the exercise
