@@ -14,6 +14,7 @@ The result is a plain model of the same class, with the base's weight names, sha
 import argparse
 import copy
 import math
+import os
 import sys
 from dataclasses import dataclass
 
@@ -179,10 +180,12 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="data/base.pt", help="the vectors' base (default: %(default)s)")
     parser.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
-    parser.add_argument("--out", default="out/folio/merged.pt", help="the merged checkpoint (default: %(default)s)")
+    parser.add_argument("--out", help="the merged checkpoint (default: merged.pt beside the vectors)")
     parser.add_argument("--data", default="folio", help="whose val the merge is verified on (default: %(default)s)")
     parser.add_argument("--block-size", type=int, help="of val's windows, in tokens (default: the base's, at most 256)")
     args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = os.path.join(os.path.dirname(args.ia3), "merged.pt")
     files = datasets.find(args.data, ["val"])
     disk.check_output(args.out, inputs=[args.base, args.ia3, *files.values()])
     model = common.load(args.base)  # float32 on the CPU, wherever the vectors were trained

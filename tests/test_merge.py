@@ -336,6 +336,13 @@ def test_the_command_line_merges_reports_and_writes_a_checkpoint_that_needs_no_i
     assert torch.equal(plain(idx)[0], merge(model)(idx)[0])
 
 
+def test_the_merged_checkpoint_goes_beside_the_vectors_unless_out_is_given(files):
+    folder, flags = files
+    assert main([*flags[:4], *flags[6:]]) == 0  # without --out
+    assert main(flags) == 0
+    assert (folder / "merged.pt").read_bytes() == (folder / "new/m.pt").read_bytes()
+
+
 def test_the_command_line_verifies_on_text_and_not_on_padding(files, monkeypatch):
     folder, flags = files
     (folder / "text/val.txt").write_bytes(b"x" * (32 + 9 + 1))  # a window, and 9 of the next one's 32 inputs

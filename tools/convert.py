@@ -178,14 +178,14 @@ def parse(argv):
 
     sub = command("to-peft", run_to_peft, "write vectors as a PEFT (IA)³ adapter folder")
     sub.add_argument("--base", **base)
-    sub.add_argument("--ia3", default="out/folio/ia3.npz", help="the vectors (default: %(default)s)")
-    sub.add_argument("--out", default="out/folio/peft", help="the adapter's folder (default: %(default)s)")
+    sub.add_argument("--ia3", required=True, help="the vectors")
+    sub.add_argument("--out", required=True, help="the adapter's folder")
 
     what = "read vectors from a PEFT (IA)³ adapter folder; GPT-2's l_q is folded into l_k"
     sub = command("from-peft", run_from_peft, what)
     sub.add_argument("--base", **base)
-    sub.add_argument("--adapter", default="out/folio/peft", help="the adapter's folder (default: %(default)s)")
-    sub.add_argument("--out", default="out/folio/from-peft.npz", help="the vectors (default: %(default)s)")
+    sub.add_argument("--adapter", required=True, help="the adapter's folder")
+    sub.add_argument("--out", required=True, help="the vectors")
 
     what = "how many values (IA)³ trains of a model, in percent, by the law, and in bytes"
     sub = command("count", run_count, what)
