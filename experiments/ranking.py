@@ -2,8 +2,8 @@
 
     python -m experiments.ranking --data FOLDER --out DIR                        # learn, then rank val
     python -m experiments.ranking --data FOLDER --out DIR --k 32 --seeds 0 1 2   # from 32 examples, three times
-    python -m experiments.ranking --data FOLDER --out DIR --evaluate --test      # rank test by the untouched base
-    python -m experiments.ranking --data FOLDER --out DIR --evaluate --test --ia3 ia3.npz    # or by saved vectors
+    python -m experiments.ranking --data FOLDER --out NEW --evaluate --test      # rank test by the untouched base
+    python -m experiments.ranking --data FOLDER --out NEW --evaluate --test --ia3 ia3.npz    # or by saved vectors
 
 FOLDER holds train.jsonl, val.jsonl and, for --test, test.jsonl, one {"prompt": text, "choices": [text, text, ...],
 "label": n} per line, n being the right choice, counted from 0. The model scores every choice by its log-likelihood
@@ -12,8 +12,10 @@ ours do not.)
 
 DIR gets ia3.npz, metrics.csv, last.pt and run.json, as from train.py, and predictions-val.csv or predictions-test.csv:
 each item's right choice, the choice made, and the mean log-likelihood per token of every choice, in nats. Several seeds
-get a folder each in DIR. The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The
-interval over seeds is Student's.
+get a folder each in DIR. An evaluation wants a folder of its own and writes the predictions and run.json.
+
+The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The interval over seeds is
+Student's.
 """
 
 import argparse
@@ -328,10 +330,16 @@ def learn(model, splits, ranked, args, seed, folder):
     train(model, {"train": train_split, "val": splits["val"]}, config, make_loss(args.losses.split(",")))
     how = {"lr": config.lr, "steps": config.steps, "seed": seed, "data_hash": train_split.data_hash()}
     model.ia3.save(folder / "ia3.npz", how)
-    share = predict(model, splits[ranked], folder / f"predictions-{ranked}.csv")
-    figures = {"ranked": ranked, "n_items": len(splits[ranked]), "accuracy": share}
-    write_run_json(folder / "run.json", "ranking.py", vars(args) | how, model, how["data_hash"], figures)
+    share = rank(model, splits[ranked], ranked, vars(args) | how, folder)
     print(f"seed {seed}: {share:.1%} of {ranked} right", flush=True)
+    return share
+
+
+def rank(model, split, ranked, arguments, folder):
+    """Rank split, which is called ranked, into folder's predictions and run.json. Returns the share that is right."""
+    share = predict(model, split, folder / f"predictions-{ranked}.csv")
+    figures = {"ranked": ranked, "n_items": len(split), "accuracy": share}
+    write_run_json(folder / "run.json", "ranking.py", arguments, model, arguments.get("data_hash"), figures)
     return share
 
 
@@ -379,25 +387,20 @@ def run(argv):
     device = common.pick_device(args.device)
     out = Path(args.out)
     ranked = "test" if args.test else "val"
-    table = f"predictions-{ranked}.csv"
     folders = {seed: out / f"seed-{seed}" for seed in args.seeds}
-    outputs = [table, "ia3.npz", "last.pt"]
     if args.evaluate or len(args.seeds) == 1:
         folders = {args.seeds[0]: out}
-    if args.evaluate:
-        outputs = [table]
     for folder in folders.values():
-        for name in outputs:
+        for name in (f"predictions-{ranked}.csv", "ia3.npz", "last.pt", "run.json"):
             if (folder / name).exists():
-                raise ValueError(f"{folder} holds a run's {name}: remove it or name another --out")
+                raise ValueError(f"{folder} holds another run's {name}: name another --out")
 
     model = common.load(args.base).to(device)
     if args.evaluate:
         splits = read(args, [ranked], model)
         if args.ia3 is not None:
             model.ia3 = IA3.load(args.ia3, model)
-        out.mkdir(parents=True, exist_ok=True)
-        shares = [predict(model, splits[ranked], out / table)]
+        shares = [rank(model, splits[ranked], ranked, vars(args), out)]
     else:
         splits = read(args, {"train", "val", ranked}, model)
         shares = [learn(model, splits, ranked, args, seed, folder) for seed, folder in folders.items()]

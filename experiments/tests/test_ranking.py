@@ -158,7 +158,10 @@ def test_predictions_are_the_scores_of_the_vectors_that_were_saved(tmp_path, cap
         about = json.loads((tmp_path / f"run/seed-{seed}/run.json").read_text())
         assert about["figures"] == {"ranked": "val", "n_items": 2, "accuracy": right / 2}
         assert (about["arguments"]["seed"], about["arguments"]["lr"], about["arguments"]["k"]) == (seed, 0.5, 2)
-        assert [path.name for path in (tmp_path / f"on{seed}").iterdir()] == ["predictions-test.csv"]
+        assert sorted(path.name for path in (tmp_path / f"on{seed}").iterdir()) == ["predictions-test.csv", "run.json"]
+        about = json.loads((tmp_path / f"on{seed}/run.json").read_text())
+        assert about["figures"] == {"ranked": "test", "n_items": 2, "accuracy": right / 2}
+        assert (about["arguments"]["ia3"], about["data_hash"]) == (npz, None)
     assert ranking.main([*flags, "--evaluate", "--test", f"--out={tmp_path}/base"]) == 0
     row = read_predictions(tmp_path / "base/predictions-test.csv")[1]
     assert (row["item"], row["gold"], row["log_likelihood_2"]) == ("1", "0", "")
@@ -167,6 +170,20 @@ def test_predictions_are_the_scores_of_the_vectors_that_were_saved(tmp_path, cap
     assert found == pytest.approx([sum(lp) / len(lp) for lp in both], rel=1e-5)  # float32's rounding
     assert ranking.main([*flags, "--evaluate", "--test", f"--out={tmp_path}/base"]) == 2
     assert "predictions-test.csv" in capsys.readouterr().err
+
+
+def test_an_evaluation_leaves_a_training_as_it_is(tmp_path, capsys):
+    """One folder, one run.json: in the training's folder it would be replaced."""
+    folder = write(tmp_path / "d", ROWS, ("train", "val", "test"))
+    common.save(make_gpt(), tmp_path / "base.pt")
+    flags = [f"--data={folder}", f"--base={tmp_path}/base.pt", "--device=cpu", "--steps=1", f"--out={tmp_path}/run"]
+    assert ranking.main(flags) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert ranking.main([*flags, "--evaluate", "--test", f"--ia3={tmp_path}/run/ia3.npz"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "name another --out" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.mark.parametrize("n_right, n", [(0, 10), (3, 10), (50, 50), (160, 200)])
