@@ -12,7 +12,8 @@ ours do not.)
 
 DIR gets ia3.npz, metrics.csv, last.pt and run.json, as from train.py, and predictions-val.csv or predictions-test.csv:
 each item's right choice, the choice made, and the mean log-likelihood per token of every choice, in nats. Several seeds
-get a folder each in DIR. An evaluation wants a folder of its own and writes the predictions and run.json.
+get a folder each in DIR, and about.json says what they share. After Ctrl-C the same command continues, and a finished
+one takes further --seeds. An evaluation wants a folder of its own and writes the predictions and run.json.
 
 The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The interval over seeds is
 Student's.
@@ -21,6 +22,7 @@ Student's.
 import argparse
 import copy
 import csv
+import json
 import math
 import sys
 from collections import Counter
@@ -35,7 +37,7 @@ import data as datasets
 import disk
 from experiments import lab
 from experiments.prompt_cache import PromptCache
-from ia3 import IA3, attach
+from ia3 import IA3, attach, fingerprint
 from run_folder import write_run_json
 from train import TrainConfig, default_lr, train
 
@@ -314,25 +316,45 @@ def read(args, names, model):
 def learn(model, splits, ranked, args, seed, folder):
     """Train vectors, from ones or from --ia3, and rank by them; all of it is saved into folder.
 
-    Returns the share of splits[ranked] that is right.
+    What folder has of it is not done again. Returns the share of splits[ranked] that is right. Raises ValueError if
+    --out holds runs of other settings.
     """
     attach(model, None if args.ia3 is None else IA3.load(args.ia3, model))
+    if args.lr is None:
+        args.lr = default_lr(model)
     train_split = splits["train"] if args.k is None else draw_examples(splits["train"], args.k, seed)
     config = TrainConfig(
         steps=args.steps,
-        lr=default_lr(model) if args.lr is None else args.lr,
+        lr=args.lr,
         batch_size=args.batch_size,
         seed=seed,
         schedule="linear",
         eval_interval=args.steps,
         out=str(folder),
+        resume=True,
     )
-    train(model, {"train": train_split, "val": splits["val"]}, config, make_loss(args.losses.split(",")))
-    how = {"lr": config.lr, "steps": config.steps, "seed": seed, "data_hash": train_split.data_hash()}
-    model.ia3.save(folder / "ia3.npz", how)
-    share = rank(model, splits[ranked], ranked, vars(args) | how, folder)
+    about = {name: getattr(args, name) for name in ("lr", "k", "steps", "batch_size", "losses", "ia3")}
+    about |= {"ranked": ranked, "fingerprint": fingerprint(model), "seeds": {str(folder.relative_to(args.out)): seed}}
+    about["data_hash"] = {name: split.data_hash()[:16] for name, split in splits.items()}
+    lab.open_folder(Path(args.out), about)
+
+    if all((folder / name).exists() for name in ("ia3.npz", f"predictions-{ranked}.csv", "run.json")):
+        share = read_share(folder / "run.json")
+    else:
+        train(model, {"train": train_split, "val": splits["val"]}, config, make_loss(args.losses.split(",")))
+        how = {"lr": config.lr, "steps": config.steps, "seed": seed, "data_hash": train_split.data_hash()}
+        model.ia3.save(folder / "ia3.npz", how)
+        share = rank(model, splits[ranked], ranked, vars(args) | how, folder)
     print(f"seed {seed}: {share:.1%} of {ranked} right", flush=True)
     return share
+
+
+def read_share(path):
+    """The share that is right in a run.json that rank() wrote. Raises ValueError where it is something else."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["figures"]["accuracy"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not what this command wrote: remove it to rank again") from None
 
 
 def rank(model, split, ranked, arguments, folder):
@@ -388,12 +410,13 @@ def run(argv):
     out = Path(args.out)
     ranked = "test" if args.test else "val"
     folders = {seed: out / f"seed-{seed}" for seed in args.seeds}
-    if args.evaluate or len(args.seeds) == 1:
+    if args.evaluate or (len(args.seeds) == 1 and not list(out.glob("seed-*"))):
         folders = {args.seeds[0]: out}
-    for folder in folders.values():
-        for name in (f"predictions-{ranked}.csv", "ia3.npz", "last.pt", "run.json"):
-            if (folder / name).exists():
-                raise ValueError(f"{folder} holds another run's {name}: name another --out")
+    if args.evaluate or not (out / "about.json").exists():  # else a training goes on, if its settings are the same
+        for folder in (out, *folders.values()):
+            for name in (f"predictions-{ranked}.csv", "ia3.npz", "last.pt", "run.json", "about.json"):
+                if (folder / name).exists():
+                    raise ValueError(f"{folder} holds another run's {name}: name another --out")
 
     model = common.load(args.base).to(device)
     if args.evaluate:
@@ -416,7 +439,7 @@ def run(argv):
 
 
 def main(argv=None):
-    return common.exit_status("ranking.py", run, argv)
+    return common.exit_status("ranking.py", run, argv, lab.STOPPED)
 
 
 if __name__ == "__main__":

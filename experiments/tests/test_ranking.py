@@ -172,18 +172,117 @@ def test_predictions_are_the_scores_of_the_vectors_that_were_saved(tmp_path, cap
     assert "predictions-test.csv" in capsys.readouterr().err
 
 
-def test_an_evaluation_leaves_a_training_as_it_is(tmp_path, capsys):
-    """One folder, one run.json: in the training's folder it would be replaced."""
+def read_files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2])
+def test_an_evaluation_and_a_training_do_not_share_a_folder(tmp_path, capsys, n_seeds):
+    """There is one run.json in it."""
     folder = write(tmp_path / "d", ROWS, ("train", "val", "test"))
     common.save(make_gpt(), tmp_path / "base.pt")
-    flags = [f"--data={folder}", f"--base={tmp_path}/base.pt", "--device=cpu", "--steps=1", f"--out={tmp_path}/run"]
-    assert ranking.main(flags) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    flags = [f"--data={folder}", f"--base={tmp_path}/base.pt", "--device=cpu", "--steps=1"]
+    training = [*flags, "--seeds", *map(str, range(n_seeds))]
+    evaluation = [*flags, "--evaluate", "--test"]
+    for name, first, second in (("a", training, evaluation), ("b", evaluation, training)):
+        assert ranking.main([*first, f"--out={tmp_path}/{name}"]) == 0
+        before = read_files(tmp_path / name)
+        capsys.readouterr()
+        assert ranking.main([*second, f"--out={tmp_path}/{name}"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "name another --out" in err
+        assert read_files(tmp_path / name) == before
+
+
+def count_calls(monkeypatch, name, last=None):
+    """Count the calls of ranking's function name in the list that is returned; the last is a Ctrl-C instead."""
+    calls = []
+    usual = getattr(ranking, name)
+
+    def call(*args):
+        calls.append(name)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(ranking, name, call)
+    return calls
+
+
+N_LOSSES = 5  # of a seed with three steps: val before, the steps, val after
+
+
+@pytest.mark.parametrize(
+    "name, last, n_left",
+    [
+        ("loss_ln", N_LOSSES + 1, 2 * N_LOSSES),  # in seed 1, before its first checkpoint
+        ("loss_ln", N_LOSSES + 4, 2 * N_LOSSES - 1),  # in its last step
+        ("scores", 2, N_LOSSES),  # trained, but not ranked
+        ("write_run_json", 2, N_LOSSES),  # ranked, but not written down
+    ],
+)
+def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch, name, last, n_left):
+    folder = write(tmp_path / "d", ROWS * 4)
+    common.save(make_gpt(), tmp_path / "base.pt")
+    flags = [f"--data={folder}", f"--base={tmp_path}/base.pt", "--device=cpu", "--steps=3", "--lr=0.5", "--k=4"]
+    names = [f"seed-{seed}/{file}" for seed in range(3) for file in ("ia3.npz", "predictions-val.csv")]
+    command = [*flags, "--seeds", "0", "1", "2", f"--out={tmp_path}/whole"]
+    assert ranking.main(command) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("seed", "val", "95"))]
+
+    command[-1] = f"--out={tmp_path}/run"
+    with monkeypatch.context() as patch:
+        count_calls(patch, name, last)
+        assert ranking.main(command) == 130
     capsys.readouterr()
-    assert ranking.main([*flags, "--evaluate", "--test", f"--ia3={tmp_path}/run/ia3.npz"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "name another --out" in err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    calls = count_calls(monkeypatch, "loss_ln")
+    assert ranking.main(command) == 0
+    assert len(calls) == n_left  # seed 0 is not trained again, nor what is done of seed 1
+    found = capsys.readouterr().out.splitlines()
+    assert [line for line in found if line.startswith(("seed", "val", "95"))] == told
+    for file in names:
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+    calls.clear()
+    rankings = count_calls(monkeypatch, "scores")
+    for seeds in ("2 3 0", "1", "4"):
+        assert ranking.main([*flags, "--seeds", *seeds.split(), f"--out={tmp_path}/run"]) == 0
+    assert len(calls) == 2 * N_LOSSES and len(rankings) == 2  # seeds 3 and 4
+    there = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert there == ["about.json", *(f"seed-{n}" for n in range(5))]
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(tmp_path, capsys):
+    """Of other settings, of another command, or damaged: refused in one line, before anything is trained."""
+    folder = write(tmp_path / "d", ROWS, ("train", "val", "test"))
+    for name, base in (("base", make_gpt(0)), ("other", make_gpt(1))):
+        common.save(base, tmp_path / f"{name}.pt")
+    flags = [f"--data={folder}", f"--base={tmp_path}/base.pt", "--device=cpu", "--steps=1", "--k=2"]
+    flags += [f"--out={tmp_path}/run"]
+    assert ranking.main(flags) == 0
+    write(tmp_path / "others", ROWS * 2)
+
+    def check_refused(*more):
+        before = read_files(tmp_path / "run")
+        capsys.readouterr()
+        assert ranking.main([*flags, *more]) == 2, more
+        err = capsys.readouterr().err
+        assert err.startswith("ranking.py: ") and err.count("\n") == 1 and str(tmp_path / "run") in err, err
+        assert read_files(tmp_path / "run") == before
+        return err
+
+    different = ["--lr=0.2", "--k=1", "--steps=2", "--losses=lm", "--batch-size=2", "--test", "--seeds=1"]
+    different += [f"--ia3={tmp_path}/run/ia3.npz", f"--data={tmp_path}/others", f"--base={tmp_path}/other.pt"]
+    for flag in different:
+        assert "name a new --out" in check_refused(flag)
+    assert "holds runs with lr 0.1, not 0.2: name a new --out" in check_refused("--lr=0.2", "--seeds", "0", "1")
+
+    (tmp_path / "run/run.json").write_text("[]")
+    assert "run.json is not what this command wrote" in check_refused()
+    (tmp_path / "run/about.json").unlink()
+    for name in ("predictions-val.csv", "ia3.npz", "last.pt", "run.json"):
+        assert f"another run's {name}" in check_refused()
+        (tmp_path / "run" / name).unlink()
 
 
 @pytest.mark.parametrize("n_right, n", [(0, 10), (3, 10), (50, 50), (160, 200)])
