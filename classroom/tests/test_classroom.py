@@ -584,6 +584,14 @@ def test_a_wrong_answer_loses_its_exercise_and_is_told_why(solve, grade, name, f
     assert problem is not None and words in problem, problem
 
 
+@pytest.mark.parametrize("seed", ["438", "1087"])  # with these exp would overflow, or all weights would be 0
+def test_keys_divided_by_a_scale_near_zero_are_told_too(solve, seed):
+    folder = solve(NAMES, [("model.py", K, "k = (k / l_k).to(k.dtype)")])
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "formula", "grading/test_keys_and_values.py"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"GRADE_SEED": seed})
+    assert "the keys are divided" in result.stdout and "math range" not in result.stdout
+
+
 # the same in two places
 ATTENDED = "y = y.transpose(1, 2).reshape(B, T, C)"
 TURNED = "        k = rotate(k, cos, sin)\n"

@@ -18,10 +18,11 @@ def paper(attn, x, l_q, l_k, l_v):
     for b in range(B):
         for t in range(T):
             for head in (range(h * d, h * d + d) for h in range(attn.n_head)):
-                e = []
+                scores = []
                 for s in range(t + 1):
                     score = sum(qkv[b][t][i] * l_q[b][i] * (qkv[b][s][C + i] * l_k[b][i]) for i in head)
-                    e.append(math.exp(score / math.sqrt(d)))
+                    scores.append(score / math.sqrt(d))
+                e = [math.exp(score - max(scores)) for score in scores]  # exp overflows at 710
                 for i in head:
                     y[b, t, i] = sum(a / sum(e) * (qkv[b][s][2 * C + i] * l_v[b][i]) for s, a in enumerate(e))
     return attn.c_proj(y)
