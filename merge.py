@@ -113,13 +113,13 @@ class Report:
     argmax_agreement: float  # share of positions at which both predict the same token
 
     def is_exact(self):
-        """Whether merged is as near to the truth as unmerged, and nothing but rounding changes in a float64 copy.
+        """Whether merged is at most 10 times as far from the truth as unmerged, and float64 shows nothing but rounding.
 
         Both distances are rounding noise, most of it at the few tokens where a model magnifies rounding. With large
         vectors either can be over twice the other. A mistake is far larger: one unscaled row of the bundled base's W_k
-        comes to thousands of times. So 10 times are allowed. From float32 to float64 rounding shrinks 2^29 times, and a
-        mistake not at all, so a difference must shrink a million times. A float64 model is its own truth, at distance
-        0, and has no finer copy: there 1e-11 is allowed.
+        comes to hundreds of times or more. From float32 to float64 rounding shrinks 2^29 times, and a mistake not at
+        all, so a difference must shrink a million times. A float64 model is its own truth, at distance 0, and has no
+        finer copy: there 1e-11 is allowed.
         """
         is_near_truth = self.merged_distance <= max(10 * self.unmerged_distance, 1e-11)
         is_only_rounding = self.float64_difference <= max(1e-6 * self.max_difference, 1e-11)

@@ -1,6 +1,7 @@
 """What a run keeps in its folder: last.pt, from which it is resumed; metrics.csv, its history; and run.json.
 
-load() refuses a damaged last.pt, and one of another run: of other settings, another base or other training data.
+load() refuses a damaged last.pt, and one of another run: of other settings, another base, other training data or
+other first vectors.
 """
 
 import csv
@@ -33,11 +34,7 @@ class RunFolder:
         # a run is resumed only under the settings that it was started with, all but these two
         self.settings = {name: value for name, value in asdict(config).items() if name not in ("out", "resume")}
         self.settings |= {"fingerprint": fingerprint(model), "data_hash": data["train"].data_hash()}
-        first_vectors = hashlib.sha256()  # what --ia3 gave, or ones; the fingerprint is of the base alone
-        for name, p in trained.items():
-            if name.startswith("ia3."):
-                first_vectors.update(p.detach().cpu().numpy())
-        self.settings["first_vectors"] = first_vectors.hexdigest()
+        self.settings["first_vectors"] = hash_vectors(trained)  # what --ia3 gave, or ones
         if self.holds_a_run() and not config.resume:
             raise ValueError(f"{self.out} holds a run: resume it, remove it, or choose another folder")
 
@@ -110,6 +107,15 @@ class RunFolder:
             if (state["exp_avg_sq"] < 0).any():
                 raise ValueError("its optimizer's exp_avg_sq is negative")
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def hash_vectors(parameters):
+    """SHA-256, in hexadecimal, of the vectors in {name: parameter}. (The fingerprint is of the base alone.)"""
+    digest = hashlib.sha256()
+    for name, p in parameters.items():
+        if name.startswith("ia3."):
+            digest.update(p.detach().cpu().numpy())
+    return digest.hexdigest()
 
 
 def write_run_json(path, script, arguments, model, data_hash, figures):

@@ -275,13 +275,11 @@ def make(out, exercises=EXERCISES):
 
 def check_tests(variant):
     """Raise ValueError where a test of a variant is that of no row of its sheet: it would never be run."""
-    folders = (variant / "grading", variant / PRIVATE)
     rows = score_sheet(EXERCISES)
-    for folder in folders:
+    for folder in (variant / "grading", variant / PRIVATE):  # private tests may have a sheet of their own
         if (folder / "exercises.json").exists():
             rows = json.loads((folder / "exercises.json").read_text(encoding="utf-8"))
-    names = [f"test_{row['name']}.py" for row in rows]
-    for folder in folders:
+        names = [f"test_{row['name']}.py" for row in rows]
         for path in sorted(folder.rglob("test_*.py")):
             if str(path.relative_to(folder)) not in names:
                 raise ValueError(f"{path} is the test of no exercise: give it the name of the test that it replaces")

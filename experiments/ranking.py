@@ -12,8 +12,9 @@ ours do not.)
 
 DIR gets ia3.npz, metrics.csv, last.pt and run.json, as from train.py, and predictions-val.csv or predictions-test.csv:
 each item's right choice, the choice made, and the mean log-likelihood per token of every choice, in nats. Several seeds
-get a folder each in DIR, and about.json says what they share. After Ctrl-C the same command continues, and a finished
-one takes further --seeds. An evaluation wants a folder of its own and writes the predictions and run.json.
+get a folder each in DIR, and about.json says what they share. After Ctrl-C the same command continues: finished seeds
+are kept, and the one that was stopped begins again. Where there are several, further --seeds can be added. An
+evaluation wants a folder of its own and writes the predictions and run.json.
 
 The interval over items is Wilson's: how far the accuracy may be off for the items drawn. The interval over seeds is
 Student's.
@@ -38,7 +39,7 @@ import disk
 from experiments import lab
 from experiments.prompt_cache import PromptCache
 from ia3 import IA3, attach, fingerprint
-from run_folder import write_run_json
+from run_folder import hash_vectors, write_run_json
 from train import TrainConfig, default_lr, train
 
 LOSSES = ("lm", "ul", "ln")
@@ -333,9 +334,11 @@ def learn(model, splits, ranked, args, seed, folder):
         out=str(folder),
         resume=True,
     )
-    about = {name: getattr(args, name) for name in ("lr", "k", "steps", "batch_size", "losses", "ia3")}
-    about |= {"ranked": ranked, "fingerprint": fingerprint(model), "seeds": {str(folder.relative_to(args.out)): seed}}
+    about = {name: getattr(args, name) for name in ("lr", "k", "steps", "batch_size", "losses")}
+    about |= {"ranked": ranked, "fingerprint": fingerprint(model)}
+    about["first_vectors"] = hash_vectors(dict(model.named_parameters()))
     about["data_hash"] = {name: split.data_hash()[:16] for name, split in splits.items()}
+    about["seeds"] = seed if folder == Path(args.out) else {folder.name: seed}  # only seeds with folders can be added
     lab.open_folder(Path(args.out), about)
 
     if all((folder / name).exists() for name in ("ia3.npz", f"predictions-{ranked}.csv", "run.json")):

@@ -304,7 +304,7 @@ def done(request, tmp_path_factory):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         end_texts_early(patch)
-        assert main([*flags, "--seed", "7", "--eval-windows", "1", "--out", f"{folder}/run"]) == 0
+        assert main([*flags, "--device", "auto", "--seed", "7", "--eval-windows", "1", "--out", f"{folder}/run"]) == 0
     model = common.load(folder / "base.pt")
     model.ia3 = IA3.load(folder / "run/ia3.npz", model)
     return folder, model, out.getvalue()
@@ -341,7 +341,7 @@ def test_a_run_says_what_it_was(done):
         saved = json.loads(file["about"].item())
     given = about["arguments"]
     assert given["seed"] == 7 and given["steps"] == 4
-    assert given["sites"] == "k,v,ff" and given["device"] == "cpu"  # though no flag said so
+    assert given["sites"] == "k,v,ff" and given["device"] == str(common.pick_device("auto"))  # though no flag said so
     assert about["fingerprint"] == saved["fingerprint"] == fingerprint(model)
     assert saved["how"] == {"lr": given["lr"], "steps": 4, "seed": 7, "data_hash": about["data_hash"]}
     assert about["figures"]["n_values"] == model.ia3.count() and about["figures"]["val_loss"] > 0

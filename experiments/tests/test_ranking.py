@@ -276,6 +276,13 @@ def test_a_folder_of_another_run_is_left_as_it_is(tmp_path, capsys):
     for flag in different:
         assert "name a new --out" in check_refused(flag)
     assert "holds runs with lr 0.1, not 0.2: name a new --out" in check_refused("--lr=0.2", "--seeds", "0", "1")
+    assert "name a new --out" in check_refused("--seeds", "0", "1")  # which would train seed 0 again, in a folder
+    vectors = (tmp_path / "run/ia3.npz").read_bytes()
+    first = [*flags[:-1], f"--ia3={tmp_path}/first.npz", f"--out={tmp_path}/more", "--seeds"]
+    (tmp_path / "first.npz").write_bytes(vectors)
+    assert ranking.main([*first, "0", "1"]) == 0
+    (tmp_path / "first.npz").write_bytes((tmp_path / "more/seed-1/ia3.npz").read_bytes())
+    assert ranking.main([*first, "0", "1", "2"]) == 2 and "first_vectors" in capsys.readouterr().err
 
     (tmp_path / "run/run.json").write_text("[]")
     assert "run.json is not what this command wrote" in check_refused()
