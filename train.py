@@ -506,11 +506,9 @@ def report(args, model, data, loss, before, after):
     data_hash = data["train"].data_hash()
     how = {"lr": args.lr, "steps": args.steps, "seed": args.seed, "data_hash": data_hash}
     if args.method == "ia3":
-        made = f"{args.out}/ia3.npz"
-        model.ia3.save(made, how)
+        model.ia3.save(f"{args.out}/ia3.npz", how)
     else:
-        made = f"{args.out}/ckpt.pt"
-        common.save(model, made)
+        common.save(model, f"{args.out}/ckpt.pt")
     figures = {"val_loss": loss, "n_values": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     write_run_json(f"{args.out}/run.json", "train.py", vars(args), model, data_hash, figures)
     bits = ""
